@@ -1,0 +1,2 @@
+//! The `hywu` binary.
+fn main() {}

@@ -1,0 +1,20 @@
+//! Vocabulary of HY-WU: what the other crates talk about, and no arithmetic.
+//!
+//! * [`Adapter`]: the low-rank weight update of one instance, as files and tools see it.
+//! * [`AdapterSpec`]: which modules of a backbone get a low-rank update (`pg_mapping`), in order.
+//! * [`Checkpoint`]: memory-mapped safetensors files and shard folders.
+//! * [`Philox`]: counter-based random numbers, equal on every device and thread count.
+
+mod adapter;
+mod atomic;
+mod checkpoint;
+mod error;
+mod rng;
+mod spec;
+
+pub use adapter::{Adapter, Lora};
+pub use atomic::write_atomic;
+pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
+pub use error::{Error, Result};
+pub use rng::{Philox, RandomStream};
+pub use spec::{AdapterSpec, Module, Parameter, ParameterKind};

@@ -1,0 +1,69 @@
+//! Adapters on a tape: what a generator hands to a backbone while gradients flow.
+
+use crate::{Result, Tape, Tensor, Var};
+use hywu_core::{Adapter, AdapterSpec, Lora};
+use indexmap::IndexMap;
+
+/// The low-rank pair of one module on a tape.
+#[derive(Clone, Debug)]
+pub struct LoraVar {
+    /// [batch, r, in].
+    pub a: Var,
+    /// [batch, out, r].
+    pub b: Var,
+    /// Factor on the low-rank term: scale = alpha / rank, times the strength.
+    pub scale: f32,
+}
+
+/// The adapters of a batch of instances on a tape, by module name.
+#[derive(Clone, Debug, Default)]
+pub struct LoraVars {
+    /// Module name -> pair.
+    pub modules: IndexMap<String, LoraVar>,
+}
+
+impl LoraVars {
+    /// No adapter: the backbone's own weights.
+    pub fn none() -> Self {
+        Self::default()
+    }
+    /// The pair of a module, if it has one.
+    pub fn get(&self, module: &str) -> Option<&LoraVar> {
+        self.modules.get(module)
+    }
+    /// A host adapter as constants; `strength` multiplies the scale. Strength 0 is no adapter at all, so the
+    /// backbone's own output comes out bit for bit.
+    pub fn from_adapter(adapter: &Adapter, strength: f32) -> Self {
+        if strength == 0.0 {
+            return Self::none();
+        }
+        let pair = |l: &Lora| LoraVar {
+            a: Var::constant(Tensor::from_array(&l.lora_a)),
+            b: Var::constant(Tensor::from_array(&l.lora_b)),
+            scale: adapter.scale * strength,
+        };
+        Self { modules: adapter.modules.iter().map(|(n, l)| (n.clone(), pair(l))).collect() }
+    }
+    /// Copies to the host; `scale` is alpha / rank.
+    pub fn to_adapter(&self, scale: f32) -> Adapter {
+        let lora = |v: &LoraVar| Lora { lora_a: v.a.value().to_array(), lora_b: v.b.value().to_array() };
+        Adapter {
+            modules: self.modules.iter().map(|(n, v)| (n.clone(), lora(v))).collect(),
+            scale,
+            metadata: Default::default(),
+        }
+    }
+}
+
+/// A frozen model that adapters are generated for. Implement it to train a generator on a backbone of your own: the
+/// generator's trainer asks for a condition, writes adapters, and differentiates the loss with respect to them.
+pub trait Downstream {
+    /// What one training step works on.
+    type Batch;
+    /// The modules that take an adapter.
+    fn adapter_spec(&self) -> &AdapterSpec;
+    /// What the generator reads: [instances, 1, length, input_dim].
+    fn condition(&self, batch: &Self::Batch) -> Result<Tensor>;
+    /// The training loss, a scalar on `tape`, with one adapter per instance of the batch.
+    fn loss(&self, tape: &Tape, batch: &Self::Batch, adapters: &LoraVars) -> Result<Var>;
+}

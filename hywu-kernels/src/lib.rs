@@ -1,0 +1,24 @@
+//! The arithmetic of HY-WU: [`Tensor`]s on a [`Device`], one module per op under [`ops`] with forward and backward, a
+//! small reverse-mode [`Tape`], and naive f64 oracles under [`reference`].
+//!
+//! Every op has one name: `ops/<op>.rs` is its interface, `cpu/<op>.rs` its CPU code, `reference/<op>.rs` its oracle,
+//! `tests/<op>.rs` its tests. Results do not depend on the number of threads nor on the other members of a batch.
+
+pub mod adapter;
+mod cpu;
+mod device;
+mod error;
+pub mod ops;
+pub mod optim;
+mod params;
+pub mod reference;
+mod tape;
+mod tensor;
+pub mod testing;
+
+pub use adapter::{Downstream, LoraVar, LoraVars};
+pub use device::Device;
+pub use error::{Error, Result};
+pub use params::{Bound, ParamSet};
+pub use tape::{Gradients, Tape, Var};
+pub use tensor::Tensor;

@@ -1,0 +1,1 @@
+//! Naive f64 oracles, one file per op: what the fast code is tested against.
