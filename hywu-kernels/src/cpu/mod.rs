@@ -1,5 +1,9 @@
 //! CPU code, one file per op.
 
+pub(crate) mod attention;
+pub(crate) mod attention_backward;
+mod attention_simd;
+
 /// sum += x.
 pub(crate) fn add_assign(sum: &mut [f32], x: &[f32]) {
     for (s, &x) in sum.iter_mut().zip(x) {

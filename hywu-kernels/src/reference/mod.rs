@@ -1,1 +1,3 @@
 //! Naive f64 oracles, one file per op: what the fast code is tested against.
+
+pub mod attention;

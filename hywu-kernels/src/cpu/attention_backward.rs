@@ -1,0 +1,421 @@
+//! Gradients of attention on the CPU. A job is one (batch, head): it computes its scores again, tile by tile, from the saved
+//! logarithms of the row sums, and adds up the gradients of its keys and values in the order of the query blocks.
+
+use super::attention::{
+    Operand, Operands, Shared, Unit, align, inverse_rms, key_block, tile_row, transpose_panel, unit,
+    valid_keys, with_scratch,
+};
+#[cfg(target_arch = "x86_64")]
+use super::attention_simd::{Avx2, Avx512};
+use super::attention_simd::{Isa, Portable, Product, Simd, exp2};
+use crate::ops::attention::Attention;
+use rayon::prelude::*;
+use std::{f32::consts::LN_2, ops::Range};
+
+/// Query rows of a tile: also the terms of a sum over queries, so it is larger than the forward's.
+const QUERY_BLOCK: usize = 48;
+/// Most keys of a tile; two tiles are alive at a time.
+const KEY_BLOCK: usize = 128;
+
+/// What the forward pass left, and the gradient of its output.
+pub(crate) struct Saved<'a> {
+    /// The output.
+    pub out: &'a [f32],
+    /// Base-2 logarithms of the row sums.
+    pub lse: &'a [f32],
+    /// Gradient of the output.
+    pub grad: &'a [f32],
+}
+
+/// Where gradients go. Pointers may be equal: then the layouts tell whose element is whose.
+pub(crate) struct Sinks {
+    /// Tensors for q, k and v; null where the gradient is not wanted.
+    pub qkv: [*mut f32; 3],
+    /// Is every element written exactly once? Then jobs run in parallel and overwrite; otherwise they run one after the other and add.
+    pub once: bool,
+    /// Are the gradients of the norm's weights wanted?
+    pub norm: bool,
+}
+
+/// Writes the wanted gradients and returns those of the norm's weights for queries and keys (zeros when not wanted).
+///
+/// # Safety
+/// `args` has been validated against the lengths of all slices and of the tensors behind the pointers of `sinks`; these are
+/// initialised, and no other reference to them is alive.
+pub(crate) unsafe fn backward(
+    args: &Attention,
+    qkv: [&[f32]; 3],
+    norm: Option<[&[f32]; 2]>,
+    saved: &Saved<'_>,
+    sinks: &Sinks,
+) -> [Vec<f32>; 2] {
+    // SAFETY: the caller's; the processor has what it detects.
+    unsafe { backward_on(Isa::detect(), args, qkv, norm, saved, sinks) }
+}
+
+/// # Safety
+/// As for [`backward`], and the processor has `isa`.
+pub(super) unsafe fn backward_on(
+    isa: Isa,
+    args: &Attention,
+    qkv: [&[f32]; 3],
+    norm: Option<[&[f32]; 2]>,
+    saved: &Saved<'_>,
+    sinks: &Sinks,
+) -> [Vec<f32>; 2] {
+    let d = args.head_dim;
+    let operands = Operands::new(args, qkv, norm);
+    let out = Operand::plain(saved.out, args.out, d);
+    let grad = Operand::plain(saved.grad, args.out, d);
+    let units = args.batch[0] * args.batch[1] * args.heads;
+    let weights = norm.is_some() && sinks.norm;
+    // Per unit, so that their sum has a fixed order.
+    let mut parts = vec![0.0; if weights { units * 2 * align(d) } else { 0 }];
+    let shared = Shared(parts.as_mut_ptr());
+    let job = Job {
+        operands: &operands,
+        out: &out,
+        grad: &grad,
+        lse: saved.lse,
+        sinks: sinks.qkv.map(|p| (!p.is_null()).then_some(Shared(p))),
+        add: !sinks.once,
+        weights: weights.then_some(shared),
+    };
+    // SAFETY: the caller's; jobs write disjoint elements, or run one after the other.
+    let run = |i| {
+        with_scratch(job.scratch(i), |parts| unsafe {
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => job.run_avx512(i, parts),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => job.run_avx2(i, parts),
+                Isa::Portable => job.run::<Portable>(i, parts),
+            }
+        });
+    };
+    if sinks.once {
+        (0..units).into_par_iter().for_each(run);
+    } else {
+        (0..units).for_each(run);
+    }
+    [0, 1].map(|which| {
+        let sum = |c| {
+            parts.chunks_exact(2 * align(d)).map(|part| f64::from(part[which * align(d) + c])).sum::<f64>()
+        };
+        (0..d).map(|c| sum(c) as f32).collect()
+    })
+}
+
+struct Job<'a> {
+    operands: &'a Operands<'a>,
+    out: &'a Operand<'a>,
+    grad: &'a Operand<'a>,
+    lse: &'a [f32],
+    sinks: [Option<Shared>; 3],
+    /// Add to the gradients instead of overwriting them.
+    add: bool,
+    /// Per unit the gradients of the norm's weights.
+    weights: Option<Shared>,
+}
+
+/// A job's working memory.
+#[derive(Clone, Copy)]
+struct Parts {
+    keys: *mut f32,
+    key_panels: *mut f32,
+    value_panels: *mut f32,
+    d_keys: *mut f32,
+    d_values: *mut f32,
+    queries: *mut f32,
+    grads: *mut f32,
+    d_queries: *mut f32,
+    weights: *mut f32,
+    d_scores: *mut f32,
+}
+
+impl Job<'_> {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    unsafe fn run_avx512(&self, i: usize, parts: [*mut f32; 10]) {
+        // SAFETY: the caller's.
+        unsafe { self.run::<Avx512>(i, parts) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(&self, i: usize, parts: [*mut f32; 10]) {
+        // SAFETY: the caller's.
+        unsafe { self.run::<Avx2>(i, parts) }
+    }
+    fn scratch(&self, i: usize) -> [usize; 10] {
+        let args = self.operands.args;
+        let keys = valid_keys(args, unit(args, i));
+        let width = self.grad.width;
+        let (rows, block) = (align(keys) * width, QUERY_BLOCK * width);
+        let tile = QUERY_BLOCK * tile_row(key_block(keys, KEY_BLOCK));
+        [rows, rows, rows, rows, rows, block, block, block, tile, tile]
+    }
+    /// # Safety
+    /// The processor has the instructions, the operands were validated, the parts have the sizes of `scratch`.
+    #[inline(always)]
+    unsafe fn run<S: Simd>(&self, index: usize, parts: [*mut f32; 10]) {
+        let Operands { args, q, k, v } = self.operands;
+        let [keys, key_panels, value_panels, d_keys, d_values, queries, grads, d_queries, weights, d_scores] =
+            parts;
+        let p = Parts {
+            keys,
+            key_panels,
+            value_panels,
+            d_keys,
+            d_values,
+            queries,
+            grads,
+            d_queries,
+            weights,
+            d_scores,
+        };
+        let unit = unit(args, index);
+        let (valid, width, d) = (valid_keys(args, unit), q.width, args.head_dim);
+        let block = key_block(valid, KEY_BLOCK);
+        let [q_sink, k_sink, v_sink] = self.sinks;
+        let (wants_q, wants_k) = (self.takes(q, q_sink), self.takes(k, k_sink));
+        // SAFETY: every part holds what is put into it; operand rows are inside.
+        unsafe {
+            v.pack_panels::<S>(unit, valid, p.keys, p.value_panels);
+            k.pack::<S>(unit, 0..valid, p.keys);
+            p.keys.add(valid * width).write_bytes(0, (align(valid) - valid) * width);
+            for row in (0..valid).step_by(S::LANES) {
+                transpose_panel::<S>(p.keys.add(row * width), d, width, p.key_panels.add(row * width));
+            }
+            for first in (0..args.queries).step_by(QUERY_BLOCK) {
+                let rows = first..(first + QUERY_BLOCK).min(args.queries);
+                q.pack::<S>(unit, rows.clone(), p.queries);
+                self.grad.pack::<S>(unit, rows.clone(), p.grads);
+                for key in (0..valid).step_by(block) {
+                    let keys = key..(key + block).min(valid);
+                    self.tile::<S>(&p, index, unit, rows.clone(), keys, block, [wants_q, wants_k]);
+                }
+                for (i, token) in rows.enumerate() {
+                    if wants_q && valid > 0 {
+                        let grad = p.d_queries.add(i * width);
+                        let to = q_sink.map(|s| s.at(q.index(unit, token)));
+                        self.unpack::<S>(
+                            q,
+                            unit,
+                            token,
+                            grad,
+                            1.0 / (d as f32).sqrt(),
+                            to,
+                            self.weights_at(index, 0),
+                        );
+                    } else if let Some(sink) = q_sink {
+                        self.no_gradient(sink.at(q.index(unit, token)));
+                    }
+                }
+            }
+            for token in 0..args.keys {
+                let some = token < valid && args.queries > 0;
+                if wants_k && some {
+                    // Queries carry log2(e): what is left of the scale is ln(2).
+                    let to = k_sink.map(|s| s.at(k.index(unit, token)));
+                    let grad = p.d_keys.add(token * width);
+                    self.unpack::<S>(k, unit, token, grad, LN_2, to, self.weights_at(index, 1));
+                } else if let Some(sink) = k_sink {
+                    self.no_gradient(sink.at(k.index(unit, token)));
+                }
+                if let Some(sink) = v_sink {
+                    let to = sink.at(v.index(unit, token));
+                    if some {
+                        self.unpack::<S>(v, unit, token, p.d_values.add(token * width), 1.0, Some(to), None);
+                    } else {
+                        self.no_gradient(to);
+                    }
+                }
+            }
+        }
+    }
+    /// Is the gradient of the packed operand needed, for itself or for its norm's weight?
+    fn takes(&self, operand: &Operand<'_>, sink: Option<Shared>) -> bool {
+        sink.is_some() || (operand.norm.is_some() && self.weights.is_some())
+    }
+    fn weights_at(&self, index: usize, which: usize) -> Option<*mut f32> {
+        self.weights.map(|w| w.at((2 * index + which) * self.grad.width))
+    }
+    unsafe fn no_gradient(&self, to: *mut f32) {
+        if !self.add {
+            // SAFETY: the caller's row.
+            unsafe { to.write_bytes(0, self.operands.args.head_dim) };
+        }
+    }
+    /// One tile of queries by keys: probabilities, gradients of scores, and what they add to the three operands.
+    ///
+    /// # Safety
+    /// As for `run`.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn tile<S: Simd>(
+        &self,
+        p: &Parts,
+        index: usize,
+        unit: Unit,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        block: usize,
+        [wants_q, wants_k]: [bool; 2],
+    ) {
+        let args = self.operands.args;
+        let (d, width, row) = (args.head_dim, self.grad.width, tile_row(block));
+        let (d_vecs, key_vecs) = (d.div_ceil(S::LANES), keys.len().div_ceil(S::LANES));
+        let at = keys.start * width;
+        // Scores and their gradients: rows of queries times panels of keys.
+        let scores = |a, panels: *mut f32, c| Product {
+            rows: rows.len(),
+            vecs: key_vecs,
+            depth: d,
+            a,
+            a_row: width,
+            a_step: 1,
+            b: panels.wrapping_add(at),
+            b_vec: S::LANES * width,
+            b_step: S::LANES,
+            c,
+            c_row: row,
+            add: false,
+        };
+        // Sums over queries: columns of a tile times rows of queries.
+        let over_queries = |a, b, c: *mut f32| Product {
+            rows: keys.len(),
+            vecs: d_vecs,
+            depth: rows.len(),
+            a,
+            a_row: 1,
+            a_step: row,
+            b,
+            b_vec: S::LANES,
+            b_step: width,
+            c: c.wrapping_add(at),
+            c_row: width,
+            add: rows.start > 0,
+        };
+        // SAFETY: the caller's.
+        unsafe {
+            S::product(&scores(p.queries, p.key_panels, p.weights));
+            for i in 0..rows.len() {
+                let lse = S::splat(self.lse[index * args.queries + rows.start + i]);
+                let row = p.weights.add(i * row);
+                for j in 0..key_vecs {
+                    let score = row.add(j * S::LANES);
+                    S::store(score, exp2::<S>(S::sub(S::load(score), lse)));
+                }
+            }
+            if self.sinks[2].is_some() {
+                S::product(&over_queries(p.weights, p.grads, p.d_values));
+            }
+            if !wants_q && !wants_k {
+                return;
+            }
+            S::product(&scores(p.grads, p.value_panels, p.d_scores));
+            for (i, token) in rows.clone().enumerate() {
+                let mean = S::splat(self.mean_gradient::<S>(unit, token));
+                let (weights, d_scores) = (p.weights.add(i * row), p.d_scores.add(i * row));
+                for j in (0..key_vecs).map(|j| j * S::LANES) {
+                    let change = S::sub(S::load(d_scores.add(j)), mean);
+                    S::store(d_scores.add(j), S::mul(S::load(weights.add(j)), change));
+                }
+            }
+            if wants_k {
+                S::product(&over_queries(p.d_scores, p.queries, p.d_keys));
+            }
+            if wants_q {
+                S::product(&Product {
+                    rows: rows.len(),
+                    vecs: d_vecs,
+                    depth: keys.len(),
+                    a: p.d_scores,
+                    a_row: row,
+                    a_step: 1,
+                    b: p.keys.wrapping_add(at),
+                    b_vec: S::LANES,
+                    b_step: width,
+                    c: p.d_queries,
+                    c_row: width,
+                    add: keys.start > 0,
+                });
+            }
+        }
+    }
+    /// Sum over keys of weight * gradient of weight, which is the dot product of the output row and its gradient.
+    #[inline(always)]
+    unsafe fn mean_gradient<S: Simd>(&self, unit: Unit, token: usize) -> f32 {
+        let d = self.out.head_dim;
+        let at = self.out.index(unit, token);
+        let (out, grad) = (self.out.data.as_ptr().wrapping_add(at), self.grad.data.as_ptr().wrapping_add(at));
+        // SAFETY: a row of both.
+        unsafe {
+            let mut sum = S::splat(0.0);
+            for c in (0..d).step_by(S::LANES) {
+                let n = (d - c).min(S::LANES);
+                sum = S::fma(S::load_first(out.add(c), n), S::load_first(grad.add(c), n), sum);
+            }
+            S::sum(sum)
+        }
+    }
+    /// Takes the gradient of a packed row, times `factor`, back through rotation and norm: to the operand's own row, if `to` is
+    /// given, and added to its norm's weight.
+    ///
+    /// # Safety
+    /// `grad` is a padded row, `to` a row of the operand's shape, `weight` a padded row; the processor has the instructions.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn unpack<S: Simd>(
+        &self,
+        operand: &Operand<'_>,
+        unit: Unit,
+        token: usize,
+        grad: *mut f32,
+        factor: f32,
+        to: Option<*mut f32>,
+        weight: Option<*mut f32>,
+    ) {
+        let (d, width) = (operand.head_dim, operand.width);
+        let x = operand.data.as_ptr().wrapping_add(operand.index(unit, token));
+        // SAFETY: the caller's.
+        unsafe {
+            let inverse = if operand.norm.is_some() { inverse_rms::<S>(x, d) } else { 1.0 };
+            // y = x * inverse * w: with g the gradient of y, dw = x g inverse and
+            // dx = inverse (w g - x inverse² sum(x w g) / d).
+            let mut dot = S::splat(0.0);
+            for c in (0..d).step_by(S::LANES) {
+                let mut g = S::mul(S::load(grad.add(c)), S::splat(factor));
+                if let Some((cos, sin)) = &operand.rotary {
+                    let at = token * width + c;
+                    let turned = S::mul(S::swap_pairs(g), S::load(sin.as_ptr().add(at)));
+                    g = S::sub(S::mul(g, S::load(cos.as_ptr().add(at))), turned);
+                }
+                if let Some(w) = &operand.norm {
+                    let xg = S::mul(S::load_first(x.add(c), (d - c).min(S::LANES)), g);
+                    let w = S::load(w.as_ptr().add(c));
+                    dot = S::fma(xg, w, dot);
+                    g = S::mul(g, w);
+                    if let Some(weight) = weight {
+                        let sum = S::fma(xg, S::splat(inverse), S::load(weight.add(c)));
+                        S::store(weight.add(c), sum);
+                    }
+                }
+                S::store(grad.add(c), g);
+            }
+            let Some(to) = to else { return };
+            let along = S::splat(-inverse * inverse * S::sum(dot) / d as f32);
+            for c in (0..d).step_by(S::LANES) {
+                let n = (d - c).min(S::LANES);
+                let mut g = S::load(grad.add(c));
+                if operand.norm.is_some() {
+                    g = S::mul(S::fma(S::load_first(x.add(c), n), along, g), S::splat(inverse));
+                }
+                if self.add {
+                    g = S::add(g, S::load_first(to.add(c), n));
+                }
+                S::store_first(to.add(c), g, n);
+            }
+        }
+    }
+}

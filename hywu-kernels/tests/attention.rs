@@ -1,0 +1,524 @@
+//! Attention against its f64 oracle.
+
+use hywu_kernels::{
+    Error, Result, Tape, Tensor, Var,
+    ops::attention::{
+        Attention, Layout, NormWeights, QkNorm, Rotary, Wanted, attention, backward, forward, rotary_table,
+    },
+    reference,
+    testing::{assert_close, check_gradients, random},
+};
+use proptest::prelude::*;
+
+const TOLERANCE: f64 = 1e-5;
+const EDGES: [usize; 10] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129];
+
+/// [batch, tokens, heads, head_dim] for every operand.
+fn dense(batch: usize, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Attention {
+    let row = heads * head_dim;
+    let layout = |tokens| Layout { offset: 0, batch: [tokens * row, 0], token: row, head: head_dim };
+    Attention {
+        batch: [batch, 1],
+        queries,
+        keys,
+        heads,
+        head_dim,
+        q: layout(queries),
+        k: layout(keys),
+        v: layout(keys),
+        out: layout(queries),
+        out_shape: vec![batch, queries, row],
+        key_lengths: None,
+        rotary: None,
+    }
+}
+
+/// A fused projection: q, k and v side by side in [batch, tokens, 3 * heads * head_dim].
+fn fused(batch: usize, tokens: usize, heads: usize, head_dim: usize) -> Attention {
+    let mut args = dense(batch, tokens, tokens, heads, head_dim);
+    let row = heads * head_dim;
+    let layout = |offset| Layout { offset, batch: [3 * tokens * row, 0], token: 3 * row, head: head_dim };
+    (args.q, args.k, args.v) = (layout(0), layout(row), layout(2 * row));
+    args
+}
+
+/// The layer axis of [batch, layers, positions, heads * head_dim]: every position attends over layers.
+fn layer_axis(batch: usize, layers: usize, positions: usize, heads: usize, head_dim: usize) -> Attention {
+    let row = heads * head_dim;
+    let mut args = dense(batch, layers, layers, heads, head_dim);
+    args.batch = [batch, positions];
+    let layout =
+        Layout { offset: 0, batch: [layers * positions * row, row], token: positions * row, head: head_dim };
+    (args.q, args.k, args.v, args.out) = (layout, layout, layout, layout);
+    args.out_shape = vec![batch, layers, positions, row];
+    args
+}
+
+fn with_rotary(mut args: Attention) -> Attention {
+    let table = |tokens: usize, from: usize| {
+        let positions: Vec<_> = (0..tokens).map(|t| vec![(from + 3 * t) as u32]).collect();
+        rotary_table(&positions, &[args.head_dim]).unwrap()
+    };
+    args.rotary = Some((table(args.queries, 0), table(args.keys, 5)));
+    args
+}
+
+/// Random operands of a dense call.
+fn operands(args: &Attention, seed: u64) -> [Tensor; 3] {
+    let shape = |tokens| [args.batch[0] * args.batch[1], tokens, args.heads * args.head_dim];
+    [
+        random(seed, &shape(args.queries)),
+        random(seed + 1, &shape(args.keys)),
+        random(seed + 2, &shape(args.keys)),
+    ]
+}
+
+/// Weights around 1.
+fn norm_weights(d: usize) -> [Tensor; 2] {
+    [1, 2].map(|seed| {
+        let mut weight = random(seed, &[d]);
+        weight.data_mut().iter_mut().for_each(|w| *w = 1.0 + 0.3 * *w);
+        weight
+    })
+}
+
+fn wide(x: &Tensor) -> Vec<f64> {
+    x.data().iter().map(|&x| f64::from(x)).collect()
+}
+
+fn run(args: &Attention, [q, k, v]: &[Tensor; 3]) -> Tensor {
+    forward(args, q, k, v, None).unwrap().out
+}
+
+#[track_caller]
+fn check(args: &Attention, [q, k, v]: [&Tensor; 3], norm: Option<&[Tensor; 2]>) {
+    let weights = norm.map(|[q, k]| NormWeights { q, k });
+    let actual = forward(args, q, k, v, weights).unwrap();
+    let wide_norm = norm.map(|[q, k]| (wide(q), wide(k)));
+    let wide_norm = wide_norm.as_ref().map(|(q, k)| (q.as_slice(), k.as_slice()));
+    let expected = reference::attention::attention(args, &wide(q), &wide(k), &wide(v), wide_norm);
+    assert_eq!(actual.out.shape(), args.out_shape);
+    assert_close(actual.out.data(), &expected, TOLERANCE);
+}
+
+#[track_caller]
+fn check_dense(args: &Attention, seed: u64, norm: bool) {
+    let [q, k, v] = operands(args, seed);
+    let weights = norm_weights(args.head_dim);
+    check(args, [&q, &k, &v], norm.then_some(&weights));
+}
+
+#[test]
+fn every_length_around_the_tile_edges() {
+    for (i, queries) in EDGES.into_iter().enumerate() {
+        for (j, keys) in EDGES.into_iter().enumerate() {
+            check_dense(&dense(1, queries, keys, 2, [32, 64, 128][(i + j) % 3]), 1, false);
+        }
+    }
+}
+
+#[test]
+fn more_than_one_block_of_keys() {
+    for keys in [255, 256, 257, 511, 512, 513] {
+        check_dense(&dense(1, 25, keys, 1, 64), 2, false);
+    }
+    check_dense(&dense(1, 3, 4096 + 257, 1, 64), 3, false);
+    check_dense(&with_rotary(dense(1, 2, 4096 + 257, 2, 32)), 4, true);
+}
+
+#[test]
+fn every_kind_of_head_dim() {
+    for d in [2, 4, 6, 8, 10, 14, 16, 18, 30, 34, 48, 66, 80, 96, 130, 254, 256] {
+        check_dense(&with_rotary(dense(1, 7, 19, 2, d)), 5, true);
+        check_dense(&dense(2, 19, 7, 1, d), 6, false);
+    }
+}
+
+#[test]
+fn norm_and_rotation_of_a_fused_projection() {
+    for tokens in [1, 17, 84] {
+        let args = with_rotary(fused(2, tokens, 3, 64));
+        let qkv = random(7, &[2, tokens, 3 * 3 * 64]);
+        check(&args, [&qkv, &qkv, &qkv], Some(&norm_weights(64)));
+        check(&args, [&qkv, &qkv, &qkv], None);
+    }
+}
+
+#[test]
+fn layer_axis_without_a_copy() {
+    let args = with_rotary(layer_axis(2, 6, 9, 2, 32));
+    let shape = [2, 6, 9, 64];
+    check(&args, [&random(1, &shape), &random(2, &shape), &random(3, &shape)], None);
+}
+
+#[test]
+fn key_lengths_mask_and_a_row_without_keys_is_zero() {
+    let mut args = dense(4, 10, 40, 2, 32);
+    args.key_lengths = Some(vec![40, 0, 1, 17]);
+    let [q, k, mut v] = operands(&args, 8);
+    check(&args, [&q, &k, &v], None);
+    // What is masked can be anything.
+    let before = forward(&args, &q, &k, &v, None).unwrap();
+    v.data_mut()[40 * 64..80 * 64].fill(f32::NAN);
+    let after = forward(&args, &q, &k, &v, None).unwrap();
+    assert_eq!(before.out.data(), after.out.data());
+    assert!(after.out.data()[10 * 64..20 * 64].iter().all(|&x| x == 0.0));
+    // The masked tail is as if it were not there.
+    let row = |from: usize, len: usize, x: &Tensor| {
+        Tensor::new(&[1, len / 64, 64], x.data()[from..from + len].to_vec()).unwrap()
+    };
+    let alone = run(
+        &dense(1, 10, 17, 2, 32),
+        &[row(3 * 10 * 64, 640, &q), row(3 * 40 * 64, 17 * 64, &k), row(3 * 40 * 64, 17 * 64, &v)],
+    );
+    assert_eq!(alone.data(), &before.out.data()[30 * 64..]);
+}
+
+#[test]
+fn large_equal_and_hot_logits() {
+    let args = dense(1, 20, 300, 1, 64);
+    // Logits of +-80: the rows of q and k are +-1 times one direction.
+    let [mut q, mut k, v] = operands(&args, 9);
+    let size = (80.0f32 * 8.0 / 64.0).sqrt();
+    for (t, x) in [(0, &mut q), (1, &mut k)] {
+        for (i, row) in x.data_mut().chunks_exact_mut(64).enumerate() {
+            row.fill(if (i + t) % 3 == 0 { -size } else { size });
+        }
+    }
+    check(&args, [&q, &k, &v], None);
+    // All logits equal: the mean of v.
+    k.data_mut().fill(size);
+    check(&args, [&q, &k, &v], None);
+    // One hot key in the second block, far above all others.
+    k.data_mut().fill(-size);
+    k.data_mut()[299 * 64..].fill(size);
+    q.data_mut().fill(size);
+    let out = run(&args, &[q, k, v.clone()]);
+    for row in out.data().chunks_exact(64) {
+        assert_eq!(row, &v.data()[299 * 64..]);
+    }
+}
+
+#[test]
+fn infinite_scores() {
+    let args = dense(1, 1, 300, 1, 2);
+    let [mut q, mut k, v] = operands(&args, 9);
+    q.data_mut().copy_from_slice(&[1.0, 0.0]);
+    k.data_mut().fill(0.0);
+    // Minus infinity for the whole first block of keys is weight zero.
+    k.data_mut().iter_mut().step_by(2).take(299).for_each(|k| *k = f32::NEG_INFINITY);
+    assert_eq!(run(&args, &[q.clone(), k.clone(), v.clone()]).data(), &v.data()[598..]);
+    k.data_mut()[598] = f32::NEG_INFINITY;
+    assert!(run(&args, &[q, k, v]).data().iter().all(|x| x.is_nan()));
+}
+
+#[test]
+fn nan_reaches_the_rows_that_see_it() {
+    let args = dense(1, 30, 300, 2, 32);
+    let [q, k, v] = operands(&args, 10);
+    let nan_heads = |out: &Tensor| -> Vec<bool> {
+        out.data().chunks_exact(32).map(|row| row.iter().all(|x| x.is_nan())).collect()
+    };
+    let any_nan = |out: &Tensor| out.data().iter().filter(|x| x.is_nan()).count();
+    let mut bad = q.clone();
+    bad.data_mut()[25 * 64 + 40] = f32::NAN;
+    let out = run(&args, &[bad, k.clone(), v.clone()]);
+    assert_eq!((any_nan(&out), nan_heads(&out)[25 * 2 + 1]), (32, true));
+    for key in [0, 150, 299] {
+        let mut bad = k.clone();
+        bad.data_mut()[key * 64 + 3] = f32::NAN;
+        let out = run(&args, &[q.clone(), bad, v.clone()]);
+        assert!(nan_heads(&out).chunks_exact(2).all(|heads| heads == [true, false]));
+        let mut bad = v.clone();
+        bad.data_mut()[key * 64 + 3] = f32::NAN;
+        let out = run(&args, &[q.clone(), k.clone(), bad]);
+        assert_eq!(any_nan(&out), 30);
+        assert!(out.data().iter().skip(3).step_by(64).all(|x| x.is_nan()));
+    }
+}
+
+/// Output, gradient of a fused projection and gradients of the norm's weights.
+fn everything(args: &Attention, qkv: &Tensor, grad: &Tensor) -> [Vec<f32>; 4] {
+    let [q, k] = norm_weights(args.head_dim);
+    let norm = Some(NormWeights { q: &q, k: &k });
+    let saved = forward(args, qkv, qkv, qkv, norm).unwrap();
+    let wanted = Wanted { slots: [Some(0); 3], norm: true };
+    let result = backward(args, [qkv; 3], norm, &saved, grad, wanted).unwrap();
+    let (dq, dk) = result.norm.unwrap();
+    [&saved.out, &result.slots[0], &dq, &dk].map(|t| t.data().to_vec())
+}
+
+#[test]
+fn the_rest_of_the_batch_does_not_show() {
+    let args = with_rotary(fused(3, 65, 2, 32));
+    let (qkv, grad) = (random(11, &[3, 65, 192]), random(12, &[3, 65, 64]));
+    let turned = |x: &Tensor| {
+        let mut data = x.data().to_vec();
+        data.rotate_left(x.numel() / 3);
+        Tensor::new(x.shape(), data).unwrap()
+    };
+    let [out, d_qkv, _, _] = everything(&args, &qkv, &grad);
+    let [turned_out, turned_d_qkv, _, _] = everything(&args, &turned(&qkv), &turned(&grad));
+    for (x, y) in [(out, turned_out), (d_qkv, turned_d_qkv)] {
+        let third = x.len() / 3;
+        assert_eq!(x[third..], y[..2 * third]);
+        assert_eq!(x[..third], y[2 * third..]);
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_show() {
+    // One unit: cut into runs of queries by the number of threads.
+    for (batch, heads) in [(1, 1), (2, 3)] {
+        let args = with_rotary(fused(batch, 129, heads, 32));
+        let qkv = random(13, &[batch, 129, 96 * heads]);
+        let grad = random(14, &[batch, 129, 32 * heads]);
+        let with = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| everything(&args, &qkv, &grad))
+        };
+        let one = with(1);
+        assert_eq!(one, with(2));
+        assert_eq!(one, with(7));
+    }
+}
+
+/// Gradients of every distinct operand (and of the norm's weights) against differences of the oracle. `sources` says which input each of
+/// q, k and v is read from.
+#[track_caller]
+fn check_backward(
+    args: &Attention,
+    mut inputs: Vec<Tensor>,
+    sources: [usize; 3],
+    norm: bool,
+    samples: usize,
+) {
+    if norm {
+        inputs.extend(norm_weights(args.head_dim));
+    }
+    let n = inputs.len();
+    check_gradients(
+        &inputs,
+        |tape: &Tape, vars: &[Var]| -> Result<Var> {
+            let [q, k, v] = sources.map(|i| &vars[i]);
+            let norm = norm.then(|| QkNorm { q: vars[n - 2].clone(), k: vars[n - 1].clone() });
+            attention(tape, args, q, k, v, norm.as_ref())
+        },
+        |x| {
+            let [q, k, v] = sources.map(|i| x[i].as_slice());
+            let norm = norm.then(|| (x[n - 2].as_slice(), x[n - 1].as_slice()));
+            reference::attention::attention(args, q, k, v, norm)
+        },
+        samples,
+        1e-4,
+    );
+}
+
+#[test]
+fn gradients_of_separate_operands() {
+    for (queries, keys, d) in [(1, 1, 2), (5, 7, 16), (17, 15, 6), (49, 20, 8), (6, 130, 34)] {
+        let args = dense(2, queries, keys, 2, d);
+        check_backward(&args, operands(&args, 15).to_vec(), [0, 1, 2], false, 12);
+        check_backward(&with_rotary(args.clone()), operands(&args, 16).to_vec(), [0, 1, 2], true, 12);
+    }
+}
+
+#[test]
+fn gradients_across_blocks_of_queries_and_keys() {
+    let args = with_rotary(dense(1, 97, 260, 1, 16));
+    check_backward(&args, operands(&args, 17).to_vec(), [0, 1, 2], true, 8);
+}
+
+#[test]
+fn gradients_of_a_fused_projection() {
+    let args = with_rotary(fused(2, 13, 2, 16));
+    check_backward(&args, vec![random(18, &[2, 13, 96])], [0, 0, 0], true, 40);
+    check_backward(&args, vec![random(18, &[2, 13, 96])], [0, 0, 0], false, 40);
+    // Room between the projections gets gradient zero.
+    let mut args = fused(1, 5, 1, 8);
+    for l in [&mut args.q, &mut args.k, &mut args.v] {
+        l.token = 40;
+        l.batch[0] = 200;
+    }
+    check_backward(&args, vec![random(19, &[5, 40])], [0, 0, 0], true, 200);
+    // A fused projection of keys and values.
+    let mut args = dense(2, 6, 9, 2, 8);
+    (args.k.token, args.k.batch[0]) = (32, 9 * 32);
+    args.v = Layout { offset: 16, ..args.k };
+    check_backward(&args, vec![random(20, &[2, 6, 16]), random(21, &[2, 9, 32])], [0, 1, 1], false, 40);
+}
+
+#[test]
+fn gradients_with_masked_keys() {
+    let mut args = with_rotary(dense(3, 6, 20, 1, 8));
+    args.key_lengths = Some(vec![0, 20, 3]);
+    check_backward(&args, operands(&args, 22).to_vec(), [0, 1, 2], true, 60);
+}
+
+#[test]
+fn gradients_of_elements_that_several_rows_read() {
+    // Two heads of queries on one head of keys and values, and one batch of keys for all.
+    let mut args = dense(3, 5, 7, 2, 8);
+    for l in [&mut args.k, &mut args.v] {
+        *l = Layout { offset: 0, batch: [0, 0], token: 8, head: 0 };
+    }
+    check_backward(
+        &args,
+        vec![random(23, &[3, 5, 16]), random(24, &[7, 8]), random(25, &[7, 8])],
+        [0, 1, 2],
+        true,
+        40,
+    );
+    // Keys that are values that are queries.
+    let args = dense(2, 9, 9, 2, 8);
+    check_backward(&args, vec![random(26, &[2, 9, 16])], [0, 0, 0], false, 60);
+}
+
+#[test]
+fn only_what_is_wanted() {
+    let args = with_rotary(dense(2, 19, 33, 2, 16));
+    let [q, k, v] = operands(&args, 27);
+    let [wq, wk] = norm_weights(16);
+    let norm = Some(NormWeights { q: &wq, k: &wk });
+    let saved = forward(&args, &q, &k, &v, norm).unwrap();
+    let grad = random(28, &args.out_shape);
+    let run = |slots, norm_too| {
+        let wanted = Wanted { slots, norm: norm_too };
+        backward(&args, [&q, &k, &v], norm, &saved, &grad, wanted).unwrap()
+    };
+    let all = run([Some(0), Some(1), Some(2)], true);
+    for i in 0..3 {
+        let mut slots = [None; 3];
+        slots[i] = Some(0);
+        let one = run(slots, false);
+        assert_eq!(one.slots.len(), 1);
+        assert_eq!(one.slots[0].data(), all.slots[i].data());
+        assert!(one.norm.is_none());
+    }
+    let weights = run([None; 3], true).norm.unwrap();
+    let all_weights = all.norm.unwrap();
+    assert_eq!(weights.0.data(), all_weights.0.data());
+    assert_eq!(weights.1.data(), all_weights.1.data());
+}
+
+#[test]
+fn empty_calls() {
+    let none = dense(2, 0, 5, 1, 4);
+    assert_eq!(run(&none, &operands(&none, 29)).numel(), 0);
+    let args = dense(2, 3, 0, 1, 4);
+    let [q, k, v] = operands(&args, 30);
+    assert_eq!(run(&args, &[q.clone(), k.clone(), v.clone()]).data(), [0.0; 24]);
+    check_backward(&args, vec![q], [0, 0, 0], false, 24);
+}
+
+#[test]
+fn bad_arguments_are_typed_errors() {
+    let good = dense(2, 3, 5, 2, 8);
+    let [q, k, v] = operands(&good, 31);
+    let shape = |args: &Attention| matches!(forward(args, &q, &k, &v, None), Err(Error::Shape { .. }));
+    let invalid = |args: &Attention| matches!(forward(args, &q, &k, &v, None), Err(Error::Invalid { .. }));
+    let change = |f: fn(&mut Attention)| {
+        let mut args = good.clone();
+        f(&mut args);
+        args
+    };
+    assert!(forward(&good, &q, &k, &v, None).is_ok());
+    assert!(invalid(&change(|a| a.head_dim = 7)));
+    assert!(invalid(&change(|a| a.head_dim = 0)));
+    assert!(invalid(&change(|a| a.head_dim = 258)));
+    assert!(shape(&change(|a| a.q.offset = 1)));
+    assert!(shape(&change(|a| a.k.token = 17)));
+    assert!(shape(&change(|a| a.v.head = 9)));
+    assert!(shape(&change(|a| a.k.batch[0] = usize::MAX)));
+    assert!(shape(&change(|a| a.k.offset = usize::MAX)));
+    assert!(shape(&change(|a| a.out.offset = 1)));
+    assert!(shape(&change(|a| a.out.head = 0)));
+    assert!(shape(&change(|a| a.out_shape = vec![2, 3, 17])));
+    assert!(shape(&change(|a| a.key_lengths = Some(vec![5]))));
+    assert!(invalid(&change(|a| a.key_lengths = Some(vec![5, 6]))));
+    let table = |tokens, half| {
+        let cos = Tensor::zeros(&[tokens, half]);
+        Rotary { sin: cos.clone(), cos }
+    };
+    for (tokens_q, tokens_k, half, right) in
+        [(3, 5, 4, true), (2, 5, 4, false), (3, 4, 4, false), (3, 5, 3, false)]
+    {
+        let args = Attention { rotary: Some((table(tokens_q, half), table(tokens_k, half))), ..good.clone() };
+        assert_eq!(shape(&args), !right);
+    }
+    let (w8, w7) = (Tensor::zeros(&[8]), Tensor::zeros(&[7]));
+    let normed =
+        |q_weight, k_weight| forward(&good, &q, &k, &v, Some(NormWeights { q: q_weight, k: k_weight }));
+    assert!(normed(&w8, &w8).is_ok());
+    assert!(matches!(normed(&w7, &w8), Err(Error::Shape { .. })));
+    assert!(matches!(normed(&w8, &w7), Err(Error::Shape { .. })));
+    let saved = forward(&good, &q, &k, &v, None).unwrap();
+    let back = |slots, grad: &Tensor| {
+        backward(&good, [&q, &k, &v], None, &saved, grad, Wanted { slots, norm: false })
+    };
+    assert!(back([Some(0), Some(1), Some(2)], &saved.out).is_ok());
+    assert!(matches!(back([Some(0), None, Some(2)], &saved.out), Err(Error::Invalid { .. })));
+    assert!(matches!(back([Some(usize::MAX), None, None], &saved.out), Err(Error::Invalid { .. })));
+    assert!(matches!(back([Some(0), Some(0), None], &saved.out), Err(Error::Shape { .. })));
+    assert!(matches!(back([Some(0), None, None], &q.reshape(&[96]).unwrap()), Ok(_)));
+    assert!(matches!(back([Some(0), None, None], &k), Err(Error::Shape { .. })));
+}
+
+#[test]
+fn rotary_tables() {
+    // Two axes of widths 8 and 4; frequencies 10000^(-2m / width).
+    let table = rotary_table(&[vec![0, 0], vec![3, 12_500]], &[8, 4]).unwrap();
+    assert_eq!(table.cos.shape(), [2, 6]);
+    assert_eq!(
+        (table.cos.data()[..6].to_vec(), table.sin.data()[..6].to_vec()),
+        (vec![1.0; 6], vec![0.0; 6])
+    );
+    let angles = [3.0, 0.3, 0.03, 0.003, 12_500.0, 125.0f64];
+    for (i, angle) in angles.into_iter().enumerate() {
+        assert!((f64::from(table.cos.data()[6 + i]) - angle.cos()).abs() < 1e-5, "angle {angle}");
+        assert!((f64::from(table.sin.data()[6 + i]) - angle.sin()).abs() < 1e-5, "angle {angle}");
+    }
+    // The angle is rounded to f32: 12500 * 10000^(-2/128) = 10824.6.. has a spacing of 2^-10.
+    let table = rotary_table(&[vec![12_500]], &[128]).unwrap();
+    let rounded = 12_500.0f32 * (1.0 / 10_000.0f64.powf(2.0 / 128.0) as f32);
+    assert_eq!(table.cos.data()[1], f64::from(rounded).cos() as f32);
+    let exact = 12_500.0 / 10_000.0f64.powf(2.0 / 128.0);
+    assert!((f64::from(rounded) - exact).abs() > 1e-5);
+    assert!(matches!(rotary_table(&[vec![1]], &[3]), Err(Error::Invalid { .. })));
+    assert!(matches!(rotary_table(&[vec![1, 2]], &[4]), Err(Error::Invalid { .. })));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Any sizes, any order of the axes of every operand.
+    #[test]
+    fn any_shape_and_order_of_axes(
+        sizes in [1usize..4, 1..4, 1..40, 1..40, 1..4, 1..21],
+        orders in prop::array::uniform4(Just([0usize, 1, 2, 3]).prop_shuffle()),
+        norm: bool,
+        rotary: bool,
+    ) {
+        let [b0, b1, queries, keys, heads, half] = sizes;
+        let mut args = dense(b0, queries, keys, heads, 2 * half);
+        args.batch[1] = b1;
+        let layout = |order: [usize; 4], tokens| {
+            let sizes = [b0, b1, tokens, heads];
+            let mut strides = [0; 4];
+            let mut next = 2 * half;
+            for axis in order {
+                strides[axis] = next;
+                next *= sizes[axis];
+            }
+            Layout { offset: 0, batch: [strides[0], strides[1]], token: strides[2], head: strides[3] }
+        };
+        args.q = layout(orders[0], queries);
+        args.k = layout(orders[1], keys);
+        args.v = layout(orders[2], keys);
+        args.out = layout(orders[3], queries);
+        args.out_shape = vec![b0 * b1 * queries * heads * 2 * half];
+        let args = if rotary { with_rotary(args) } else { args };
+        let [q, k, v] = operands(&args, 32);
+        check(&args, [&q, &k, &v], norm.then_some(&norm_weights(2 * half)));
+    }
+}
