@@ -246,7 +246,7 @@ pub(crate) unsafe fn forward(
 
 /// # Safety
 /// As for [`forward`], and the processor has `isa`.
-unsafe fn forward_on(
+pub(super) unsafe fn forward_on(
     isa: Isa,
     args: &Attention,
     qkv: [&[f32]; 3],

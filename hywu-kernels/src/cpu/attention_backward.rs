@@ -81,8 +81,8 @@ pub(super) unsafe fn backward_on(
         add: !sinks.once,
         weights: weights.then_some(shared),
     };
-    // SAFETY: the caller's; jobs write disjoint elements, or run one after the other.
     let run = |i| {
+        // SAFETY: the caller's; jobs write disjoint elements, or run one after the other.
         with_scratch(job.scratch(i), |parts| unsafe {
             match isa {
                 #[cfg(target_arch = "x86_64")]
@@ -415,6 +415,91 @@ impl Job<'_> {
                     g = S::add(g, S::load_first(to.add(c), n));
                 }
                 S::store_first(to.add(c), g, n);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::attention::forward_on;
+    use super::*;
+    use crate::{
+        Tensor,
+        ops::attention::{Layout, Rotary},
+        reference,
+    };
+
+    /// Numbers between -1.5 and 1.5 without a pattern that matters.
+    fn numbers(seed: usize, n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 104_729) % 10_007) as f32 / 3335.7 - 1.5).collect()
+    }
+
+    fn distance(a: &[f32], b: &[f64]) -> f64 {
+        let square = |x: f64| x * x;
+        let difference: f64 = a.iter().zip(b).map(|(&a, b)| square(f64::from(a) - b)).sum();
+        (difference / b.iter().map(|b| square(*b)).sum::<f64>()).sqrt()
+    }
+
+    /// Whatever the processor would choose, the narrower instruction sets are right as well.
+    #[test]
+    fn every_instruction_set() {
+        // Ragged in queries, keys and channels, with more than one block of each.
+        let (queries, keys, d) = (50, 261, 22);
+        let layout = |tokens: usize| Layout { offset: 0, batch: [tokens * d, 0], token: d, head: 0 };
+        let table = |n: usize| {
+            let angles = numbers(1, n * d / 2);
+            let table = |f: fn(f32) -> f32| {
+                Tensor::build(&[n, d / 2], |t| {
+                    t.copy_from_slice(&angles.iter().map(|&a| f(a)).collect::<Vec<_>>())
+                })
+            };
+            Rotary { cos: table(f32::cos), sin: table(f32::sin) }
+        };
+        let args = Attention {
+            batch: [2, 1],
+            queries,
+            keys,
+            heads: 1,
+            head_dim: d,
+            q: layout(queries),
+            k: layout(keys),
+            v: layout(keys),
+            out: layout(queries),
+            out_shape: vec![2, queries, d],
+            key_lengths: Some(vec![keys, 150]),
+            rotary: Some((table(queries), table(keys))),
+        };
+        let [q, k, v] = [(2, queries), (3, keys), (4, keys)].map(|(seed, n)| numbers(seed, 2 * n * d));
+        let norm = [numbers(5, d), numbers(6, d)];
+        let grad = numbers(7, q.len());
+        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let weights = (wide(&norm[0]), wide(&norm[1]));
+        let expected = reference::attention::attention(
+            &args,
+            &wide(&q),
+            &wide(&k),
+            &wide(&v),
+            Some((&weights.0, &weights.1)),
+        );
+        let mut first: Option<Vec<Vec<f64>>> = None;
+        for isa in Isa::available() {
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 2 * queries]);
+            let mut grads = [&q, &k, &v].map(|x| vec![f32::NAN; x.len()]);
+            let norm = Some([norm[0].as_slice(), norm[1].as_slice()]);
+            let qkv = [q.as_slice(), k.as_slice(), v.as_slice()];
+            let sinks = Sinks { qkv: grads.each_mut().map(|g| g.as_mut_ptr()), once: true, norm: true };
+            // SAFETY: the layouts cover all operands exactly once, and the processor has what is available.
+            let weights = unsafe {
+                forward_on(isa, &args, qkv, norm, &mut out, &mut lse);
+                backward_on(isa, &args, qkv, norm, &Saved { out: &out, lse: &lse, grad: &grad }, &sinks)
+            };
+            assert!(distance(&out, &expected) < 1e-5, "{isa:?}");
+            let all: Vec<Vec<f32>> = grads.into_iter().chain(weights).collect();
+            let first = first.get_or_insert_with(|| all.iter().map(|x| wide(x)).collect());
+            for (i, (a, b)) in all.iter().zip(first).enumerate() {
+                let error = distance(a, b);
+                assert!(error < 1e-5, "{isa:?}: gradient {i}, relative difference {error}");
             }
         }
     }

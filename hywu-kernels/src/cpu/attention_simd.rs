@@ -1,6 +1,11 @@
 //! The vector code of attention: one trait over the instruction sets, and on it the base-2 exponential, the register-tiled
 //! matrix product and the block transpose that forward and backward are made of.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "indices count registers and address memory through pointers alike"
+)]
+
 /// A set of vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Isa {
@@ -151,22 +156,26 @@ pub(super) struct Product {
 unsafe fn product_body<S: Simd, const MR: usize, const NV: usize>(p: &Product) {
     let mut v = 0;
     while v < p.vecs {
-        let wide = p.vecs - v >= NV;
+        let wide = (p.vecs - v).min(NV);
         let mut i = 0;
         while i < p.rows {
             let tall = p.rows - i >= MR;
             // SAFETY: rows i.. and vectors v.. of the operands, as many as the tile takes, are inside.
             unsafe {
                 match (tall, wide) {
-                    (true, true) => tile::<S, MR, NV>(p, i, v),
-                    (true, false) => tile::<S, MR, 1>(p, i, v),
-                    (false, true) => tile::<S, 1, NV>(p, i, v),
-                    (false, false) => tile::<S, 1, 1>(p, i, v),
+                    (true, 1) => tile::<S, MR, 1>(p, i, v),
+                    (true, 2) => tile::<S, MR, 2>(p, i, v),
+                    (true, 3) => tile::<S, MR, 3>(p, i, v),
+                    (true, _) => tile::<S, MR, NV>(p, i, v),
+                    (false, 1) => tile::<S, 1, 1>(p, i, v),
+                    (false, 2) => tile::<S, 1, 2>(p, i, v),
+                    (false, 3) => tile::<S, 1, 3>(p, i, v),
+                    (false, _) => tile::<S, 1, NV>(p, i, v),
                 }
             }
             i += if tall { MR } else { 1 };
         }
-        v += if wide { NV } else { 1 };
+        v += wide;
     }
 }
 
@@ -522,6 +531,38 @@ mod x86 {
         #[inline(always)]
         unsafe fn product(p: &Product) {
             unsafe { product_avx512(p) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exp2_of<S: Simd>(t: f32) -> f32 {
+        // SAFETY: the caller has checked that the processor has the instructions.
+        unsafe { S::largest(exp2::<S>(S::splat(t))) }
+    }
+
+    #[test]
+    fn exp2_is_accurate_and_keeps_the_special_values() {
+        for isa in Isa::available() {
+            let f = match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => exp2_of::<Avx512>,
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => exp2_of::<Avx2>,
+                Isa::Portable => exp2_of::<Portable>,
+            };
+            for i in -125_999..=100_000 {
+                let t = i as f32 * 1e-3;
+                let expected = f64::from(t).exp2();
+                let error = (f64::from(f(t)) - expected).abs() / expected;
+                assert!(error < 2e-7, "{isa:?}: 2^{t}, relative error {error}");
+            }
+            assert_eq!([f(0.0), f(-1.0), f(-126.0)], [1.0, 0.5, f32::MIN_POSITIVE]);
+            assert_eq!([f(-126.5), f(-1e30), f(f32::NEG_INFINITY)], [0.0; 3]);
+            assert!(f(f32::NAN).is_nan());
         }
     }
 }

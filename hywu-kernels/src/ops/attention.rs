@@ -154,7 +154,7 @@ impl Attention {
     /// Checks everything that the kernels rely on.
     fn validate(&self, [q, k, v]: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<()> {
         let d = self.head_dim;
-        if d % 2 != 0 || !(2..=256).contains(&d) {
+        if !d.is_multiple_of(2) || !(2..=256).contains(&d) {
             return Err(Error::invalid(OP, format!("head_dim is {d}, expected an even number in 2..=256")));
         }
         self.in_bounds("q", &self.q, self.queries, q)?;
@@ -390,7 +390,7 @@ pub fn attention(
 /// [`Error::Invalid`] when a width is odd or a position has another number of coordinates than there are axes.
 pub fn rotary_table(positions: &[Vec<u32>], widths: &[usize]) -> Result<Rotary> {
     const THETA: f64 = 10_000.0;
-    if widths.iter().any(|w| w % 2 != 0) {
+    if widths.iter().any(|w| !w.is_multiple_of(2)) {
         return Err(Error::invalid(
             "rotary table",
             format!("axis widths are {widths:?}, expected even numbers"),
