@@ -1,4 +1,4 @@
-use crate::{AdapterSpec, Result};
+use crate::{AdapterSpec, Checkpoint, Dtype, Error, Result, TensorWriter};
 use indexmap::IndexMap;
 use ndarray::ArrayD;
 use std::{collections::BTreeMap, path::Path};
@@ -31,22 +31,106 @@ impl Adapter {
     pub fn batch(&self) -> usize {
         self.modules.values().next().map_or(0, |m| m.lora_a.shape()[0])
     }
+
     /// Checks that every module of `spec` is there with the right shape and nothing else is, and that all is finite.
     ///
     /// # Errors
     /// [`crate::Error::Adapter`] listing missing and unused modules, wrong shapes or the first non-finite value.
     pub fn check(&self, spec: &AdapterSpec) -> Result<()> {
-        let _ = spec;
-        todo!()
+        let wanted: Vec<String> = spec.module_names().collect();
+        let missing: Vec<&String> = wanted.iter().filter(|n| !self.modules.contains_key(*n)).collect();
+        let unused: Vec<&String> = self.modules.keys().filter(|n| !wanted.contains(n)).collect();
+        if !missing.is_empty() || !unused.is_empty() {
+            return Err(Error::Adapter(format!("missing modules: {missing:?}; unused modules: {unused:?}")));
+        }
+        let batch = self.batch();
+        for (i, name) in wanted.iter().enumerate() {
+            let (module, lora) = (&spec.modules[i % spec.modules.len()], &self.modules[name]);
+            let (a, b) = (lora.lora_a.shape(), lora.lora_b.shape());
+            // Any rank will do, as long as both sides have it.
+            let rank = a.get(a.len().wrapping_sub(2)).copied().unwrap_or(0);
+            let shape = |matrix: [usize; 2]| {
+                [batch].into_iter().chain(module.experts).chain(matrix).collect::<Vec<_>>()
+            };
+            let (want_a, want_b) = (shape([rank, module.in_dim]), shape([module.out_dim, rank]));
+            if rank == 0 || batch == 0 || a != want_a || b != want_b {
+                let what =
+                    format!("`{name}` has lora_A {a:?} and lora_B {b:?}, expected {want_a:?} and {want_b:?}");
+                return Err(Error::Adapter(what));
+            }
+            if let Some(bad) = lora.lora_a.iter().chain(&lora.lora_b).find(|x| !x.is_finite()) {
+                return Err(Error::Adapter(format!("`{name}` holds {bad}")));
+            }
+        }
+        if !self.scale.is_finite() {
+            return Err(Error::Adapter(format!("scale {} is not finite", self.scale)));
+        }
+        Ok(())
     }
+
     /// Reads a file written by [`Adapter::save`].
+    ///
+    /// # Errors
+    /// A damaged file, NaN or infinity, a tensor that is neither `scale` nor a lora_A / lora_B, or one of a pair without the other.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let _ = path.as_ref();
-        todo!()
+        let file = Checkpoint::open(path.as_ref())?;
+        let bad = |what: String| Error::checkpoint(file.path(), what);
+        let scale = file.read_shaped("scale", &[])?;
+        let mut modules = IndexMap::new();
+        for name in file.names() {
+            if let Some(module) = name.strip_suffix(".lora_A") {
+                let (lora_a, lora_b) = (file.read(name)?, file.read(&format!("{module}.lora_B"))?);
+                if lora_a.ndim() < 3 || lora_b.ndim() != lora_a.ndim() {
+                    let (a, b) = (lora_a.shape(), lora_b.shape());
+                    return Err(bad(format!(
+                        "`{module}` has lora_A {a:?} and lora_B {b:?}, expected [batch, r, in] and [batch, out, r]"
+                    )));
+                }
+                modules.insert(module.to_owned(), Lora { lora_a, lora_b });
+            } else if let Some(module) = name.strip_suffix(".lora_B") {
+                if !file.contains(&format!("{module}.lora_A")) {
+                    return Err(bad(format!("`{module}` has a lora_B but no lora_A")));
+                }
+            } else if name != "scale" {
+                return Err(bad(format!("tensor `{name}` is not part of an adapter")));
+            }
+        }
+        if modules.is_empty() {
+            return Err(bad("there is no adapter in it".into()));
+        }
+        let scale = scale.first().copied().unwrap_or(f32::NAN);
+        Ok(Self { modules, scale, metadata: file.metadata().clone() })
     }
+
     /// Writes one safetensors file atomically, f32.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] when the file can't be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let _ = path.as_ref();
-        todo!()
+        let mut writer = TensorWriter::new();
+        for (name, lora) in &self.modules {
+            for (kind, array) in [("lora_A", &lora.lora_a), ("lora_B", &lora.lora_b)] {
+                let data: Vec<f32> = array.iter().copied().collect();
+                writer.add(format!("{name}.{kind}"), array.shape(), &data, Dtype::F32);
+            }
+        }
+        writer.add("scale", &[], &[self.scale], Dtype::F32);
+        for (key, value) in &self.metadata {
+            writer.meta(key, value);
+        }
+        writer.write(path)
+    }
+
+    /// One instance of a batch, as a batch of one; `None` when there are not that many.
+    pub fn entry(&self, index: usize) -> Option<Self> {
+        let cut = |a: &ArrayD<f32>| {
+            let i = isize::try_from(index).ok()?;
+            (index < a.shape()[0]).then(|| a.slice_axis(ndarray::Axis(0), (i..i + 1).into()).to_owned())
+        };
+        let mut modules = IndexMap::new();
+        for (name, lora) in &self.modules {
+            modules.insert(name.clone(), Lora { lora_a: cut(&lora.lora_a)?, lora_b: cut(&lora.lora_b)? });
+        }
+        Some(Self { modules, scale: self.scale, metadata: self.metadata.clone() })
     }
 }

@@ -1,4 +1,4 @@
-use crate::Result;
+use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// Which modules of a backbone get a low-rank update: the ordered `pg_mapping` of a generator's `config.json`,
@@ -55,10 +55,11 @@ impl AdapterSpec {
     pub fn scale(&self) -> f32 {
         self.alpha / self.rank as f32
     }
+
     /// Reads an ordered `pg_mapping` object (FORMAT.md section 1); JSON order is kept.
     ///
     /// # Errors
-    /// Zero rank, zero widths, unknown entry types, duplicate paths.
+    /// [`crate::Error::Config`] for zero rank, zero widths, unknown entry types, duplicate paths.
     pub fn from_mapping(
         prefix: &str,
         layers: usize,
@@ -66,23 +67,133 @@ impl AdapterSpec {
         alpha: f32,
         mapping: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<Self> {
-        let _ = (prefix, layers, rank, alpha, mapping);
-        todo!()
+        let mut modules = Vec::new();
+        for (path, value) in mapping {
+            let entry: Entry = serde_json::from_value(value.clone())
+                .map_err(|e| Error::Config(format!("pg_mapping entry `{path}`: {e}")))?;
+            match (entry.kind.as_deref(), entry.dims, entry.sub_weights) {
+                (None, Dims { lora_a_dim: Some(in_dim), lora_b_dim: Some(out_dim) }, None) => {
+                    modules.push(Module { path: path.clone(), in_dim, out_dim, experts: None });
+                }
+                (Some("grouped"), _, Some(subs)) => {
+                    let experts = entry.num_experts.ok_or_else(|| {
+                        Error::Config(format!("pg_mapping entry `{path}` needs `num_experts`"))
+                    })?;
+                    for (name, dims) in subs {
+                        let (Some(in_dim), Some(out_dim)) = (dims.lora_a_dim, dims.lora_b_dim) else {
+                            let what = format!(
+                                "pg_mapping entry `{path}.{name}` needs `lora_A_dim` and `lora_B_dim`"
+                            );
+                            return Err(Error::Config(what));
+                        };
+                        let path = format!("{path}.{name}");
+                        modules.push(Module { path, in_dim, out_dim, experts: Some(experts) });
+                    }
+                }
+                _ => {
+                    return Err(Error::Config(format!(
+                        "pg_mapping entry `{path}` is neither plain (lora_A_dim, lora_B_dim) nor of type \"grouped\" with \
+                         num_experts and sub_weights"
+                    )));
+                }
+            }
+        }
+        let spec = Self { prefix: prefix.to_owned(), layers, rank, alpha, modules };
+        spec.validate()?;
+        Ok(spec)
     }
+
     /// Checks every number; called by the readers.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] that names the module and the value.
     pub fn validate(&self) -> Result<()> {
-        todo!()
+        let bad = |what: String| Err(Error::Config(what));
+        if self.rank == 0 || self.layers == 0 {
+            return bad(format!(
+                "rank {} and number of layers {} must be at least 1",
+                self.rank, self.layers
+            ));
+        }
+        if !self.alpha.is_finite() {
+            return bad(format!("alpha {} is not finite", self.alpha));
+        }
+        if self.modules.is_empty() {
+            return bad("pg_mapping names no module".into());
+        }
+        for (i, m) in self.modules.iter().enumerate() {
+            if m.path.is_empty() || m.path.contains("lora_A") || m.path.contains("lora_B") {
+                return bad(format!("module path `{}` is empty or holds lora_A or lora_B", m.path));
+            }
+            if self.modules[..i].iter().any(|o| o.path == m.path) {
+                return bad(format!("module `{}` is listed twice", m.path));
+            }
+            if m.in_dim == 0 || m.out_dim == 0 || m.experts == Some(0) {
+                let experts = m.experts.map_or(String::new(), |e| format!(" with {e} experts"));
+                return bad(format!(
+                    "module `{}` is {} -> {}{experts}; all must be at least 1",
+                    m.path, m.in_dim, m.out_dim
+                ));
+            }
+        }
+        Ok(())
     }
-    /// The parameters of one layer in token order (FORMAT.md section 3, with its substring rule).
+
+    /// The parameters of one layer in token order: all lora_A, then all lora_B, in module order (FORMAT.md section 3). A module
+    /// whose path holds an earlier module's path moves up right behind that one, as in the published program.
     pub fn parameters(&self) -> Vec<Parameter> {
-        todo!()
+        let first =
+            |path: &str| self.modules.iter().position(|m| path.contains(m.path.as_str())).unwrap_or(0);
+        let mut order: Vec<usize> = (0..self.modules.len()).collect();
+        order.sort_by_key(|&i| first(&self.modules[i].path));
+        let parameter = |&i: &usize, kind| {
+            let m = &self.modules[i];
+            let matrix = match kind {
+                ParameterKind::LoraA => [self.rank, m.in_dim],
+                ParameterKind::LoraB => [m.out_dim, self.rank],
+            };
+            Parameter { module: i, kind, shape: m.experts.into_iter().chain(matrix).collect() }
+        };
+        let all = |kind| order.iter().map(move |i| parameter(i, kind));
+        all(ParameterKind::LoraA).chain(all(ParameterKind::LoraB)).collect()
     }
+
     /// `{prefix}{layer}.{path}`.
     pub fn module_name(&self, layer: usize, module: usize) -> String {
         format!("{}{layer}.{}", self.prefix, self.modules[module].path)
     }
+
     /// Every module name, layer-major.
     pub fn module_names(&self) -> impl Iterator<Item = String> + '_ {
         (0..self.layers).flat_map(move |n| (0..self.modules.len()).map(move |m| self.module_name(n, m)))
     }
+}
+
+impl Parameter {
+    /// Number of scalars.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+    /// Parameter tokens of `area` = rank * token_dim scalars it takes.
+    pub fn tokens(&self, area: usize) -> usize {
+        self.numel().div_ceil(area)
+    }
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    #[serde(flatten)]
+    dims: Dims,
+    num_experts: Option<usize>,
+    sub_weights: Option<indexmap::IndexMap<String, Dims>>,
+}
+
+#[derive(Deserialize)]
+struct Dims {
+    #[serde(rename = "lora_A_dim")]
+    lora_a_dim: Option<usize>,
+    #[serde(rename = "lora_B_dim")]
+    lora_b_dim: Option<usize>,
 }

@@ -1,0 +1,192 @@
+//! Checkpoints, adapters and specs: round trips, and files that lie.
+
+use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Lora, TensorWriter, write_atomic};
+use indexmap::IndexMap;
+use ndarray::ArrayD;
+use std::{fs, path::Path};
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary folder")
+}
+
+#[track_caller]
+fn refused(path: &Path, message: &str) {
+    let e = Checkpoint::open(path).err().unwrap_or_else(|| panic!("{} was accepted", path.display()));
+    let text = e.to_string();
+    assert!(text.contains(message) && !text.contains('\n'), "{text}");
+}
+
+#[test]
+fn every_dtype_comes_back() {
+    let dir = folder();
+    let file = dir.path().join("x.safetensors");
+    // Exact in all three types.
+    let data = [0.0, 1.0, -2.5, 0.15625, 96.0, -0.0];
+    let mut writer = TensorWriter::new();
+    for (name, dtype) in [("a", Dtype::F32), ("b", Dtype::F16), ("c", Dtype::Bf16)] {
+        writer.add(name, &[2, 3], &data, dtype);
+    }
+    writer.meta("k", "v").write(&file).expect("writable");
+    let read = Checkpoint::open(&file).expect("readable");
+    assert_eq!(read.names(), ["a", "b", "c"]);
+    assert_eq!(read.metadata()["k"], "v");
+    for name in read.names() {
+        let x = read.read_shaped(name, &[2, 3]).expect("a tensor");
+        assert!(x.iter().zip(&data).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+    assert!(read.read_shaped("a", &[3, 2]).expect_err("wrong shape").to_string().contains("[2, 3]"));
+    assert!(read.read("d").expect_err("missing").to_string().contains('d'));
+}
+
+#[test]
+fn damaged_files_are_refused() {
+    let dir = folder();
+    let file = dir.path().join("x.safetensors");
+    refused(&file, "x.safetensors");
+    refused(dir.path(), "model.safetensors");
+    TensorWriter::new().add("a", &[4], &[1.0; 4], Dtype::F32).write(&file).expect("writable");
+    let good = fs::read(&file).expect("readable");
+    for cut in [0, 4, 8, 20, good.len() - 1] {
+        fs::write(&file, &good[..cut]).expect("writable");
+        refused(&file, "x.safetensors");
+    }
+    let mut spoiled = good.clone();
+    spoiled[..8].fill(0xff);
+    fs::write(&file, &spoiled).expect("writable");
+    refused(&file, "x.safetensors");
+    let mut nan = good;
+    let n = nan.len();
+    nan[n - 4..].fill(0xff);
+    fs::write(&file, &nan).expect("writable");
+    let e = Checkpoint::open(&file).expect("a good header").read("a").expect_err("NaN").to_string();
+    assert!(e.contains('a') && e.contains("NaN"), "{e}");
+}
+
+#[test]
+fn shards_stay_in_their_folder_and_agree_with_the_index() {
+    let dir = folder();
+    let inner = dir.path().join("model");
+    fs::create_dir(&inner).expect("writable");
+    let shard = |path: &Path, name: &str| {
+        TensorWriter::new().add(name, &[1], &[1.0], Dtype::Bf16).write(path).expect("writable");
+    };
+    shard(&inner.join("one.safetensors"), "a");
+    shard(&inner.join("two.safetensors"), "b");
+    shard(&dir.path().join("outside.safetensors"), "b");
+    let index = |b: &str| {
+        let text = format!(r#"{{"metadata": {{}}, "weight_map": {{"a": "one.safetensors", "b": "{b}"}}}}"#);
+        fs::write(inner.join("model.safetensors.index.json"), text).expect("writable");
+    };
+    index("two.safetensors");
+    assert_eq!(Checkpoint::open(&inner).expect("readable").names(), ["a", "b"]);
+    index("../outside.safetensors");
+    refused(&inner, "../outside.safetensors");
+    index("/etc/passwd");
+    refused(&inner, "/etc/passwd");
+    index("none.safetensors");
+    refused(&inner, "none.safetensors");
+    index("one.safetensors");
+    refused(&inner, "`b`");
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("../outside.safetensors", inner.join("link.safetensors")).expect("a link");
+        index("link.safetensors");
+        refused(&inner, "link.safetensors");
+    }
+    fs::write(inner.join("model.safetensors.index.json"), "{").expect("writable");
+    refused(&inner, "index");
+}
+
+#[test]
+fn a_failed_write_leaves_the_old_file() {
+    let dir = folder();
+    let file = dir.path().join("x");
+    fs::write(&file, "old").expect("writable");
+    let e = write_atomic(&file, |w| {
+        w.write_all(b"half")?;
+        Err(std::io::Error::other("disk full"))
+    });
+    assert!(e.expect_err("refused").to_string().contains("disk full"));
+    assert_eq!(fs::read(&file).expect("readable"), b"old");
+    assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 1);
+    assert!(write_atomic(dir.path().join("none/x"), |_| Ok(())).is_err());
+}
+
+fn mapping(text: &str) -> Result<AdapterSpec, String> {
+    let map = serde_json::from_str(text).expect("JSON");
+    AdapterSpec::from_mapping("model.layers.", 2, 2, 4.0, &map).map_err(|e| e.to_string())
+}
+
+#[test]
+fn mappings_keep_their_order() {
+    let spec = mapping(
+        r#"{"z": {"lora_A_dim": 4, "lora_B_dim": 6},
+            "e": {"type": "grouped", "num_experts": 3, "sub_weights": {"w2": {"lora_A_dim": 2, "lora_B_dim": 4},
+                                                                     "w1": {"lora_A_dim": 4, "lora_B_dim": 2}}}}"#,
+    )
+    .expect("a good map");
+    let paths: Vec<_> = spec.modules.iter().map(|m| m.path.as_str()).collect();
+    assert_eq!(paths, ["z", "e.w2", "e.w1"]);
+    assert_eq!(spec.scale(), 2.0);
+    let parameters = spec.parameters();
+    assert_eq!(parameters.len(), 6);
+    assert_eq!(parameters[0].shape, [2, 4]);
+    assert_eq!(parameters[1].shape, [3, 2, 2]);
+    assert_eq!(parameters[3].shape, [6, 2]);
+    assert_eq!(spec.module_name(1, 2), "model.layers.1.e.w1");
+}
+
+#[test]
+fn a_path_inside_another_moves_it_up() {
+    let dims = r#"{"lora_A_dim": 1, "lora_B_dim": 1}"#;
+    let spec =
+        mapping(&format!(r#"{{"v_proj": {dims}, "x": {dims}, "qkv_proj": {dims}}}"#)).expect("a good map");
+    let order: Vec<_> = spec.parameters()[..3].iter().map(|p| p.module).collect();
+    assert_eq!(order, [0, 2, 1]);
+}
+
+#[test]
+fn bad_mappings_name_the_entry() {
+    for (text, message) in [
+        (r#"{"q": {"lora_A_dim": 0, "lora_B_dim": 1}}"#, "`q`"),
+        (r#"{"q": {"lora_A_dim": 1}}"#, "`q`"),
+        (r#"{"q": {"type": "other", "lora_A_dim": 1, "lora_B_dim": 1}}"#, "`q`"),
+        (r#"{"q": {"type": "grouped", "sub_weights": {}}}"#, "num_experts"),
+        (r#"{"q.lora_A": {"lora_A_dim": 1, "lora_B_dim": 1}}"#, "lora_A"),
+        (r#"{}"#, "no module"),
+    ] {
+        let e = mapping(text).expect_err("a bad map");
+        assert!(e.contains(message), "{text}: {e}");
+    }
+    let map = serde_json::from_str(r#"{"q": {"lora_A_dim": 1, "lora_B_dim": 1}}"#).expect("JSON");
+    let e = AdapterSpec::from_mapping("", 1, 0, 1.0, &map).expect_err("rank 0").to_string();
+    assert!(e.contains("rank 0"), "{e}");
+}
+
+#[test]
+fn adapters_come_back_and_are_checked() {
+    let dir = folder();
+    let spec = mapping(r#"{"q": {"lora_A_dim": 3, "lora_B_dim": 5}}"#).expect("a good map");
+    let array = |shape: &[usize], x: f32| ArrayD::from_elem(shape, x);
+    let lora = Lora { lora_a: array(&[2, 2, 3], 0.5), lora_b: array(&[2, 5, 2], -1.0) };
+    let modules: IndexMap<_, _> = spec.module_names().map(|n| (n, lora.clone())).collect();
+    let mut adapter =
+        Adapter { modules, scale: spec.scale(), metadata: [("seed".into(), "7".into())].into() };
+    adapter.check(&spec).expect("it fits");
+    let file = dir.path().join("a.safetensors");
+    adapter.save(&file).expect("writable");
+    assert_eq!(Adapter::load(&file).expect("readable"), adapter);
+    assert_eq!(adapter.entry(1).expect("two instances").batch(), 1);
+    assert!(adapter.entry(2).is_none());
+
+    let spare = adapter.modules.swap_remove("model.layers.1.q").expect("there");
+    let e = adapter.check(&spec).expect_err("one is missing").to_string();
+    assert!(e.contains("missing") && e.contains("model.layers.1.q"), "{e}");
+    adapter.modules.insert("model.layers.1.k".into(), spare);
+    let e = adapter.check(&spec).expect_err("one is unused").to_string();
+    assert!(e.contains("model.layers.1.q") && e.contains("model.layers.1.k"), "{e}");
+    let mut bad = adapter.modules.swap_remove("model.layers.1.k").expect("there");
+    bad.lora_a[[0, 0, 0]] = f32::NAN;
+    adapter.modules.insert("model.layers.1.q".into(), bad);
+    assert!(adapter.check(&spec).expect_err("NaN").to_string().contains("NaN"));
+}
