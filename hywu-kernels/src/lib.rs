@@ -22,3 +22,8 @@ pub use error::{Error, Result};
 pub use params::{Bound, ParamSet};
 pub use tape::{Gradients, Tape, Var};
 pub use tensor::Tensor;
+
+/// The widest instruction set that the CPU kernels use on this machine: "AVX-512", "AVX2" or "portable".
+pub fn simd_level() -> &'static str {
+    cpu::gemm::simd_level()
+}

@@ -22,7 +22,9 @@ impl ParamSet {
     /// # Errors
     /// [`Error::Invalid`] when there is none of that name.
     pub fn get(&self, name: &str) -> Result<&Tensor> {
-        self.tensors.get(name).ok_or_else(|| Error::invalid("parameters", format!("no weight named `{name}`")))
+        self.tensors
+            .get(name)
+            .ok_or_else(|| Error::invalid("parameters", format!("no weight named `{name}`")))
     }
     /// All weights, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
@@ -55,7 +57,8 @@ impl ParamSet {
     /// A missing tensor, a wrong shape, NaN or infinity, or tensors under `prefix` that no weight uses (both sets are listed).
     pub fn load(&mut self, checkpoint: &Checkpoint, prefix: &str) -> Result<()> {
         let wanted: Vec<String> = self.tensors.keys().map(|n| format!("{prefix}{n}")).collect();
-        let missing: Vec<&str> = wanted.iter().map(String::as_str).filter(|n| !checkpoint.contains(n)).collect();
+        let missing: Vec<&str> =
+            wanted.iter().map(String::as_str).filter(|n| !checkpoint.contains(n)).collect();
         let unused: Vec<&str> = (checkpoint.names().into_iter())
             .filter(|n| n.strip_prefix(prefix).is_some_and(|n| !self.tensors.contains_key(n)))
             .collect();
@@ -64,7 +67,8 @@ impl ParamSet {
             return Err(hywu_core::Error::checkpoint(checkpoint.path(), what).into());
         }
         for (name, tensor) in self.tensors.iter_mut() {
-            *tensor = Tensor::from_array(&checkpoint.read_shaped(&format!("{prefix}{name}"), tensor.shape())?);
+            *tensor =
+                Tensor::from_array(&checkpoint.read_shaped(&format!("{prefix}{name}"), tensor.shape())?);
         }
         Ok(())
     }

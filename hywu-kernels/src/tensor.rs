@@ -152,7 +152,12 @@ impl Tensor {
     /// [`Error::Shape`] when the number of elements differs.
     pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
         if shape.iter().product::<usize>() != self.numel() {
-            return Err(Error::shape("reshape", "tensor", &self.shape, format!("as many elements as {shape:?}")));
+            return Err(Error::shape(
+                "reshape",
+                "tensor",
+                &self.shape,
+                format!("as many elements as {shape:?}"),
+            ));
         }
         Ok(Self { shape: shape.to_vec(), storage: self.storage.clone() })
     }
@@ -175,6 +180,12 @@ impl Tensor {
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let data = self.data();
-        write!(f, "Tensor{:?} {:?}{}", self.shape, &data[..data.len().min(8)], if data.len() > 8 { ".." } else { "" })
+        write!(
+            f,
+            "Tensor{:?} {:?}{}",
+            self.shape,
+            &data[..data.len().min(8)],
+            if data.len() > 8 { ".." } else { "" }
+        )
     }
 }

@@ -1,0 +1,217 @@
+//! The small ops against their oracles, forward and backward.
+
+use hywu_kernels::{
+    Tape, Tensor, Var,
+    ops::{
+        elementwise::{
+            add, add_row, concat_tokens, gated_residual, repeat_each, scale, slice_channels, slice_tokens,
+        },
+        embedding::embedding,
+        local_colour::local_colour,
+        loss::weighted_mse,
+        noise::noise_window,
+        patchify::{patchify, unpatchify},
+        rms_norm::{Modulation, rms_norm},
+        swiglu::{silu, swiglu},
+        tile_blend::{TileAt, tile_blend},
+        timestep::timestep_embedding,
+    },
+    reference::elementary as oracle,
+    testing::{check_gradients, random},
+};
+
+#[test]
+fn rms_norm_with_and_without_modulation() {
+    for c in [1, 15, 16, 17, 63, 64, 65, 127, 128, 129] {
+        let inputs = [random(1, &[2, 3, c]), random(2, &[c]), random(3, &[2, c]), random(4, &[2, c])];
+        check_gradients(
+            &inputs,
+            |t, v| rms_norm(t, &v[0], Some(&v[1]), 1e-3, Some(Modulation { scale: &v[2], shift: &v[3] })),
+            |v| oracle::rms_norm(&v[0], 2, &v[1], 1e-3, &v[2], &v[3]),
+            20,
+            2e-5,
+        );
+        let zeros = vec![0.0; c];
+        check_gradients(
+            &[random(1, &[1, 3, c])],
+            |t, v| rms_norm(t, &v[0], None, 1e-3, None),
+            |v| oracle::rms_norm(&v[0], 1, &vec![1.0; c], 1e-3, &zeros, &zeros),
+            20,
+            // The gradient of a row of one channel is a difference of nearly equal numbers.
+            if c == 1 { 1e-2 } else { 2e-5 },
+        );
+    }
+}
+
+#[test]
+fn activations() {
+    for h in [1, 15, 16, 17, 129] {
+        let x = random(1, &[3, 2, 2 * h]);
+        check_gradients(&[x], |t, v| swiglu(t, &v[0]), |v| oracle::swiglu(&v[0], 2 * h), 30, 1e-5);
+    }
+    let mut x = random(1, &[4, 30]);
+    x.data_mut()[..4].copy_from_slice(&[90.0, -90.0, 0.0, -20.0]);
+    check_gradients(
+        &[x],
+        |t, v| silu(t, &v[0]),
+        |v| v[0].iter().map(|&x| oracle::silu(x)).collect(),
+        120,
+        1e-5,
+    );
+}
+
+#[test]
+fn sums_and_gates() {
+    let (x, y) = (random(1, &[2, 5, 7]), random(2, &[2, 5, 7]));
+    let sum = |v: &[Vec<f64>]| v[0].iter().zip(&v[1]).map(|(a, b)| a + b).collect();
+    check_gradients(&[x.clone(), y.clone()], |t, v| add(t, &v[0], &v[1]), sum, 70, 1e-5);
+    let double = |v: &[Vec<f64>]| v[0].iter().map(|a| -2.5 * a).collect();
+    check_gradients(std::slice::from_ref(&x), |t, v| scale(t, &v[0], -2.5), double, 70, 1e-5);
+    check_gradients(
+        &[x.clone(), y, random(3, &[2, 7])],
+        |t, v| gated_residual(t, &v[0], &v[1], &v[2]),
+        |v| oracle::gated_residual(&v[0], &v[1], &v[2], 7),
+        70,
+        1e-5,
+    );
+    let rows = |v: &[Vec<f64>]| v[0].iter().enumerate().map(|(i, a)| a + v[1][i % 7]).collect();
+    check_gradients(&[x.clone(), random(4, &[7])], |t, v| add_row(t, &v[0], &v[1]), rows, 70, 1e-5);
+    let repeated = |v: &[Vec<f64>]| v[0].chunks(35).flat_map(|c| c.repeat(3)).collect();
+    check_gradients(&[x], |t, v| repeat_each(t, &v[0], 3), repeated, 70, 1e-5);
+}
+
+#[test]
+fn cutting_and_joining() {
+    let (x, y) = (random(1, &[2, 3, 4]), random(2, &[2, 5, 4]));
+    let joined =
+        |v: &[Vec<f64>]| v[0].chunks(12).zip(v[1].chunks(20)).flat_map(|(a, b)| [a, b].concat()).collect();
+    check_gradients(&[x, y.clone()], |t, v| concat_tokens(t, &[&v[0], &v[1]]), joined, 40, 1e-5);
+    let tokens = |v: &[Vec<f64>]| v[0].chunks(20).flat_map(|a| a[4..16].to_vec()).collect();
+    check_gradients(std::slice::from_ref(&y), |t, v| slice_tokens(t, &v[0], 1, 3), tokens, 40, 1e-5);
+    let channels = |v: &[Vec<f64>]| v[0].chunks(4).flat_map(|a| a[1..3].to_vec()).collect();
+    check_gradients(std::slice::from_ref(&y), |t, v| slice_channels(t, &v[0], 1, 2), channels, 40, 1e-5);
+    let (tape, y) = (Tape::inference(), Var::constant(y));
+    assert!(slice_tokens(&tape, &y, 4, 2).is_err() && slice_channels(&tape, &y, usize::MAX, 2).is_err());
+    assert!(concat_tokens(&tape, &[]).is_err());
+}
+
+#[test]
+fn lookup() {
+    let ids = [3, 0, 3, 1];
+    let rows = |v: &[Vec<f64>]| ids.iter().flat_map(|&i| v[0][i as usize * 5..][..5].to_vec()).collect();
+    check_gradients(&[random(1, &[4, 5])], |t, v| embedding(t, &v[0], &ids, &[2, 2]), rows, 20, 1e-5);
+    let table = Var::constant(random(1, &[4, 5]));
+    assert!(
+        embedding(&Tape::inference(), &table, &[4], &[1])
+            .expect_err("no such entry")
+            .to_string()
+            .contains('4')
+    );
+}
+
+#[test]
+fn patches_there_and_back() {
+    let image = random(1, &[2, 16, 24, 3]);
+    let tape = Tape::inference();
+    let patches = patchify(&tape, &Var::constant(image.clone()), 8).expect("sizes that 8 divides");
+    assert_eq!(patches.shape(), [2, 6, 192]);
+    // Patch (1, 2) of the second picture, pixel (3, 5), channel 1.
+    let direct = image.data()[((16 + 8 + 3) * 24 + 16 + 5) * 3 + 1];
+    assert_eq!(patches.value().data()[(6 + 3 + 2) * 192 + (3 * 8 + 5) * 3 + 1], direct);
+    assert_eq!(unpatchify(&tape, &patches, 8, 16, 24).expect("the same").value().data(), image.data());
+    assert!(patchify(&tape, &Var::constant(image), 7).is_err());
+    let order: Vec<f64> = patches.value().data().iter().map(|&v| v.into()).collect();
+    let there = random(1, &[2, 16, 24, 3]);
+    check_gradients(&[there], |t, v| patchify(t, &v[0], 8), |v| permuted(&v[0], &order), 20, 1e-5);
+}
+
+/// Patches of a 2 x 16 x 24 x 3 picture, by index arithmetic.
+fn permuted(image: &[f64], like: &[f64]) -> Vec<f64> {
+    let at = |i: usize| {
+        let (b, t, e) = (i / 1152, i / 192 % 6, i % 192);
+        let (y, x) = (t / 3 * 8 + e / 24, t % 3 * 8 + e / 3 % 8);
+        image[((b * 16 + y) * 24 + x) * 3 + e % 3]
+    };
+    (0..like.len()).map(at).collect()
+}
+
+#[test]
+fn colour_polynomials() {
+    let source = random(2, &[2, 3, 12]);
+    let fixed = source.clone();
+    check_gradients(
+        &[random(1, &[2, 3, 21])],
+        move |t, v| local_colour(t, &v[0], &Var::constant(source.clone())),
+        move |v| oracle::local_colour(&v[0], &fixed.data().iter().map(|&x| x.into()).collect::<Vec<_>>(), 4),
+        126,
+        1e-5,
+    );
+}
+
+#[test]
+fn weighted_loss() {
+    let target = random(2, &[3, 10]);
+    let t64: Vec<f64> = target.data().iter().map(|&v| v.into()).collect();
+    check_gradients(
+        &[random(1, &[3, 10])],
+        |t, v| weighted_mse(t, &v[0], &target, &[0.5, 2.0, 1.0]),
+        |v| vec![oracle::weighted_mse(&v[0], &t64, &[0.5, 2.0, 1.0])],
+        30,
+        1e-5,
+    );
+}
+
+#[test]
+fn noise_does_not_depend_on_the_window() {
+    let whole = noise_window(7, 0, 0, 40, 50, 3);
+    let part = noise_window(7, 11, 13, 20, 30, 3);
+    for y in 0..20 {
+        assert_eq!(part.data()[y * 90..(y + 1) * 90], whole.data()[((y + 11) * 50 + 13) * 3..][..90]);
+    }
+    assert_ne!(noise_window(8, 0, 0, 4, 4, 3).data(), noise_window(7, 0, 0, 4, 4, 3).data());
+}
+
+#[test]
+fn blended_tiles_of_one_picture_are_that_picture() {
+    let (h, w, size) = (20, 25, 8);
+    let picture = random(1, &[h, w, 3]);
+    let starts = |n: usize| (0..n - size).step_by(5).chain([n - size]).collect::<Vec<_>>();
+    let at: Vec<TileAt> =
+        starts(h).iter().flat_map(|&y| starts(w).into_iter().map(move |x| TileAt { y, x })).collect();
+    let mut tiles = Vec::new();
+    for t in &at {
+        for y in t.y..t.y + size {
+            tiles.extend_from_slice(&picture.data()[(y * w + t.x) * 3..][..size * 3]);
+        }
+    }
+    let mut out = vec![f32::NAN; h * w * 3];
+    tile_blend(&tiles, &at, size, 3, &mut out, h, w).expect("covered");
+    let worst = out.iter().zip(picture.data()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 1e-5, "{worst}");
+    let e = tile_blend(&tiles[..192], &at[..1], size, 3, &mut out, h, w)
+        .expect_err("mostly uncovered")
+        .to_string();
+    assert!(e.contains("covers"), "{e}");
+    assert!(tile_blend(&tiles[..192], &[TileAt { y: 13, x: 0 }], size, 3, &mut out, h, w).is_err());
+}
+
+#[test]
+fn timestep_zero_is_cos_one_sin_zero() {
+    let e = timestep_embedding(&[0.0, 0.5], 8);
+    assert_eq!(e.shape(), [2, 8]);
+    assert_eq!(e.data()[..8], [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+    assert!((f64::from(e.data()[12]) - 500f64.sin()).abs() < 1e-6);
+}
+
+#[test]
+fn a_diamond_sums_both_paths_and_a_vector_is_no_loss() {
+    let tape = Tape::new();
+    let x = tape.leaf(Tensor::scalar(3.0));
+    let y = add(&tape, &scale(&tape, &x, 2.0).expect("finite"), &scale(&tape, &x, 5.0).expect("finite"))
+        .expect("scalars");
+    assert_eq!(tape.backward(&y).expect("a scalar").get(&x).expect("a leaf").data(), [7.0]);
+    let tape = Tape::new();
+    let x = tape.leaf(Tensor::zeros(&[2]));
+    assert!(tape.backward(&x).is_err());
+    assert!(!Tape::inference().leaf(Tensor::scalar(1.0)).requires_grad());
+}

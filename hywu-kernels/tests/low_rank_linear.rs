@@ -1,0 +1,178 @@
+//! Low-rank linear against its oracle, and what must hold bit for bit.
+
+use hywu_kernels::{
+    LoraVar, Tape, Tensor, Var,
+    ops::low_rank_linear::{linear, low_rank_linear},
+    reference::low_rank_linear::{Sizes, low_rank_linear as oracle},
+    testing::{assert_close, check_gradients, random, widen},
+};
+
+const EDGES: [usize; 10] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129];
+
+struct Case {
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    a: Tensor,
+    b: Tensor,
+}
+
+impl Case {
+    fn new(batch: usize, tokens: usize, inner: usize, outer: usize, adapters: usize, rank: usize) -> Self {
+        Self {
+            x: random(1, &[batch, tokens, inner]),
+            w: random(2, &[outer, inner]),
+            bias: random(3, &[outer]),
+            a: random(4, &[adapters, rank, inner]),
+            b: random(5, &[adapters, outer, rank]),
+        }
+    }
+    fn run(&self) -> Tensor {
+        let c = |t: &Tensor| Var::constant(t.clone());
+        let lora = LoraVar { a: c(&self.a), b: c(&self.b), scale: 0.5 };
+        let y =
+            low_rank_linear(&Tape::inference(), &c(&self.x), &c(&self.w), Some(&c(&self.bias)), Some(&lora));
+        y.expect("good shapes").value().clone()
+    }
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            rows: self.x.shape()[0] * self.x.shape()[1],
+            inner: self.x.shape()[2],
+            outer: self.w.shape()[0],
+            adapters: self.a.shape()[0],
+            rank: self.a.shape()[1],
+        }
+    }
+    fn check(&self) {
+        let [x, w, bias, a, b] = [&self.x, &self.w, &self.bias, &self.a, &self.b].map(widen);
+        assert_close(self.run().data(), &oracle(self.sizes(), &x, &w, &bias, &a, &b, 0.5), 1e-5);
+    }
+}
+
+#[test]
+fn tile_edges_match_the_oracle() {
+    for n in EDGES {
+        Case::new(2, n, 33, 20, 2, 4).check();
+        Case::new(1, 7, n, 18, 1, 3).check();
+        Case::new(4, 3, 21, n, 2, 16).check();
+    }
+    Case::new(1, 4096 + 257, 300, 40, 1, 2).check();
+    Case::new(2, 70, 513, 129, 2, 64).check();
+}
+
+#[test]
+fn small_integers_are_exact() {
+    let whole = |seed, shape: &[usize]| {
+        let mut t = random(seed, shape);
+        t.data_mut().iter_mut().for_each(|v| *v = (*v * 2.0).round());
+        t
+    };
+    let (x, w) = (whole(1, &[1, 100, 700]), whole(2, &[90, 700]));
+    let y = linear(&Tape::inference(), &Var::constant(x.clone()), &Var::constant(w.clone()), None)
+        .expect("good shapes");
+    for (i, row) in x.data().chunks(700).enumerate() {
+        for (o, weights) in w.data().chunks(700).enumerate() {
+            let sum: f32 = row.iter().zip(weights).map(|(a, b)| a * b).sum();
+            assert_eq!(y.value().data()[i * 90 + o], sum);
+        }
+    }
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    let case = Case::new(4, 5, 19, 23, 2, 3);
+    let s = case.sizes();
+    check_gradients(
+        &[case.x, case.w, case.bias, case.a, case.b],
+        |tape, v| {
+            let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
+            low_rank_linear(tape, &v[0], &v[1], Some(&v[2]), Some(&lora))
+        },
+        |v| oracle(s, &v[0], &v[1], &v[2], &v[3], &v[4], 0.5),
+        60,
+        1e-5,
+    );
+}
+
+#[test]
+fn zero_lora_b_is_the_base() {
+    let mut case = Case::new(2, 65, 100, 70, 2, 8);
+    case.b.data_mut().fill(0.0);
+    let c = |t: &Tensor| Var::constant(t.clone());
+    let base =
+        linear(&Tape::inference(), &c(&case.x), &c(&case.w), Some(&c(&case.bias))).expect("good shapes");
+    assert_eq!(case.run().data(), base.value().data());
+}
+
+#[test]
+fn permuting_the_batch_permutes_the_rows_bit_for_bit() {
+    let case = Case::new(5, 50, 200, 60, 5, 8);
+    let swap = |t: &Tensor| {
+        let each = t.numel() / 5;
+        let mut out = t.clone();
+        out.data_mut()
+            .chunks_mut(each)
+            .zip(t.data().chunks(each).rev())
+            .for_each(|(o, x)| o.copy_from_slice(x));
+        out
+    };
+    let other = Case {
+        x: swap(&case.x),
+        a: swap(&case.a),
+        b: swap(&case.b),
+        w: case.w.clone(),
+        bias: case.bias.clone(),
+    };
+    assert_eq!(swap(&case.run()).data(), other.run().data());
+    // One entry alone gives the same rows as in the batch.
+    let first = |t: &Tensor| {
+        let mut shape = t.shape().to_vec();
+        shape[0] = 1;
+        Tensor::new(&shape, t.data()[..t.numel() / 5].to_vec()).expect("a fifth")
+    };
+    let alone = Case {
+        x: first(&case.x),
+        a: first(&case.a),
+        b: first(&case.b),
+        w: case.w.clone(),
+        bias: case.bias.clone(),
+    };
+    assert_eq!(alone.run().data(), first(&case.run()).data());
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let case = Case::new(3, 200, 300, 90, 1, 8);
+    let with =
+        |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads").install(|| case.run());
+    assert_eq!(with(1).data(), with(2).data());
+    assert_eq!(with(1).data(), with(7).data());
+}
+
+#[test]
+fn nan_reaches_its_row_alone() {
+    let mut case = Case::new(1, 30, 64, 40, 1, 4);
+    case.x.data_mut()[64 * 17 + 3] = f32::NAN;
+    for (i, row) in case.run().data().chunks(40).enumerate() {
+        assert_eq!(row.iter().all(|v| v.is_nan()), i == 17);
+        assert_eq!(row.iter().any(|v| v.is_nan()), i == 17);
+    }
+}
+
+#[test]
+fn wrong_shapes_are_named() {
+    let refused = |case: Case, name: &str| {
+        let c = |t: &Tensor| Var::constant(t.clone());
+        let lora = LoraVar { a: c(&case.a), b: c(&case.b), scale: 0.5 };
+        let e =
+            low_rank_linear(&Tape::inference(), &c(&case.x), &c(&case.w), Some(&c(&case.bias)), Some(&lora));
+        let text = e.expect_err("refused").to_string();
+        assert!(text.contains(name), "{text}");
+    };
+    let good = || Case::new(4, 3, 8, 6, 2, 2);
+    refused(Case { w: random(1, &[6, 9]), ..good() }, "x");
+    refused(Case { bias: random(1, &[5]), ..good() }, "bias");
+    refused(Case { a: random(1, &[3, 2, 8]), ..good() }, "lora_a");
+    refused(Case { a: random(1, &[2, 0, 8]), ..good() }, "lora_a");
+    refused(Case { b: random(1, &[2, 6, 3]), ..good() }, "lora_b");
+}

@@ -1,0 +1,122 @@
+//! The optimiser: one step by hand, a minimum found, a run resumed bit for bit.
+
+use hywu_core::{Checkpoint, Dtype, TensorWriter};
+use hywu_kernels::{
+    ParamSet, Tensor,
+    optim::{AdamW, Optimizer, Schedule, clip_factor, grad_norm},
+    testing::random,
+};
+
+fn set(values: &[f32]) -> ParamSet {
+    let mut set = ParamSet::new();
+    set.insert("w", Tensor::new(&[1, values.len()], values.to_vec()).expect("one row"));
+    set.insert("b", Tensor::zeros(&[3]));
+    set
+}
+
+fn optimizer(set: &ParamSet) -> Optimizer {
+    Optimizer::new(set, Schedule { warmup: 5, total: 400, peak: 0.05, floor: 0.001 }, 0.0, 1.0, Some(0.9))
+}
+
+/// Gradients of |w - 1|^2 + |b|^2.
+fn grads(set: &ParamSet) -> Vec<Tensor> {
+    let grad = |(name, t): (&str, &Tensor)| {
+        let goal = if name == "w" { 1.0 } else { 0.0 };
+        Tensor::build(t.shape(), |out| out.iter_mut().zip(t.data()).for_each(|(o, x)| *o = 2.0 * (x - goal)))
+    };
+    set.iter().map(grad).collect()
+}
+
+#[test]
+fn the_first_step_follows_the_formula() {
+    let mut params = set(&[2.0, -4.0]);
+    let mut adamw = AdamW::new(params.numel(), 0.1);
+    let g = vec![Tensor::new(&[1, 2], vec![0.5, -3.0]).expect("one row"), Tensor::zeros(&[3])];
+    adamw.update(&mut params, &g, 0.01, 1.0).expect("it fits");
+    // After bias correction the first step is lr * sign(g), and the decay multiplies by 1 - lr * wd.
+    let w = params.get("w").expect("there").data();
+    assert!(
+        (w[0] - (2.0 * 0.999 - 0.01)).abs() < 1e-6 && (w[1] - (-4.0 * 0.999 + 0.01)).abs() < 1e-6,
+        "{w:?}"
+    );
+}
+
+#[test]
+fn a_minimum_is_found() {
+    let mut params = set(&[3.0, -2.0, 0.5]);
+    let mut optimizer = optimizer(&params);
+    for _ in 0..400 {
+        let g = grads(&params);
+        optimizer.step(&mut params, &g).expect("finite");
+    }
+    assert!(params.get("w").expect("there").data().iter().all(|w| (w - 1.0).abs() < 1e-2));
+    assert!(
+        optimizer.averaged(&params).get("w").expect("there").data().iter().all(|w| (w - 1.0).abs() < 1e-2)
+    );
+}
+
+#[test]
+fn a_resumed_run_is_the_same_run() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let file = dir.path().join("state.safetensors");
+    let mut params = set(&[3.0, -2.0, 0.5]);
+    let mut first = optimizer(&params);
+    for _ in 0..10 {
+        let g = grads(&params);
+        first.step(&mut params, &g).expect("finite");
+    }
+    let mut writer = TensorWriter::new();
+    params.store(&mut writer, "params.", Dtype::F32);
+    first.store(&mut writer);
+    writer.write(&file).expect("writable");
+
+    let state = Checkpoint::open(&file).expect("readable");
+    let mut resumed = set(&[0.0; 3]);
+    resumed.load(&state, "params.").expect("the same weights");
+    let mut second = optimizer(&resumed);
+    second.load(&state).expect("the same state");
+    for _ in 0..10 {
+        let g = grads(&params);
+        first.step(&mut params, &g).expect("finite");
+        let g = grads(&resumed);
+        second.step(&mut resumed, &g).expect("finite");
+    }
+    for ((_, a), (_, b)) in params.iter().zip(resumed.iter()) {
+        assert_eq!(a.data(), b.data());
+    }
+    assert_eq!(
+        first.averaged(&params).get("w").expect("there").data(),
+        second.averaged(&resumed).get("w").expect("there").data()
+    );
+
+    let mut other = ParamSet::new();
+    other.insert("v", Tensor::zeros(&[2]));
+    let e = other.load(&state, "params.").expect_err("other weights").to_string();
+    assert!(e.contains("missing") && e.contains("params.v") && e.contains("params.w"), "{e}");
+}
+
+#[test]
+fn bad_gradients_change_nothing() {
+    let mut params = set(&[3.0]);
+    let mut optimizer = optimizer(&params);
+    let mut g = grads(&params);
+    g[0].data_mut()[0] = f32::NAN;
+    assert!(optimizer.step(&mut params, &g).expect_err("NaN").to_string().contains("NaN"));
+    assert_eq!((params.get("w").expect("there").data(), optimizer.adamw.step), (&[3.0][..], 0));
+    assert!(optimizer.step(&mut params, &g[..1]).is_err());
+}
+
+#[test]
+fn clipping_and_schedule() {
+    let g = [random(1, &[1000]), Tensor::full(&[10], 3.0)];
+    let norm = g.iter().flat_map(|t| t.data()).map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    assert!((grad_norm(&g) - norm).abs() < 1e-9 * norm);
+    assert_eq!((clip_factor(0.5, 1.0), clip_factor(4.0, 1.0)), (1.0, 0.25));
+    let schedule = Schedule { warmup: 4, total: 104, peak: 1.0, floor: 0.1 };
+    assert_eq!((schedule.lr(0), schedule.lr(3), schedule.lr(4)), (0.25, 1.0, 1.0));
+    assert!(
+        (schedule.lr(54) - 0.55).abs() < 1e-6
+            && (schedule.lr(104) - 0.1).abs() < 1e-6
+            && schedule.lr(9999) == 0.1
+    );
+}
