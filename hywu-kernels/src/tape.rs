@@ -133,6 +133,12 @@ impl Gradients {
         }
         Ok(())
     }
+    /// Lets `add` write into the gradient of `var` (zeros at first); nothing happens for a constant.
+    pub fn add_into(&mut self, var: &Var, add: impl FnOnce(&mut [f32])) {
+        if let Some(i) = var.node {
+            add(self.grads[i].get_or_insert_with(|| Tensor::zeros(var.shape())).data_mut());
+        }
+    }
     /// The gradient of a leaf, if the loss depends on it (element order of the leaf; the shape may be another).
     pub fn get(&self, var: &Var) -> Option<&Tensor> {
         self.grads[var.node?].as_ref()

@@ -1,0 +1,268 @@
+use crate::{Error, GeneratorConfig, Result};
+use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, ParameterKind, Philox, TensorWriter, write_atomic};
+use hywu_kernels::{
+    Bound, LoraVars, ParamSet, Tape, Tensor, Var,
+    ops::{
+        attention::{Attention, Layout, Rotary, attention, rotary_table},
+        elementwise::add,
+        low_rank_linear::linear,
+        parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
+        rms_norm::rms_norm,
+        swiglu::silu,
+    },
+};
+use std::path::Path;
+
+const EPS: f32 = 1e-6;
+
+/// The parameter generator (FORMAT.md): condition in, adapter out.
+pub struct Generator {
+    /// Sizes and map.
+    pub config: GeneratorConfig,
+    /// The weights, under their published names.
+    pub params: ParamSet,
+    spec: AdapterSpec,
+    shape: Shape,
+}
+
+/// Derived sizes.
+#[derive(Clone, Copy)]
+struct Shape {
+    /// Tokens of a layer: of lora_A, of both.
+    a: usize,
+    t: usize,
+    /// Positions of a token, of a layer.
+    w: usize,
+    s: usize,
+    /// Channels of a rank row.
+    c: usize,
+}
+
+/// The rotary tables of one forward pass, (queries, keys) for each kind of attention.
+struct Tables {
+    layer: (Rotary, Rotary),
+    token: (Rotary, Rotary),
+    cross: (Rotary, Rotary),
+}
+
+impl Generator {
+    /// A fresh generator whose adapters are no-ops (lora_b = 0) with lora_a of the usual size (standard deviation
+    /// in^-1/2, with the widest module's input width for all).
+    ///
+    /// # Errors
+    /// A bad config.
+    pub fn new(config: GeneratorConfig, seed: u64) -> Result<Self> {
+        let mut this = Self::empty(config)?;
+        let (spec, c) = (this.spec.clone(), this.shape.c as f32);
+        let blocks = this.config.num_pg_layers as f32;
+        let widest = spec.modules.iter().map(|m| m.in_dim).max().unwrap_or(1) as f32;
+        let philox = Philox::new(seed);
+        for (stream, (name, tensor)) in this.params.iter_mut().enumerate() {
+            let fan_in = tensor.dim_back(1) as f32;
+            let deviation = match name {
+                n if n.contains("norm") => {
+                    tensor.data_mut().fill(1.0);
+                    continue;
+                }
+                n if n.contains("proj_out_B") => 0.0,
+                "model.proj_out_A.weight" => (c * widest).powf(-0.5),
+                n if n.ends_with(".bias") => 0.0,
+                n if n.contains("_pos") => 1.0,
+                // The ends of residual branches start small, so that depth does not blow up the sum.
+                n if n.contains("W_o") || n.contains("fc2") => (fan_in * 4.0 * blocks).powf(-0.5),
+                _ => fan_in.powf(-0.5),
+            };
+            let data = tensor.data_mut();
+            philox.fill_normal(stream as u64, 0, data);
+            data.iter_mut().for_each(|v| *v *= deviation);
+        }
+        Ok(this)
+    }
+
+    fn empty(config: GeneratorConfig) -> Result<Self> {
+        let spec = config.spec()?;
+        let area = config.rank * config.token_dim;
+        let parameters = spec.parameters();
+        let tokens =
+            |kind| parameters.iter().filter(|p| p.kind == kind).map(|p| p.tokens(area)).sum::<usize>();
+        let a = tokens(ParameterKind::LoraA);
+        let t = a + tokens(ParameterKind::LoraB);
+        let w = config.rank / config.dim_accumulation;
+        let (d, c) = (config.d_model, config.d_model / config.dim_accumulation);
+        let mut params = ParamSet::new();
+        let mut put = |name: String, shape: &[usize]| params.insert(name, Tensor::zeros(shape));
+        let mut matrix = |name: &str, out: usize, inner: usize| {
+            put(format!("{name}.weight"), &[out, inner]);
+            put(format!("{name}.bias"), &[out]);
+        };
+        matrix("hidden_in", d, config.input_dim);
+        matrix("model.proj_out_A", config.output_dim, c);
+        matrix("model.proj_out_B", config.output_dim, c);
+        for i in 0..config.num_pg_layers {
+            for kind in ["self_attn_n", "self_attn_hw", "self_attn_cross"] {
+                for w in ["W_q", "W_k", "W_v", "W_o"] {
+                    matrix(&format!("model.blocks.{i}.{kind}.{w}"), d, d);
+                }
+            }
+            matrix(&format!("model.blocks.{i}.feed_forward.fc1"), 4 * d, d);
+            matrix(&format!("model.blocks.{i}.feed_forward.fc2"), d, 4 * d);
+        }
+        put("model.hw_pos.weight".into(), &[t * config.rank, c]);
+        put("model.layer_pos.weight".into(), &[config.num_base_model_layers, c]);
+        let norms =
+            (0..config.num_pg_layers).flat_map(|i| (1..=4).map(move |n| format!("model.blocks.{i}.norm{n}")));
+        let outside = ["input", "tokens", "final"].map(|n| format!("model.norm_{n}"));
+        for name in outside.into_iter().chain(norms) {
+            put(format!("{name}.weight"), &[d]);
+        }
+        Ok(Self { config, params, spec, shape: Shape { a, t, w, s: t * w, c } })
+    }
+
+    /// Reads a folder with `config.json` and the weights (one file or shards; f32, f16 or bf16).
+    ///
+    /// # Errors
+    /// Anything missing, damaged, unused, of the wrong shape or not finite.
+    pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let file = folder.join("config.json");
+        let text = std::fs::read(&file).map_err(|e| hywu_core::Error::io(&file, e))?;
+        let config = GeneratorConfig::from_json(&text)
+            .map_err(|e| hywu_core::Error::checkpoint(&file, e.to_string()))?;
+        Self::from_checkpoint(config, &Checkpoint::open(folder)?)
+    }
+
+    /// Takes the weights of `checkpoint`.
+    ///
+    /// # Errors
+    /// A bad config; weights that are missing, unused, of the wrong shape or not finite.
+    pub fn from_checkpoint(config: GeneratorConfig, checkpoint: &Checkpoint) -> Result<Self> {
+        let mut this = Self::empty(config)?;
+        this.params.load(checkpoint, "")?;
+        Ok(this)
+    }
+
+    /// Writes `config.json` and `model.safetensors`.
+    ///
+    /// # Errors
+    /// When a file can't be written.
+    pub fn save(&self, folder: impl AsRef<Path>, dtype: Dtype) -> Result<()> {
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder).map_err(|e| hywu_core::Error::io(folder, e))?;
+        let text =
+            serde_json::to_vec_pretty(&self.config).map_err(|e| hywu_core::Error::Config(e.to_string()))?;
+        write_atomic(folder.join("config.json"), |w| w.write_all(&text))?;
+        let mut writer = TensorWriter::new();
+        self.params.store(&mut writer, "", dtype);
+        Ok(writer.write(folder.join("model.safetensors"))?)
+    }
+
+    /// The modules that it writes an adapter for.
+    pub fn spec(&self) -> &AdapterSpec {
+        &self.spec
+    }
+
+    /// The adapter of a condition [b, 1, L, input_dim] or [b, L, input_dim], on the host.
+    ///
+    /// # Errors
+    /// A condition of another shape, or with NaN or infinity.
+    pub fn generate(&self, condition: &Tensor) -> Result<Adapter> {
+        let tape = Tape::inference();
+        let bound = self.params.bind(&tape, false);
+        Ok(self.forward(&tape, &bound, condition)?.to_adapter(self.spec.scale()))
+    }
+
+    /// The same on a tape, with the weights as `bound` there (FORMAT.md section 4).
+    ///
+    /// # Errors
+    /// As [`Generator::generate`].
+    pub fn forward(&self, tape: &Tape, bound: &Bound, condition: &Tensor) -> Result<LoraVars> {
+        let (d, n) = (self.config.d_model, self.config.num_base_model_layers);
+        let Shape { a, t, s, c, .. } = self.shape;
+        let (b, l) = match *condition.shape() {
+            [b, 1, l, i] | [b, l, i] if i == self.config.input_dim && b > 0 && l > 0 => (b, l),
+            ref other => {
+                let expected =
+                    format!("[batch, 1, length, {0}] or [batch, length, {0}]", self.config.input_dim);
+                return Err(Error::Condition(format!("shape {other:?}, expected {expected}")));
+            }
+        };
+        if let Some(bad) = condition.data().iter().find(|x| !x.is_finite()) {
+            return Err(Error::Condition(format!("it holds {bad}")));
+        }
+        let tables = self.tables(l)?;
+        let norm =
+            |x: &Var, name: &str| rms_norm(tape, x, Some(bound.get(&format!("{name}.weight"))?), EPS, None);
+        let dense = |x: &Var, name: &str| {
+            let (w, bias) = (bound.get(&format!("{name}.weight"))?, bound.get(&format!("{name}.bias"))?);
+            linear(tape, x, w, Some(bias))
+        };
+        let input = Var::constant(condition.reshape(&[b, l, self.config.input_dim])?);
+        let e = norm(&dense(&input, "hidden_in")?, "model.norm_input")?;
+        let (hw, layer) = (bound.get("model.hw_pos.weight")?, bound.get("model.layer_pos.weight")?);
+        let grid = token_grid(tape, hw, layer, self.config.dim_accumulation)?;
+        let mut x = repeat_batch(tape, &norm(&grid, "model.norm_tokens")?, b)?;
+        for i in 0..self.config.num_pg_layers {
+            let block = format!("model.blocks.{i}");
+            for (index, kind) in ["self_attn_n", "self_attn_hw", "self_attn_cross"].into_iter().enumerate() {
+                let h = norm(&x, &format!("{block}.norm{}", index + 1))?;
+                let memory = if index == 2 { &e } else { &h };
+                let q = dense(&h, &format!("{block}.{kind}.W_q"))?;
+                let k = dense(memory, &format!("{block}.{kind}.W_k"))?;
+                let v = dense(memory, &format!("{block}.{kind}.W_v"))?;
+                let mixed = attention(tape, &self.mixing(index, b, l, &tables), &q, &k, &v, None)?;
+                x = add(tape, &x, &dense(&mixed, &format!("{block}.{kind}.W_o"))?)?;
+            }
+            let h = norm(&x, &format!("{block}.norm4"))?;
+            let h = silu(tape, &dense(&h, &format!("{block}.feed_forward.fc1"))?)?;
+            x = add(tape, &x, &dense(&h, &format!("{block}.feed_forward.fc2"))?)?;
+        }
+        debug_assert_eq!(x.shape(), [b, n, s, d]);
+        let rows = norm(&x, "model.norm_final")?.reshape(&[b, n, t, self.config.rank, c])?;
+        let (rows_a, rows_b) = split_tokens(tape, &rows, a)?;
+        let (a, b) = (dense(&rows_a, "model.proj_out_A")?, dense(&rows_b, "model.proj_out_B")?);
+        Ok(detokenise(tape, &self.spec, &a, &b)?)
+    }
+
+    /// The three attentions of a block on [b, N, S, d]: over layers, over a layer's positions, to the condition [b, L, d]. None needs a
+    /// transposed copy.
+    fn mixing(&self, index: usize, b: usize, l: usize, tables: &Tables) -> Attention {
+        let (n, s, d, head) =
+            (self.config.num_base_model_layers, self.shape.s, self.config.d_model, self.config.head_dim);
+        let at = |batch, token| Layout { offset: 0, batch, token, head };
+        let (batch, queries, keys, q, k, rotary) = match index {
+            0 => ([b, s], n, n, at([n * s * d, d], s * d), at([n * s * d, d], s * d), &tables.layer),
+            1 => ([b, n], s, s, at([n * s * d, s * d], d), at([n * s * d, s * d], d), &tables.token),
+            _ => ([b, 1], n * s, l, at([n * s * d, 0], d), at([l * d, 0], d), &tables.cross),
+        };
+        Attention {
+            batch,
+            queries,
+            keys,
+            heads: d / head,
+            head_dim: head,
+            q,
+            k,
+            v: k,
+            out: q,
+            out_shape: vec![b, n, s, d],
+            key_lengths: None,
+            rotary: Some(rotary.clone()),
+        }
+    }
+
+    /// FORMAT.md section 5.
+    fn tables(&self, l: usize) -> Result<Tables> {
+        let (n, hd, Shape { t, w, s, .. }) =
+            (self.config.num_base_model_layers, self.config.head_dim, self.shape);
+        let two = [hd / 2, hd / 2];
+        let pairs = |rows: usize, columns: usize| -> Vec<Vec<u32>> {
+            (0..rows as u32).flat_map(|i| (0..columns as u32).map(move |j| vec![i, j])).collect()
+        };
+        let layer = rotary_table(&(0..n as u32).map(|i| vec![i]).collect::<Vec<_>>(), &[hd])?;
+        let token = rotary_table(&pairs(t, w), &two)?;
+        let offset = t.max(w) as u32;
+        let keys: Vec<_> = (0..l as u32).map(|i| vec![i + offset; 2]).collect();
+        let cross = (rotary_table(&pairs(n, s), &two)?, rotary_table(&keys, &two)?);
+        Ok(Tables { layer: (layer.clone(), layer), token: (token.clone(), token), cross })
+    }
+}
