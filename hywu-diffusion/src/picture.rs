@@ -28,6 +28,16 @@ impl Picture {
         }
         Self::from_rgb(h, w, rgb)
     }
+    /// The picture in another size, antialiased (triangle filter); alpha is dropped. An empty size gives an empty picture.
+    pub fn resize(&self, height: usize, width: usize) -> Self {
+        let side = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let buffer: Option<image::Rgb32FImage> =
+            image::ImageBuffer::from_raw(side(self.width), side(self.height), self.rgb.clone());
+        let (h, w) = (side(height), side(width));
+        let resized =
+            buffer.map(|b| image::imageops::resize(&b, w, h, image::imageops::FilterType::Triangle));
+        Self::from_rgb(height, width, resized.map_or_else(|| vec![0.0; height * width * 3], |b| b.into_raw()))
+    }
     /// [1, height, width, 3].
     pub fn to_tensor(&self) -> Tensor {
         Tensor::build(&[1, self.height, self.width, 3], |out| out.copy_from_slice(&self.rgb))

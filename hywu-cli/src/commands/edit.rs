@@ -1,0 +1,247 @@
+use crate::interrupt;
+use anyhow::{Context, Result, bail};
+use clap::{Args, CommandFactory, error::ErrorKind};
+use hywu::{
+    model::Model,
+    pipeline::{Edit, EditOptions, Editor},
+};
+use hywu_core::Adapter;
+use hywu_diffusion::{Picture, SampleOptions, Sampler, check_output, load_picture, save_picture};
+use hywu_kernels::Device;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{
+    collections::HashSet,
+    io::IsTerminal,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
+
+/// Edit pictures as an instruction says
+#[derive(Args, Debug)]
+pub struct EditArgs {
+    /// One or more pictures (PNG, JPEG, WebP), then the instruction
+    #[arg(required = true, num_args = 2.., value_names = ["INPUT", "INSTRUCTION"])]
+    inputs_and_instruction: Vec<String>,
+    /// Write the edited picture here (.png, .jpg, .webp)
+    #[arg(short, long, value_name = "FILE", conflicts_with = "output_dir", required_unless_present = "output_dir")]
+    output: Option<PathBuf>,
+    /// Write the edited pictures into this folder, under their own names
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Seed of the noise
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Sampling steps
+    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N")]
+    steps: usize,
+    /// Sampling method
+    #[arg(long, value_enum, default_value = "euler")]
+    sampler: SamplerArg,
+    /// Factor on the adapter; 0 is the backbone's own output
+    #[arg(long, default_value_t = 1.0, value_name = "F", allow_negative_numbers = true)]
+    strength: f32,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// The model: `bundled`, or a model folder
+    #[arg(long, default_value = "bundled", value_name = "bundled|DIR")]
+    model: String,
+    /// Keep the generated adapter (safetensors)
+    #[arg(long, value_name = "FILE")]
+    save_adapter: Option<PathBuf>,
+    /// Use this adapter instead of generating one
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
+    /// Also write before | after side by side
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
+    /// Side of the square tiles in pixels, a multiple of 8
+    #[arg(long, value_name = "N", default_value_t = SampleOptions::default().tile)]
+    tile: usize,
+    /// No progress, no messages but errors
+    #[arg(long)]
+    quiet: bool,
+    /// Print one JSON object per picture on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum SamplerArg {
+    /// One evaluation a step
+    Euler,
+    /// Two evaluations a step, second order
+    Heun,
+}
+
+/// Ends the process with exit code 2 and clap's own wording.
+fn usage(message: impl std::fmt::Display) -> ! {
+    crate::Cli::command().error(ErrorKind::ArgumentConflict, message).exit()
+}
+
+impl EditArgs {
+    /// Input -> output, every output checked before any work.
+    fn plan(&self, inputs: &[String]) -> Result<Vec<(PathBuf, PathBuf)>> {
+        if inputs.len() > 1 {
+            for (name, given) in [
+                ("--output", self.output.is_some()),
+                ("--compare", self.compare.is_some()),
+                ("--save-adapter", self.save_adapter.is_some()),
+            ] {
+                if given {
+                    usage(format!("{name} takes one picture; {} were given (use --output-dir)", inputs.len()));
+                }
+            }
+        }
+        let mut plan = Vec::new();
+        let mut seen = HashSet::new();
+        for input in inputs {
+            let input = PathBuf::from(input);
+            let output = match (&self.output, &self.output_dir) {
+                (Some(file), _) => file.clone(),
+                (None, Some(dir)) => {
+                    let name = input.file_name().with_context(|| format!("{}: no file name", input.display()))?;
+                    let name = Path::new(name);
+                    let known = name.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+                    let keep = known.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str()));
+                    dir.join(if keep { name.to_owned() } else { name.with_extension("png") })
+                }
+                (None, None) => usage("--output or --output-dir is needed"),
+            };
+            if !seen.insert(output.clone()) {
+                bail!("{}: two pictures would be written to this file", output.display());
+            }
+            plan.push((input, output));
+        }
+        if let Some(dir) = &self.output_dir {
+            std::fs::create_dir_all(dir).with_context(|| format!("{}: can't make the folder", dir.display()))?;
+        }
+        for (input, output) in &plan {
+            check_output(output)?;
+            if let (Ok(a), Ok(b)) = (input.canonicalize(), output.canonicalize())
+                && a == b
+            {
+                bail!("{}: input and output are the same file", input.display());
+            }
+        }
+        if let Some(file) = &self.compare {
+            check_output(file)?;
+        }
+        Ok(plan)
+    }
+
+    fn options(&self) -> EditOptions {
+        let sampler = match self.sampler {
+            SamplerArg::Euler => Sampler::Euler,
+            SamplerArg::Heun => Sampler::Heun,
+        };
+        let sample =
+            SampleOptions { seed: self.seed, steps: self.steps, sampler, ..SampleOptions::default() }.with_tile(self.tile);
+        EditOptions { strength: self.strength, sample }
+    }
+}
+
+/// Runs `hywu edit`.
+pub fn run(mut args: EditArgs) -> Result<()> {
+    // clap guarantees two or more.
+    let Some(instruction) = args.inputs_and_instruction.pop() else { usage("an instruction is needed") };
+    let inputs = std::mem::take(&mut args.inputs_and_instruction);
+    if instruction.trim().is_empty() {
+        bail!("the instruction is empty; say what to change, for example \"make it warmer\"");
+    }
+    args.device.parse::<Device>()?.check()?;
+    let plan = args.plan(&inputs)?;
+    let options = args.options();
+    options.sample.validate()?;
+    let model = Model::named(&args.model)?;
+    let adapter = match &args.adapter {
+        Some(file) => Some(Adapter::load(file)?),
+        None => None,
+    };
+    let editor = Editor::new(model);
+    let mut failed = 0;
+    for (input, output) in &plan {
+        let result = edit_one(&args, &editor, input, output, &instruction, adapter.as_ref(), &options);
+        match result {
+            Ok(()) => {}
+            // With several pictures a bad one does not cost the others.
+            Err(e) if plan.len() > 1 && !interrupt::requested() => {
+                eprintln!("error: {e:#}");
+                failed += 1;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} of {} pictures failed", plan.len());
+    }
+    Ok(())
+}
+
+fn edit_one(
+    args: &EditArgs,
+    editor: &Editor,
+    input: &Path,
+    output: &Path,
+    instruction: &str,
+    adapter: Option<&Adapter>,
+    options: &EditOptions,
+) -> Result<()> {
+    let picture = load_picture(input)?;
+    let bar = progress_bar(args.quiet, &input.display().to_string());
+    let edit = editor.edit(&picture, instruction, adapter, options, &mut |step, steps| {
+        bar.set_length(steps as u64);
+        bar.set_position(step as u64);
+        if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    bar.finish_and_clear();
+    let edit = edit.with_context(|| input.display().to_string())?;
+    let text = [
+        ("Software".to_owned(), format!("hywu {}", env!("CARGO_PKG_VERSION"))),
+        ("hywu:instruction".to_owned(), instruction.to_owned()),
+        ("hywu:seed".to_owned(), args.seed.to_string()),
+        ("hywu:steps".to_owned(), args.steps.to_string()),
+        ("hywu:strength".to_owned(), args.strength.to_string()),
+        ("hywu:model".to_owned(), format!("{} {}", editor.model().info.name, editor.model().hash)),
+    ];
+    if let Some(file) = &args.save_adapter {
+        let adapter = edit.adapter.as_ref().context("there is no adapter to save: at --strength 0 none is generated")?;
+        adapter.save(file)?;
+    }
+    save_picture(output, &edit.picture, &text)?;
+    if let Some(file) = &args.compare {
+        save_picture(file, &Picture::side_by_side(&picture, &edit.picture), &text)?;
+    }
+    report(args, input, output, instruction, &edit);
+    Ok(())
+}
+
+fn progress_bar(quiet: bool, name: &str) -> ProgressBar {
+    if quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{msg} [{bar:30}] step {pos}/{len}, {eta} left")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(1).with_style(style).with_message(name.to_owned())
+}
+
+fn report(args: &EditArgs, input: &Path, output: &Path, instruction: &str, edit: &Edit) {
+    let (generating, sampling) = (edit.generating.as_secs_f64(), edit.sampling.as_secs_f64());
+    if args.json {
+        let line = serde_json::json!({
+            "input": input, "output": output, "instruction": instruction,
+            "width": edit.picture.width, "height": edit.picture.height,
+            "seed": args.seed, "steps": args.steps, "strength": args.strength,
+            "generating_s": generating, "sampling_s": sampling, "mean_change": edit.change,
+        });
+        println!("{line}");
+    } else if !args.quiet {
+        eprintln!(
+            "{}: {}x{}, mean change {:.1}/255, adapter {generating:.2} s, sampling {sampling:.2} s",
+            output.display(),
+            edit.picture.width,
+            edit.picture.height,
+            edit.change
+        );
+    }
+}

@@ -1,0 +1,45 @@
+use anyhow::Result;
+use clap::Args;
+use hywu::model::Model;
+use hywu_kernels::Device;
+
+/// Show the version, the devices and the bundled model
+#[derive(Args, Debug)]
+pub struct InfoArgs {
+    /// Print JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `hywu info`.
+pub fn run(args: &InfoArgs) -> Result<()> {
+    let model = Model::bundled()?;
+    let simd = hywu_kernels::simd_level();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let cuda = match Device::Cuda(0).check() {
+        Ok(_) => "cuda:0".to_owned(),
+        Err(e) => e.to_string(),
+    };
+    let backbone = model.backbone.params.numel();
+    let generator = model.generator.as_ref().map_or(0, |g| g.params.numel());
+    if args.json {
+        let whole = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"), "target": std::env::consts::ARCH, "simd": simd, "threads": threads,
+            "devices": ["cpu"], "cuda": cuda,
+            "model": {"hash": model.hash, "backbone_parameters": backbone, "generator_parameters": generator, "info": model.info},
+        });
+        println!("{}", serde_json::to_string_pretty(&whole)?);
+        return Ok(());
+    }
+    println!("hywu {}", env!("CARGO_PKG_VERSION"));
+    println!("build      {} {}", std::env::consts::ARCH, std::env::consts::OS);
+    println!("devices    cpu ({threads} threads, {simd})");
+    println!("cuda       {cuda}");
+    println!("model      {} {}", model.info.name, model.hash);
+    println!("           backbone {backbone} parameters, generator {generator}");
+    println!("           licence {}", model.info.licence);
+    for source in &model.info.data_sources {
+        println!("           trained on {source}");
+    }
+    Ok(())
+}

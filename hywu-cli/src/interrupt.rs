@@ -1,0 +1,23 @@
+//! Ctrl-C: the first one asks the running work to stop at its next step, which then ends with exit code 130.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static REQUESTED: AtomicBool = AtomicBool::new(false);
+
+/// Installs the handler. A second Ctrl-C ends the process at once.
+///
+/// # Errors
+/// When the system refuses the handler.
+pub fn install() -> anyhow::Result<()> {
+    ctrlc::set_handler(|| {
+        if REQUESTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    })?;
+    Ok(())
+}
+
+/// Has the user asked to stop?
+pub fn requested() -> bool {
+    REQUESTED.load(Ordering::SeqCst)
+}

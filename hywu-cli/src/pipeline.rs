@@ -1,0 +1,122 @@
+//! The edit pipeline: photo + instruction -> condition -> adapter -> edited photo.
+
+use crate::model::Model;
+use anyhow::{Context, Result, bail, ensure};
+use hywu_core::Adapter;
+use hywu_diffusion::{Picture, SampleOptions, condition_of, edit_picture};
+use hywu_kernels::LoraVars;
+use std::{
+    ops::ControlFlow,
+    time::{Duration, Instant},
+};
+
+/// How an edit is made.
+#[derive(Clone, Debug)]
+pub struct EditOptions {
+    /// Factor on the adapter's scale; 0 gives the backbone's own output bit for bit.
+    pub strength: f32,
+    /// Seed, steps, sampler and tiles.
+    pub sample: SampleOptions,
+}
+
+impl Default for EditOptions {
+    fn default() -> Self {
+        Self { strength: 1.0, sample: SampleOptions::default() }
+    }
+}
+
+/// A finished edit.
+#[derive(Debug)]
+pub struct Edit {
+    /// The edited picture, as large as the source.
+    pub picture: Picture,
+    /// The adapter that made it; none when the model has no generator and none was given.
+    pub adapter: Option<Adapter>,
+    /// Time for text, condition and generator.
+    pub generating: Duration,
+    /// Time for sampling.
+    pub sampling: Duration,
+    /// Mean absolute change of a channel value, in 8-bit steps (0..=255): near 0 means that the edit did nothing.
+    pub change: f64,
+}
+
+/// Edits pictures with one model.
+pub struct Editor {
+    model: Model,
+}
+
+impl Editor {
+    /// Takes a loaded model.
+    pub fn new(model: Model) -> Self {
+        Self { model }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The adapter that the generator writes for this picture and instruction, with its provenance in the metadata.
+    ///
+    /// # Errors
+    /// An empty instruction, or a model without a generator.
+    pub fn adapter(&self, picture: &Picture, instruction: &str) -> Result<Adapter> {
+        let ids = self.model.text.encode(instruction)?;
+        self.generate(picture, instruction, &ids)?.context("this model has no generator: it is a backbone only")
+    }
+
+    fn generate(&self, picture: &Picture, instruction: &str, ids: &[u32]) -> Result<Option<Adapter>> {
+        let Some(generator) = &self.model.generator else { return Ok(None) };
+        let condition = condition_of(&self.model.backbone, picture, ids)?;
+        let mut adapter = generator.generate(&condition)?;
+        adapter.metadata.extend([
+            ("instruction".into(), instruction.into()),
+            ("model".into(), self.model.info.name.clone()),
+            ("model_hash".into(), self.model.hash.clone()),
+            ("source_hash".into(), source_hash(picture)),
+            ("program".into(), format!("hywu {}", env!("CARGO_PKG_VERSION"))),
+        ]);
+        Ok(Some(adapter))
+    }
+
+    /// Edits a picture with `adapter`, or with one generated for it. `progress(step, steps)` may stop the edit.
+    ///
+    /// # Errors
+    /// An empty instruction, an adapter that does not fit the backbone, a strength that is not finite;
+    /// [`hywu_diffusion::Error::Interrupted`] when `progress` says so.
+    pub fn edit(
+        &self,
+        picture: &Picture,
+        instruction: &str,
+        adapter: Option<&Adapter>,
+        options: &EditOptions,
+        progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<Edit> {
+        ensure!(options.strength.is_finite(), "strength {} is not a finite number", options.strength);
+        let start = Instant::now();
+        let ids = self.model.text.encode(instruction)?;
+        let adapter = match adapter {
+            Some(given) => Some(given.clone()),
+            None if options.strength == 0.0 => None,
+            None => self.generate(picture, instruction, &ids)?,
+        };
+        if let Some(adapter) = &adapter
+            && adapter.batch() != 1
+        {
+            bail!("the adapter holds {} instances; one is needed", adapter.batch());
+        }
+        let loras = adapter.as_ref().map_or_else(LoraVars::none, |a| LoraVars::from_adapter(a, options.strength));
+        let generating = start.elapsed();
+        let start = Instant::now();
+        let edited = edit_picture(&self.model.backbone, picture, &ids, &loras, &options.sample, progress)?;
+        let sum: f64 = edited.rgb.iter().zip(&picture.rgb).map(|(a, b)| f64::from((a - b).abs())).sum();
+        let change = sum * 127.5 / picture.rgb.len().max(1) as f64;
+        Ok(Edit { picture: edited, adapter, generating, sampling: start.elapsed(), change })
+    }
+}
+
+/// FNV-1a over the picture's values: tells pictures apart in an adapter's provenance, no more.
+fn source_hash(picture: &Picture) -> String {
+    let bytes = picture.rgb.iter().flat_map(|v| v.to_le_bytes());
+    format!("{:016x}", crate::model::fnv1a(bytes))
+}

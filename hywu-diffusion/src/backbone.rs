@@ -1,0 +1,464 @@
+use crate::{BackboneConfig, Error, Result, config::Init};
+use hywu_core::{AdapterSpec, Checkpoint, Dtype, Module, Philox, TensorWriter};
+use hywu_kernels::{
+    Bound, LoraVars, ParamSet, Tape, Tensor, Var,
+    ops::{
+        attention::{Attention, Layout, QkNorm, Rotary, attention, rotary_table},
+        elementwise::{
+            add, add_row, concat_tokens, gated_residual, repeat_each, slice_channels, slice_tokens,
+        },
+        embedding::embedding,
+        local_colour::{FEATURES, local_colour},
+        low_rank_linear::{linear, low_rank_linear},
+        patchify::{patchify, unpatchify},
+        rms_norm::{Modulation, rms_norm},
+        swiglu::{silu, swiglu},
+        timestep::timestep_embedding,
+    },
+};
+use rayon::prelude::*;
+use std::collections::HashSet;
+
+const OP: &str = "backbone";
+const EPS: f32 = 1e-6;
+/// Names of the blocks that take adapters start so.
+const LAYERS: &str = "model.layers.";
+const TEXT_LAYERS: &str = "text.layers.";
+/// Rotary coordinates of the text start here in both axes, beyond every image token's.
+const TEXT_ORIGIN: usize = 64;
+/// Metadata key of the config in a checkpoint.
+const CONFIG_KEY: &str = "backbone";
+
+/// The mini backbone: a transformer in pixel space that reads a noisy picture, the source picture and an instruction,
+/// and predicts the clean edited picture (x-prediction as in arXiv 2511.13720).
+///
+/// A patch of [x_t | source | position] is one token, the text tokens stand in the same sequence. Blocks are pre-norm
+/// attention and SwiGLU; one timestep embedding modulates all of them, with a learnt offset per block (adaLN-single,
+/// PixArt-alpha, arXiv 2310.00426 section 2.3). The prediction is `source + local colour transform + residual`.
+#[derive(Clone)]
+pub struct Backbone {
+    /// Sizes.
+    pub config: BackboneConfig,
+    /// The weights that training changes.
+    pub params: ParamSet,
+    /// Token embeddings [vocabulary, text_dim], frozen.
+    pub text_table: Tensor,
+}
+
+/// What a forward pass works with.
+struct Call<'a> {
+    tape: &'a Tape,
+    bound: &'a Bound,
+    adapters: &'a LoraVars,
+}
+
+/// Scale, shift and gate of a block's two branches, each [batch, width].
+type BlockModulation = [Var; 6];
+
+impl Backbone {
+    /// A backbone with fresh weights that depend on `seed` alone. It starts as the identity: prediction = source.
+    ///
+    /// # Errors
+    /// A config that can't work, or a table that is not [vocabulary, text_dim].
+    pub fn new(config: BackboneConfig, text_table: Tensor, seed: u64) -> Result<Self> {
+        let mut backbone = Self::zeroed(config, text_table)?;
+        let inits: Vec<Init> = backbone.config.parameters().into_iter().map(|(_, _, init)| init).collect();
+        for (stream, ((_, tensor), init)) in backbone.params.iter_mut().zip(inits).enumerate() {
+            match init {
+                Init::Constant(value) => tensor.data_mut().fill(value),
+                Init::Normal(std) => {
+                    Philox::new(seed).fill_normal(stream as u64, 0, tensor.data_mut());
+                    tensor.data_mut().iter_mut().for_each(|w| *w *= std);
+                }
+            }
+        }
+        Ok(backbone)
+    }
+
+    fn zeroed(config: BackboneConfig, text_table: Tensor) -> Result<Self> {
+        config.validate()?;
+        match text_table.shape() {
+            [vocabulary, dim] if *vocabulary > 0 && *dim == config.text_dim => {}
+            got => {
+                let expected = format!("[vocabulary, {}]", config.text_dim);
+                return Err(hywu_kernels::Error::shape(OP, "text table", got, expected).into());
+            }
+        }
+        let mut params = ParamSet::new();
+        for (name, shape, _) in config.parameters() {
+            params.insert(name, Tensor::zeros(&shape));
+        }
+        Ok(Self { config, params, text_table })
+    }
+
+    /// Reads what [`Backbone::store`] wrote.
+    ///
+    /// # Errors
+    /// No config in the metadata or one that can't work; missing, unused, wrongly shaped or non-finite tensors.
+    pub fn load(checkpoint: &Checkpoint, text_table: Tensor) -> Result<Self> {
+        let bad = |what: String| hywu_core::Error::checkpoint(checkpoint.path(), what);
+        let text = checkpoint
+            .metadata()
+            .get(CONFIG_KEY)
+            .ok_or_else(|| bad(format!("no `{CONFIG_KEY}` in the metadata: not a backbone")))?;
+        let config = serde_json::from_str(text).map_err(|e| bad(format!("metadata `{CONFIG_KEY}`: {e}")))?;
+        let mut backbone = Self::zeroed(config, text_table)?;
+        backbone.params.load(checkpoint, "")?;
+        Ok(backbone)
+    }
+
+    /// Adds config and weights (not the text table) to a file.
+    ///
+    /// # Errors
+    /// None in practice: the config is plain numbers.
+    pub fn store(&self, writer: &mut TensorWriter, dtype: Dtype) -> Result<()> {
+        let config = serde_json::to_string(&self.config).map_err(|e| Error::Invalid(e.to_string()))?;
+        writer.meta(CONFIG_KEY, config);
+        self.params.store(writer, "", dtype);
+        Ok(())
+    }
+
+    /// The modules that take an adapter: attention and MLP projections of every layer.
+    pub fn adapter_spec(&self, rank: usize, alpha: f32) -> AdapterSpec {
+        let c = &self.config;
+        let module = |(path, out_dim, in_dim): (&str, usize, usize)| Module {
+            path: path.to_owned(),
+            in_dim,
+            out_dim,
+            experts: None,
+        };
+        AdapterSpec {
+            prefix: LAYERS.to_owned(),
+            layers: c.layers,
+            rank,
+            alpha,
+            modules: c.projections().map(module).to_vec(),
+        }
+    }
+
+    /// Adapters must cover every module of [`Backbone::adapter_spec`] and nothing else, or be empty.
+    fn check_adapters(&self, adapters: &LoraVars, batch: usize) -> Result<()> {
+        let Some(first) = adapters.modules.values().next() else { return Ok(()) };
+        let spec = self.adapter_spec(1, 1.0);
+        let names: HashSet<String> = spec.module_names().collect();
+        let missing: Vec<String> = spec.module_names().filter(|n| adapters.get(n).is_none()).collect();
+        let unused: Vec<&String> = adapters.modules.keys().filter(|n| !names.contains(*n)).collect();
+        if !missing.is_empty() || !unused.is_empty() {
+            let what = format!("modules without a pair: {missing:?}; pairs without a module: {unused:?}");
+            return Err(hywu_core::Error::Adapter(what).into());
+        }
+        let instances = first.a.shape().first().copied().unwrap_or(0);
+        if instances == 0 || batch % instances != 0 {
+            let what = format!("{instances} instances do not divide a batch of {batch}");
+            return Err(hywu_core::Error::Adapter(what).into());
+        }
+        for (i, name) in spec.module_names().enumerate() {
+            let module = &spec.modules[i % spec.modules.len()];
+            let Some(pair) = adapters.get(&name) else { continue };
+            let (a, b) = (pair.a.shape(), pair.b.shape());
+            let rank = a.get(1).copied().unwrap_or(0);
+            if rank == 0 || a != [instances, rank, module.in_dim] || b != [instances, module.out_dim, rank] {
+                let expected =
+                    format!("[{instances}, r, {}] and [{instances}, {}, r]", module.in_dim, module.out_dim);
+                let what = format!("`{name}` has lora_a {a:?} and lora_b {b:?}, expected {expected}");
+                return Err(hywu_core::Error::Adapter(what).into());
+            }
+            if !pair.scale.is_finite() {
+                return Err(hywu_core::Error::Adapter(format!("`{name}` has scale {}", pair.scale)).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The text tower: `ids` of [`instances`, text_len] tokens -> [instances, text_len, width]. Padding is a token like any other.
+    ///
+    /// # Errors
+    /// A wrong number of ids, or one outside the vocabulary.
+    pub fn text_tokens(&self, tape: &Tape, bound: &Bound, ids: &[u32], instances: usize) -> Result<Var> {
+        let c = &self.config;
+        let (length, width) = (c.text_len, c.width);
+        if instances == 0 || ids.len() != instances * length {
+            let expected = format!("[{instances} * {length}], at least one instance");
+            return Err(hywu_kernels::Error::shape(OP, "text ids", &[ids.len()], expected).into());
+        }
+        let table = Var::constant(self.text_table.clone());
+        let x = embedding(tape, &table, ids, &[instances, length])?;
+        let x = linear(tape, &x, bound.get("text_in.weight")?, Some(bound.get("text_in.bias")?))?;
+        let row = bound.get("text_position")?.reshape(&[length * width])?;
+        let mut x = add_row(tape, &x.reshape(&[instances, length * width])?, &row)?
+            .reshape(&[instances, length, width])?;
+        let rotary = self.rotary(0, 0)?;
+        let call = Call { tape, bound, adapters: &LoraVars::none() };
+        for i in 0..c.text_layers {
+            x = self.block(&call, &format!("{TEXT_LAYERS}{i}"), &x, &rotary, None)?;
+        }
+        Ok(x)
+    }
+
+    /// Rotary tables: image tokens at (row, column), then text token i at (64 + i, 64 + i).
+    fn rotary(&self, rows: usize, columns: usize) -> Result<Rotary> {
+        let image = (0..rows).flat_map(|y| (0..columns).map(move |x| vec![y as u32, x as u32]));
+        let text = (0..self.config.text_len).map(|i| vec![(TEXT_ORIGIN + i) as u32; 2]);
+        let positions: Vec<Vec<u32>> = image.chain(text).collect();
+        Ok(rotary_table(&positions, &[self.config.head_dim / 2; 2])?)
+    }
+
+    /// One block: x + gate * attention(norm(x)), then x + gate * mlp(norm(x)); without a modulation the gates are 1.
+    fn block(
+        &self,
+        call: &Call<'_>,
+        name: &str,
+        x: &Var,
+        rotary: &Rotary,
+        modulation: Option<&BlockModulation>,
+    ) -> Result<Var> {
+        let Call { tape, bound, adapters } = *call;
+        let weight = |path: &str| bound.get(&format!("{name}.{path}.weight"));
+        let project = |x: &Var, path: &str| {
+            low_rank_linear(tape, x, weight(path)?, None, adapters.get(&format!("{name}.{path}")))
+        };
+        let norm = |x: &Var, path: &str, branch: usize| {
+            let modulation =
+                modulation.map(|m| Modulation { scale: &m[3 * branch], shift: &m[3 * branch + 1] });
+            rms_norm(tape, x, Some(weight(path)?), EPS, modulation)
+        };
+        let residual = |x: &Var, y: &Var, branch: usize| match modulation {
+            Some(m) => gated_residual(tape, x, y, &m[3 * branch + 2]),
+            None => add(tape, x, y),
+        };
+        let qkv = project(&norm(x, "input_norm", 0)?, "self_attn.qkv_proj")?;
+        let args = self.attention(x.shape()[0], x.shape()[1], rotary);
+        let qk = QkNorm { q: weight("self_attn.q_norm")?.clone(), k: weight("self_attn.k_norm")?.clone() };
+        let y = attention(tape, &args, &qkv, &qkv, &qkv, Some(&qk))?;
+        let x = residual(x, &project(&y, "self_attn.o_proj")?, 0)?;
+        let y = project(&norm(&x, "mlp_norm", 1)?, "mlp.gate_and_up_proj")?;
+        let y = project(&swiglu(tape, &y)?, "mlp.down_proj")?;
+        Ok(residual(&x, &y, 1)?)
+    }
+
+    /// Attention over a fused projection [batch, tokens, q | k | v].
+    fn attention(&self, batch: usize, tokens: usize, rotary: &Rotary) -> Attention {
+        let (width, head) = (self.config.width, self.config.head_dim);
+        let part = |i: usize, parts: usize| Layout {
+            offset: i * width,
+            batch: [tokens * parts * width, 0],
+            token: parts * width,
+            head,
+        };
+        Attention {
+            batch: [batch, 1],
+            queries: tokens,
+            keys: tokens,
+            heads: width / head,
+            head_dim: head,
+            q: part(0, 3),
+            k: part(1, 3),
+            v: part(2, 3),
+            out: part(0, 1),
+            out_shape: vec![batch, tokens, width],
+            key_lengths: None,
+            rotary: Some((rotary.clone(), rotary.clone())),
+        }
+    }
+
+    /// The shared modulation [batch, 6 * width] of the timesteps.
+    fn modulation(&self, call: &Call<'_>, t: &[f32]) -> Result<Var> {
+        let Call { tape, bound, .. } = *call;
+        let x = Var::constant(timestep_embedding(t, self.config.width));
+        let x =
+            silu(tape, &linear(tape, &x, bound.get("time_in.weight")?, Some(bound.get("time_in.bias")?))?)?;
+        Ok(linear(tape, &x, bound.get("time_out.weight")?, Some(bound.get("time_out.bias")?))?)
+    }
+
+    /// Batch, height and width of the inputs, after checking every shape.
+    fn check_inputs(
+        &self,
+        [x_t, source, position]: [&Tensor; 3],
+        t: &[f32],
+        text: &Var,
+    ) -> Result<[usize; 3]> {
+        let c = &self.config;
+        let &[batch, height, width, 3] = source.shape() else {
+            return Err(hywu_kernels::Error::shape(
+                OP,
+                "source",
+                source.shape(),
+                "[batch, height, width, 3]",
+            )
+            .into());
+        };
+        let largest = TEXT_ORIGIN * c.patch;
+        let fits = |n: usize| n > 0 && n <= largest && n.is_multiple_of(c.patch);
+        if batch == 0 || !fits(height) || !fits(width) {
+            let expected = format!(
+                "a non-empty batch of pictures with sides that are multiples of {}, up to {largest}",
+                c.patch
+            );
+            return Err(hywu_kernels::Error::shape(OP, "source", source.shape(), expected).into());
+        }
+        for (what, tensor, channels) in [("x_t", x_t, 3), ("position", position, 2)] {
+            let expected = [batch, height, width, channels];
+            if tensor.shape() != expected {
+                return Err(
+                    hywu_kernels::Error::shape(OP, what, tensor.shape(), format!("{expected:?}")).into()
+                );
+            }
+        }
+        if t.len() != batch {
+            return Err(hywu_kernels::Error::shape(OP, "timesteps", &[t.len()], format!("[{batch}]")).into());
+        }
+        match *text.shape() {
+            [n, l, w] if n > 0 && batch.is_multiple_of(n) && [l, w] == [c.text_len, c.width] => {}
+            _ => {
+                let expected = format!("[a divisor of {batch}, {}, {}]", c.text_len, c.width);
+                return Err(hywu_kernels::Error::shape(OP, "text tokens", text.shape(), expected).into());
+            }
+        }
+        Ok([batch, height, width])
+    }
+
+    /// The last hidden states before the final norm, [batch, image tokens + text_len, width]; arguments as [`Backbone::predict`].
+    ///
+    /// # Errors
+    /// As [`Backbone::predict`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn hidden(
+        &self,
+        tape: &Tape,
+        bound: &Bound,
+        x_t: &Tensor,
+        source: &Tensor,
+        position: &Tensor,
+        t: &[f32],
+        text: &Var,
+        adapters: &LoraVars,
+    ) -> Result<Var> {
+        let [batch, height, width] = self.check_inputs([x_t, source, position], t, text)?;
+        self.check_adapters(adapters, batch)?;
+        let c = &self.config;
+        let call = Call { tape, bound, adapters };
+        let input = Var::constant(stack_channels(x_t, source, position));
+        let patches = patchify(tape, &input, c.patch)?;
+        let image = linear(tape, &patches, bound.get("patch_in.weight")?, Some(bound.get("patch_in.bias")?))?;
+        let repeated;
+        let text = if text.shape()[0] == batch {
+            text
+        } else {
+            repeated = repeat_each(tape, text, batch / text.shape()[0])?;
+            &repeated
+        };
+        let mut x = concat_tokens(tape, &[&image, text])?;
+        let rotary = self.rotary(height / c.patch, width / c.patch)?;
+        let shared = self.modulation(&call, t)?;
+        for i in 0..c.layers {
+            let name = format!("{LAYERS}{i}");
+            let all = add_row(tape, &shared, bound.get(&format!("{name}.modulation"))?)?;
+            let part = |j: usize| slice_channels(tape, &all, j * c.width, c.width);
+            let modulation = [part(0)?, part(1)?, part(2)?, part(3)?, part(4)?, part(5)?];
+            x = self.block(&call, &name, &x, &rotary, Some(&modulation))?;
+        }
+        Ok(x)
+    }
+
+    /// The predicted clean picture x_hat [batch, height, width, 3] for any height and width that are multiples of the patch.
+    ///
+    /// `x_t`, `source` [batch, height, width, 3]; `position` [batch, height, width, 2]: (y, x) of every pixel in the whole
+    /// picture, -1..1; `t` per batch entry in [0, 1]; `text` [instances, text_len, width] of [`Backbone::text_tokens`], each
+    /// instance serving batch / instances consecutive entries, as an adapter of a batch does.
+    ///
+    /// # Errors
+    /// Shapes that don't fit, or adapters that don't cover exactly the modules of [`Backbone::adapter_spec`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn predict(
+        &self,
+        tape: &Tape,
+        bound: &Bound,
+        x_t: &Tensor,
+        source: &Tensor,
+        position: &Tensor,
+        t: &[f32],
+        text: &Var,
+        adapters: &LoraVars,
+    ) -> Result<Var> {
+        let x = self.hidden(tape, bound, x_t, source, position, t, text, adapters)?;
+        let p = self.config.patch;
+        let (height, width) = (source.shape()[1], source.shape()[2]);
+        let x = slice_tokens(tape, &x, 0, (height / p) * (width / p))?;
+        let x = rms_norm(tape, &x, Some(bound.get("norm.weight")?), EPS, None)?;
+        let x = linear(tape, &x, bound.get("head.weight")?, Some(bound.get("head.bias")?))?;
+        let residual = slice_channels(tape, &x, 0, 3 * p * p)?;
+        let coef = slice_channels(tape, &x, 3 * p * p, 3 * FEATURES)?;
+        let source = patchify(tape, &Var::constant(source.clone()), p)?;
+        let change = add(tape, &local_colour(tape, &coef, &source)?, &residual)?;
+        Ok(unpatchify(tape, &add(tape, &change, &source)?, p, height, width)?)
+    }
+
+    /// What the generator reads: the backbone's own last hidden states over each view and the text, [instances, 1, length, width].
+    ///
+    /// `views` are [`BackboneConfig::views`] pictures [instances, height, width, 3] each, shown as a whole picture at t = 0 with
+    /// x_t = 0; their token sequences follow one another. `ids` [instances * text_len].
+    ///
+    /// # Errors
+    /// A wrong number of views, or shapes that don't fit.
+    pub fn condition(&self, views: &[&Tensor], ids: &[u32]) -> Result<Tensor> {
+        let wanted = self.config.views();
+        if views.len() != wanted {
+            return Err(Error::Invalid(format!("the condition reads {wanted} views, got {}", views.len())));
+        }
+        let tape = Tape::inference();
+        let bound = self.params.bind(&tape, false);
+        let instances = views[0].shape().first().copied().unwrap_or(0);
+        let text = self.text_tokens(&tape, &bound, ids, instances)?;
+        let see = |view: &&Tensor| {
+            let &[n, height, width, 3] = view.shape() else {
+                let expected = "[instances, height, width, 3]";
+                return Err(hywu_kernels::Error::shape(OP, "view", view.shape(), expected).into());
+            };
+            if n != instances {
+                let expected = format!("{instances} instances");
+                return Err(hywu_kernels::Error::shape(OP, "view", view.shape(), expected).into());
+            }
+            let position = whole_positions(n, height, width);
+            let x_t = Tensor::zeros(view.shape());
+            self.hidden(&tape, &bound, &x_t, view, &position, &vec![0.0; n], &text, &LoraVars::none())
+        };
+        let states = views.iter().map(see).collect::<Result<Vec<Var>>>()?;
+        let states = concat_tokens(&tape, &states.iter().collect::<Vec<_>>())?;
+        let shape = [instances, 1, states.shape()[1], self.config.width];
+        Ok(states.value().reshape(&shape)?)
+    }
+}
+
+/// [x_t | source | position] per pixel: [batch, height, width, 8]; shapes are checked.
+fn stack_channels(x_t: &Tensor, source: &Tensor, position: &Tensor) -> Tensor {
+    let shape = source.shape();
+    let row = shape[2];
+    Tensor::build(&[shape[0], shape[1], row, 8], |out| {
+        (out.par_chunks_mut(row * 8))
+            .zip(x_t.data().par_chunks(row * 3))
+            .zip(source.data().par_chunks(row * 3))
+            .zip(position.data().par_chunks(row * 2))
+            .for_each(|(((out, x), s), p)| {
+                for (i, out) in out.chunks_exact_mut(8).enumerate() {
+                    out[..3].copy_from_slice(&x[3 * i..3 * i + 3]);
+                    out[3..6].copy_from_slice(&s[3 * i..3 * i + 3]);
+                    out[6..].copy_from_slice(&p[2 * i..2 * i + 2]);
+                }
+            });
+    })
+}
+
+/// Coordinate of the centre of pixel `i` of `n`: -1 at one edge of the picture, 1 at the other.
+pub fn pixel_position(i: usize, n: usize) -> f32 {
+    (2 * i + 1) as f32 / n as f32 - 1.0
+}
+
+/// (y, x) of every pixel of whole pictures: [batch, height, width, 2].
+fn whole_positions(batch: usize, height: usize, width: usize) -> Tensor {
+    Tensor::build(&[batch, height, width, 2], |out| {
+        for (i, pixel) in out.chunks_exact_mut(2).enumerate() {
+            let (y, x) = (i / width % height, i % width);
+            pixel.copy_from_slice(&[pixel_position(y, height), pixel_position(x, width)]);
+        }
+    })
+}

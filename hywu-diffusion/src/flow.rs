@@ -1,0 +1,66 @@
+//! Flow matching between noise (t = 0) and image (t = 1): x_t = t * x + (1 - t) * noise (rectified flow, arXiv 2209.03003).
+
+use crate::{Backbone, EditBatch, Result};
+use hywu_core::Philox;
+use hywu_kernels::{Bound, LoraVars, Tape, Tensor, Var, ops::loss::weighted_mse};
+use rayon::prelude::*;
+
+/// t = sigmoid(N(mean, 1)) (logit-normal, arXiv 2403.03206 section 3.1).
+const LOGIT_MEAN: f32 = -0.4;
+/// The weight 1 / (1 - t)^2, which turns an error of x_hat into one of the velocity, is held down near the image.
+const LEAST_REST: f32 = 0.3;
+/// Stream of the timesteps; the noise of batch entry b is stream b + 1.
+const TIMESTEPS: u64 = 0;
+
+/// Noisy targets of a training step.
+#[derive(Clone, Debug)]
+pub struct Noised {
+    /// Like the target.
+    pub x_t: Tensor,
+    /// Timestep per batch entry.
+    pub t: Vec<f32>,
+    /// Loss weight per batch entry: 1 / max(1 - t, 0.3)^2.
+    pub weight: Vec<f32>,
+}
+
+impl Noised {
+    /// Draws timesteps and noise for `target` [batch, ..]; they depend on `seed` and the place in the batch alone.
+    pub fn draw(target: &Tensor, seed: u64) -> Self {
+        let philox = Philox::new(seed);
+        let batch = target.shape().first().copied().unwrap_or(1);
+        let t: Vec<f32> = (0..batch as u64)
+            .map(|b| 1.0 / (1.0 + (-(philox.normal(TIMESTEPS, b) + LOGIT_MEAN)).exp()))
+            .collect();
+        let weight = t.iter().map(|t| (1.0 - t).max(LEAST_REST).powi(-2)).collect();
+        let size = (target.numel() / batch.max(1)).max(1);
+        let x_t = Tensor::build(target.shape(), |out| {
+            (out.par_chunks_mut(size)).zip(target.data().par_chunks(size)).enumerate().for_each(
+                |(b, (out, x))| {
+                    philox.fill_normal(b as u64 + 1, 0, out);
+                    out.iter_mut().zip(x).for_each(|(n, x)| *n = t[b] * x + (1.0 - t[b]) * *n);
+                },
+            );
+        });
+        Self { x_t, t, weight }
+    }
+}
+
+/// The training loss: mean over the batch of weight * mean((x_hat - target)^2).
+///
+/// `bound` decides whether the backbone's weights are trained; the adapters (none, or one per instance) bring their own
+/// variables.
+///
+/// # Errors
+/// A batch that does not fit the backbone, or adapters that don't cover it.
+pub fn flow_loss(
+    tape: &Tape,
+    backbone: &Backbone,
+    bound: &Bound,
+    batch: &EditBatch,
+    adapters: &LoraVars,
+) -> Result<Var> {
+    let text = backbone.text_tokens(tape, bound, &batch.text, batch.instances)?;
+    let Noised { x_t, t, weight } = Noised::draw(&batch.target, batch.seed);
+    let x_hat = backbone.predict(tape, bound, &x_t, &batch.source, &batch.position, &t, &text, adapters)?;
+    Ok(weighted_mse(tape, &x_hat, &batch.target, &weight)?)
+}

@@ -1,0 +1,50 @@
+use crate::{Backbone, EditBatch, Error, flow_loss};
+use hywu_core::AdapterSpec;
+use hywu_kernels::{Downstream, LoraVars, Tape, Tensor, Var};
+
+/// The frozen mini backbone as what a generator is trained for.
+pub struct MiniDownstream {
+    /// Never changed by training through it.
+    pub backbone: Backbone,
+    spec: AdapterSpec,
+}
+
+impl MiniDownstream {
+    /// Adapters of `rank`, their low-rank term scaled by alpha / rank.
+    ///
+    /// # Errors
+    /// A rank of zero, or an alpha that is not a finite number.
+    pub fn new(backbone: Backbone, rank: usize, alpha: f32) -> crate::Result<Self> {
+        let spec = backbone.adapter_spec(rank, alpha);
+        spec.validate()?;
+        Ok(Self { backbone, spec })
+    }
+}
+
+impl Downstream for MiniDownstream {
+    type Batch = EditBatch;
+
+    fn adapter_spec(&self) -> &AdapterSpec {
+        &self.spec
+    }
+
+    fn condition(&self, batch: &EditBatch) -> hywu_kernels::Result<Tensor> {
+        let views = [&batch.thumbnail, &batch.detail];
+        let views = &views[..self.backbone.config.views()];
+        self.backbone.condition(views, &batch.text).map_err(kernel_error)
+    }
+
+    fn loss(&self, tape: &Tape, batch: &EditBatch, adapters: &LoraVars) -> hywu_kernels::Result<Var> {
+        let frozen = self.backbone.params.bind(tape, false);
+        flow_loss(tape, &self.backbone, &frozen, batch, adapters).map_err(kernel_error)
+    }
+}
+
+/// The trait speaks in errors of the kernels.
+fn kernel_error(e: Error) -> hywu_kernels::Error {
+    match e {
+        Error::Kernel(e) => e,
+        Error::Core(e) => e.into(),
+        e => hywu_kernels::Error::invalid("mini backbone", e.to_string()),
+    }
+}

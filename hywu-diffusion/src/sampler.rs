@@ -1,0 +1,238 @@
+//! From noise to the edited picture.
+
+use crate::{
+    Backbone, Error, Picture, Result,
+    tiles::{Tiling, pad_reflect},
+};
+use hywu_kernels::{
+    LoraVars, Tape, Tensor,
+    ops::{noise::noise_window, tile_blend::tile_blend},
+};
+use rayon::prelude::*;
+use std::ops::ControlFlow;
+
+/// Side of the condition's views in pixels.
+pub const VIEW: usize = 64;
+/// Elements that one parallel job updates.
+const CHUNK: usize = 1 << 14;
+
+/// Method that follows the velocity v = (x_hat - x_t) / (1 - t) from t = 0 to 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sampler {
+    /// One evaluation a step.
+    #[default]
+    Euler,
+    /// Two evaluations a step, but one in the last; second order.
+    Heun,
+}
+
+impl Sampler {
+    /// How often the backbone sees the whole picture.
+    pub fn evaluations(self, steps: usize) -> usize {
+        match self {
+            Self::Euler => steps,
+            Self::Heun => (2 * steps).saturating_sub(1),
+        }
+    }
+
+    /// Integrates over a uniform grid of `steps` >= 1 from `x` at t = 0; `predict(x_t, t)` gives x_hat. The last step's velocity
+    /// leads exactly to x_hat, which is returned.
+    ///
+    /// # Errors
+    /// Those of `predict`, and no steps.
+    pub fn integrate(
+        self,
+        steps: usize,
+        mut x: Tensor,
+        mut predict: impl FnMut(&Tensor, f32) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        for i in 0..steps {
+            let x_hat = predict(&x, i as f32 / steps as f32)?;
+            if i + 1 == steps {
+                return Ok(x_hat);
+            }
+            // step * v = (x_hat - x) / (steps - i), since 1 - t = (steps - i) * step.
+            let rate = 1.0 / (steps - i) as f32;
+            let euler = zip_map(&x, &x_hat, |x, h| x + rate * (h - x));
+            x = match self {
+                Self::Euler => euler,
+                Self::Heun => {
+                    let ahead = predict(&euler, (i + 1) as f32 / steps as f32)?;
+                    let rate_ahead = 1.0 / (steps - i - 1) as f32;
+                    // x + step / 2 * (v + v_ahead) = (x + euler + step * v_ahead) / 2
+                    let next = zip_map(&euler, &ahead, |e, h| e + rate_ahead * (h - e));
+                    zip_map(&x, &next, |x, n| 0.5 * (x + n))
+                }
+            };
+        }
+        Err(Error::Invalid("the sampler needs at least one step".into()))
+    }
+}
+
+fn zip_map(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Sync) -> Tensor {
+    Tensor::build(a.shape(), |out| {
+        (out.par_chunks_mut(CHUNK)).zip(a.data().par_chunks(CHUNK)).zip(b.data().par_chunks(CHUNK)).for_each(
+            |((out, a), b)| {
+                for ((o, &a), &b) in out.iter_mut().zip(a).zip(b) {
+                    *o = f(a, b);
+                }
+            },
+        );
+    })
+}
+
+/// How a picture is sampled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SampleOptions {
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Steps from noise to image.
+    pub steps: usize,
+    /// Method.
+    pub sampler: Sampler,
+    /// Side of the square tiles in pixels, a multiple of 8.
+    pub tile: usize,
+    /// Least number of pixels that neighbouring tiles share.
+    pub overlap: usize,
+    /// Tiles that go through the backbone at once; a matter of memory only, the result is the same.
+    pub batch: usize,
+}
+
+impl Default for SampleOptions {
+    fn default() -> Self {
+        Self { seed: 0, steps: 6, sampler: Sampler::Euler, tile: 0, overlap: 0, batch: 0 }.with_tile(64)
+    }
+}
+
+impl SampleOptions {
+    /// Another tile size, with the overlap and batch that suit it.
+    pub fn with_tile(self, tile: usize) -> Self {
+        let pixels = tile.saturating_mul(tile).max(1);
+        Self { tile, overlap: 16.min(tile / 4), batch: (16 * 64 * 64 / pixels).max(1), ..self }
+    }
+
+    /// Checks every number.
+    ///
+    /// # Errors
+    /// Names the field, its value and what would be right.
+    pub fn validate(&self) -> Result<()> {
+        let Self { steps, tile, overlap, batch, .. } = *self;
+        if !(1..=1000).contains(&steps) {
+            return Err(Error::Invalid(format!("steps is {steps}, expected 1..=1000")));
+        }
+        if !(8..=512).contains(&tile) || !tile.is_multiple_of(8) {
+            return Err(Error::Invalid(format!("tile is {tile}, expected a multiple of 8 in 8..=512")));
+        }
+        if overlap > tile / 2 {
+            return Err(Error::Invalid(format!(
+                "overlap is {overlap}, expected at most {}, half a tile",
+                tile / 2
+            )));
+        }
+        if batch == 0 {
+            return Err(Error::Invalid("batch is 0, expected at least 1 tile".into()));
+        }
+        Ok(())
+    }
+}
+
+/// Edits a picture of any size with one adapter (or none): same size out, alpha carried over, values clamped to [-1, 1].
+///
+/// The picture is cut into overlapping tiles that share one noise field; at every step the predictions of all tiles are blended
+/// before the whole of x_t moves on (MultiDiffusion, arXiv 2302.08113), so there are no seams. Before each batch of tiles
+/// `progress(done, total)`, in batches of tiles over all steps, may stop the edit. Result and memory do not depend on the number
+/// of threads, nor the result on `options.batch`.
+///
+/// # Errors
+/// Options that can't work, an empty picture, ids or adapters that don't fit; [`Error::Interrupted`] when `progress` says so.
+pub fn edit_picture(
+    backbone: &Backbone,
+    picture: &Picture,
+    ids: &[u32],
+    adapters: &LoraVars,
+    options: &SampleOptions,
+    progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<Picture> {
+    options.validate()?;
+    check_picture(picture)?;
+    let Picture { height, width, .. } = *picture;
+    let tiling = Tiling::new(height, width, options.tile, options.overlap);
+    let (padded_height, padded_width) = (tiling.height, tiling.width);
+    let source = pad_reflect(picture, padded_height, padded_width);
+    let tape = Tape::inference();
+    let bound = backbone.params.bind(&tape, false);
+    let text = backbone.text_tokens(&tape, &bound, ids, 1)?;
+    let tile_len = options.tile * options.tile * 3;
+    let mut tiles = vec![0.0; tiling.at.len() * tile_len];
+    let mut done = 0;
+    let total = options.sampler.evaluations(options.steps) * tiling.at.len().div_ceil(options.batch);
+    let predict = |x: &Tensor, t: f32| {
+        for (at, out) in tiling.at.chunks(options.batch).zip(tiles.chunks_mut(options.batch * tile_len)) {
+            if progress(done, total).is_break() {
+                return Err(Error::Interrupted);
+            }
+            let x_t = tiling.gather(x.data(), 3, at);
+            let view = tiling.gather(&source.rgb, 3, at);
+            let position = tiling.positions(at);
+            let t = vec![t; at.len()];
+            let x_hat = backbone.predict(&tape, &bound, &x_t, &view, &position, &t, &text, adapters)?;
+            out.copy_from_slice(x_hat.value().data());
+            done += 1;
+        }
+        let mut blended = Tensor::zeros(x.shape());
+        let (size, picture) = (tiling.size, blended.data_mut());
+        tile_blend(&tiles, &tiling.at, size, 3, picture, padded_height, padded_width)?;
+        Ok(blended)
+    };
+    let noise = noise_window(options.seed, 0, 0, padded_height, padded_width, 3);
+    let edited = options.sampler.integrate(options.steps, noise, predict)?;
+    // Breaking is pointless now; this only shows that all is done.
+    let _ = progress(total, total);
+    let mut rgb = Vec::with_capacity(height * width * 3);
+    for row in edited.data().chunks_exact(padded_width * 3).take(height) {
+        rgb.extend(row[..width * 3].iter().map(|v| v.clamp(-1.0, 1.0)));
+    }
+    Ok(Picture { alpha: picture.alpha.clone(), ..Picture::from_rgb(height, width, rgb) })
+}
+
+/// The whole picture in 64 x 64 pixels.
+///
+/// # Errors
+/// An empty picture.
+pub fn thumbnail_of(picture: &Picture) -> Result<Picture> {
+    check_picture(picture)?;
+    Ok(picture.resize(VIEW, VIEW))
+}
+
+/// The 64 x 64 pixels around the centre at native resolution; what is smaller is continued by reflection.
+///
+/// # Errors
+/// An empty picture.
+pub fn detail_of(picture: &Picture) -> Result<Picture> {
+    check_picture(picture)?;
+    let (h, w) = (picture.height.min(VIEW), picture.width.min(VIEW));
+    let centre = picture.crop((picture.height - h) / 2, (picture.width - w) / 2, h, w);
+    Ok(pad_reflect(&centre, VIEW, VIEW))
+}
+
+/// The condition of one picture and instruction, [1, 1, length, width]: see [`Backbone::condition`].
+///
+/// # Errors
+/// An empty picture, or ids that don't fit.
+pub fn condition_of(backbone: &Backbone, picture: &Picture, ids: &[u32]) -> Result<Tensor> {
+    let thumbnail = thumbnail_of(picture)?.to_tensor();
+    if !backbone.config.detail_view {
+        return backbone.condition(&[&thumbnail], ids);
+    }
+    backbone.condition(&[&thumbnail, &detail_of(picture)?.to_tensor()], ids)
+}
+
+fn check_picture(picture: &Picture) -> Result<()> {
+    let Picture { height, width, .. } = *picture;
+    let expected = height.checked_mul(width).and_then(|n| n.checked_mul(3));
+    if height == 0 || width == 0 || expected != Some(picture.rgb.len()) {
+        let got = picture.rgb.len();
+        return Err(Error::Invalid(format!("a picture of {height} x {width} pixels holds {got} values")));
+    }
+    Ok(())
+}
