@@ -148,7 +148,7 @@ impl Backbone {
             return Err(hywu_core::Error::Adapter(what).into());
         }
         let instances = first.a.shape().first().copied().unwrap_or(0);
-        if instances == 0 || batch % instances != 0 {
+        if instances == 0 || !batch.is_multiple_of(instances) {
             let what = format!("{instances} instances do not divide a batch of {batch}");
             return Err(hywu_core::Error::Adapter(what).into());
         }

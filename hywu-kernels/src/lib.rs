@@ -1,5 +1,5 @@
 //! The arithmetic of HY-WU: [`Tensor`]s on a [`Device`], one module per op under [`ops`] with forward and backward, a
-//! small reverse-mode [`Tape`], and naive f64 oracles under [`reference`].
+//! small reverse-mode [`Tape`], and naive f64 oracles under [`mod@reference`].
 //!
 //! Every op has one name: `ops/<op>.rs` is its interface, `cpu/<op>.rs` its CPU code, `reference/<op>.rs` its oracle,
 //! `tests/<op>.rs` its tests. Results do not depend on the number of threads nor on the other members of a batch.

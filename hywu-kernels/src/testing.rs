@@ -18,8 +18,7 @@ pub fn relative_error(actual: &[f32], expected: &[f64]) -> f64 {
 pub fn assert_close(actual: &[f32], expected: &[f64], tolerance: f64) {
     assert_eq!(actual.len(), expected.len(), "lengths differ");
     let error = relative_error(actual, expected);
-    // Written so that NaN fails.
-    if !(error <= tolerance) {
+    if error.is_nan() || error > tolerance {
         let distance = |i: usize| (f64::from(actual[i]) - expected[i]).abs();
         let worst = (0..actual.len()).max_by(|&i, &j| distance(i).total_cmp(&distance(j))).unwrap_or(0);
         panic!(

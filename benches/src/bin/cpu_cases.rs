@@ -105,7 +105,9 @@ fn backbone_ms(batch: usize, size: usize, rank: Option<usize>, train: bool) -> R
         let spec = backbone.adapter_spec(rank, rank as f32);
         for layer in 0..spec.layers {
             for (i, m) in spec.modules.iter().enumerate() {
-                adapters.modules.insert(spec.module_name(layer, i), lora(batch, rank, m.in_dim, m.out_dim, 1.0));
+                adapters
+                    .modules
+                    .insert(spec.module_name(layer, i), lora(batch, rank, m.in_dim, m.out_dim, 1.0));
             }
         }
     }
@@ -124,7 +126,9 @@ fn backbone_ms(batch: usize, size: usize, rank: Option<usize>, train: bool) -> R
         let tape = Tape::new();
         let bound = backbone.params.bind(&tape, true);
         let text = backbone.text_tokens(&tape, &bound, &ids, batch).map_err(kernel)?;
-        let y = backbone.predict(&tape, &bound, &x_t, &source, &position, &t, &text, &adapters).map_err(kernel)?;
+        let y = backbone
+            .predict(&tape, &bound, &x_t, &source, &position, &t, &text, &adapters)
+            .map_err(kernel)?;
         let loss = weighted_mse(&tape, &y, &target, &vec![1.0; batch])?;
         let grads = bound.take_grads(&mut tape.backward(&loss)?);
         drop(bound);
@@ -141,8 +145,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     let mut rows = Vec::new();
     let mut row = |name: String, ms: f64| rows.push(format!("  \"{name}\": {ms:.4}"));
-    let linears =
-        [[1, 1024, 4096, 4096, 16], [32, 84, 192, 576, 8], [32, 84, 192, 1024, 8], [32, 84, 512, 192, 8], [1, 64, 768, 256, 8]];
+    let linears = [
+        [1, 1024, 4096, 4096, 16],
+        [32, 84, 192, 576, 8],
+        [32, 84, 192, 1024, 8],
+        [32, 84, 512, 192, 8],
+        [1, 64, 768, 256, 8],
+    ];
     for shape @ [b, m, k, n, r] in linears {
         let (with, without) = low_rank_linear_ms(shape)?;
         row(format!("low_rank_linear/b{b} m{m} k{k} n{n} r{r}"), with);

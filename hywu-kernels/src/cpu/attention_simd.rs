@@ -128,7 +128,7 @@ pub(super) unsafe fn exp2<S: Simd>(t: S::V) -> S::V {
     }
 }
 
-/// The operands of a matrix product: c[i][j] (+)= sum over k of a[i][k] * b[k][j].
+/// The operands of a matrix product: c[i]`[j]` (+)= sum over k of a[i]`[k]` * b[k]`[j]`.
 pub(super) struct Product {
     /// Rows of a and c.
     pub rows: usize,

@@ -4,18 +4,14 @@
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // x = n ln 2 + r, |r| <= ln 2 / 2, ln 2 in two parts so that n ln 2 is exact; e^r by its Taylor series.
-    let clamped = if x > 89.0 {
-        f32::INFINITY
-    } else if x < -104.0 {
+    if x < -104.0 {
         return 0.0;
-    } else {
-        x
-    };
-    if !(clamped <= 89.0) {
-        return clamped;
     }
-    let n = (clamped * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
-    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    if x > 89.0 || x.is_nan() {
+        return x + f32::INFINITY;
+    }
+    let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
     let p = 1.0
         + r * (1.0
             + r * (0.5

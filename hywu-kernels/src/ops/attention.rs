@@ -59,7 +59,7 @@ pub struct Attention {
     pub rotary: Option<(Rotary, Rotary)>,
 }
 
-/// QK normalisation: RMSNorm (eps 1e-6) over each head's channels before the rotation, weights [head_dim].
+/// QK normalisation: RMSNorm (eps 1e-6) over each head's channels before the rotation, weights `[head_dim]`.
 #[derive(Clone, Debug)]
 pub struct QkNorm {
     /// Weight for queries.
@@ -71,9 +71,9 @@ pub struct QkNorm {
 /// The weights of a [`QkNorm`] without a tape.
 #[derive(Clone, Copy, Debug)]
 pub struct NormWeights<'a> {
-    /// Weight for queries, [head_dim].
+    /// Weight for queries, `[head_dim]`.
     pub q: &'a Tensor,
-    /// Weight for keys, [head_dim].
+    /// Weight for keys, `[head_dim]`.
     pub k: &'a Tensor,
 }
 

@@ -98,7 +98,7 @@ pub fn gated_residual(tape: &Tape, x: &Var, y: &Var, gate: &Var) -> Result<Var> 
     }))
 }
 
-/// x [batch, .., n] + row [n], broadcast over every leading axis.
+/// x [batch, .., n] + row `[n]`, broadcast over every leading axis.
 ///
 /// # Errors
 /// A row of another length.

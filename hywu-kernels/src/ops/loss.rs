@@ -2,7 +2,7 @@
 
 use crate::{Error, Result, Tape, Tensor, Var};
 
-/// mean over the batch of weight[b] * mean((pred[b] - target[b])^2), a scalar.
+/// mean over the batch of weight`[b]` * mean((pred`[b]` - target`[b]`)^2), a scalar.
 ///
 /// # Errors
 /// Shapes that differ, or another number of weights than batch entries.

@@ -1,4 +1,4 @@
-//! Y[b] = X[b] W^T + bias + scale * (X[b] A[b]^T) B[b]^T (LoRA, arXiv 2106.09685), an adapter per batch entry.
+//! Y`[b]` = X`[b]` W^T + bias + scale * (X`[b]` A`[b]`^T) B`[b]`^T (LoRA, arXiv 2106.09685), an adapter per batch entry.
 
 use crate::{
     Error, LoraVar, Result, Tape, Tensor, Var,
@@ -62,7 +62,7 @@ impl Sizes {
 
 /// Linear layer with an optional low-rank update per batch entry.
 ///
-/// `x` [batch, .., in], `weight` [out, in], `bias` [out], `lora.a` [lora batch, r, in], `lora.b` [lora batch, out, r]
+/// `x` [batch, .., in], `weight` [out, in], `bias` `[out]`, `lora.a` [lora batch, r, in], `lora.b` [lora batch, out, r]
 /// -> [batch, .., out]. The lora batch divides the batch: each pair serves batch / lora batch consecutive entries.
 ///
 /// # Errors

@@ -76,7 +76,9 @@ pub fn patchify(tape: &Tape, image: &Var, p: usize) -> Result<Var> {
 /// Patches that are not those of a height x width picture.
 pub fn unpatchify(tape: &Tape, patches: &Var, p: usize, height: usize, width: usize) -> Result<Var> {
     let grid = match *patches.shape() {
-        [batch, n, c] if p > 0 && height % p == 0 && width % p == 0 && c % (p * p) == 0 => {
+        [batch, n, c]
+            if p > 0 && height.is_multiple_of(p) && width.is_multiple_of(p) && c.is_multiple_of(p * p) =>
+        {
             let grid = Grid { batch, rows: height / p, columns: width / p, p, channels: c / (p * p) };
             (grid.rows * grid.columns == n).then_some(grid)
         }

@@ -11,7 +11,7 @@ pub struct Modulation<'a> {
     pub shift: &'a Var,
 }
 
-/// y = x / sqrt(mean(x^2) + eps) * weight, then the modulation. `x` [batch, .., channels], `weight` [channels].
+/// y = x / sqrt(mean(x^2) + eps) * weight, then the modulation. `x` [batch, .., channels], `weight` `[channels]`.
 ///
 /// # Errors
 /// Shapes that don't agree, no channels, eps that is not positive.
