@@ -66,7 +66,7 @@ fn generate_refuses_bad_checkpoints() {
     let len = spoiled.len();
     spoiled[len - 64..].fill(0xff);
     fs::write(bad.join("model.safetensors"), spoiled).expect("writable");
-    refused("model.safetensors");
+    refused("holds NaN");
 
     fs::remove_file(bad.join("model.safetensors")).expect("there");
     let index = r#"{"metadata": {}, "weight_map": {"hidden_in.weight": "../../model.safetensors"}}"#;
