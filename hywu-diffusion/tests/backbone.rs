@@ -1,184 +1,286 @@
-//! The mini backbone and its samplers: shapes, what must hold bit for bit, and that training lowers the loss.
+//! The mini backbone: what it computes, what holds bit for bit, and what it refuses.
 
-use hywu_diffusion::{
-    Backbone, BackboneConfig, EditBatch, MiniDownstream, Picture, SampleOptions, edit_picture, flow_loss,
-};
-use hywu_kernels::{
-    Downstream, LoraVar, LoraVars, Tape, Tensor, Var,
-    optim::{Optimizer, Schedule},
-    testing::random,
-};
-use std::ops::ControlFlow;
+mod common;
 
-fn config() -> BackboneConfig {
-    BackboneConfig {
-        width: 64,
-        layers: 2,
-        head_dim: 32,
-        mlp_hidden: 96,
-        text_dim: 16,
-        ..BackboneConfig::default()
+use common::{Inputs, VOCABULARY, adapters, backbone, config, fresh, ids, inputs, picture, predict, scaled};
+use hywu_core::{Checkpoint, Dtype, TensorWriter};
+use hywu_diffusion::{Backbone, BackboneConfig, condition_of, detail_of, thumbnail_of};
+use hywu_kernels::{LoraVars, Tape, Tensor, Var, testing::random};
+
+#[test]
+fn the_default_has_three_million_weights_and_four_targets_a_layer() {
+    let backbone = Backbone::new(BackboneConfig::default(), random(1, &[9, 64]), 0).unwrap();
+    assert!((3_000_000..4_000_000).contains(&backbone.params.numel()), "{}", backbone.params.numel());
+    let spec = backbone.adapter_spec(8, 16.0);
+    spec.validate().unwrap();
+    assert_eq!((spec.layers, spec.scale()), (6, 2.0));
+    let names: Vec<String> = spec.module_names().take(5).collect();
+    let expected = [
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.gate_and_up_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.qkv_proj",
+    ];
+    assert_eq!(names, expected);
+    for (i, name) in spec.module_names().enumerate() {
+        let m = &spec.modules[i % 4];
+        let weight = backbone.params.get(&format!("{name}.weight")).unwrap();
+        assert_eq!(weight.shape(), [m.out_dim, m.in_dim], "{name}");
     }
 }
 
-/// A backbone whose output is not just its input: every zero-initialised weight gets small random values.
-fn backbone() -> Backbone {
-    let mut backbone = Backbone::new(config(), random(1, &[50, 16]), 7).expect("a good config");
-    for (i, (_, tensor)) in backbone.params.iter_mut().enumerate() {
-        if tensor.data().iter().all(|&v| v == 0.0) {
-            let noise = random(100 + i as u64, tensor.shape());
-            tensor.data_mut().iter_mut().zip(noise.data()).for_each(|(t, n)| *t = 0.05 * n);
+#[test]
+fn a_fresh_backbone_is_the_identity() {
+    let x = inputs(2, 16, 24);
+    assert_eq!(predict(&fresh(), &x, 1, &LoraVars::none()).data(), x.source.data());
+}
+
+#[test]
+fn the_head_adds_a_colour_transform_and_a_residual() {
+    let mut backbone = fresh();
+    let pixels = backbone.config.patch * backbone.config.patch;
+    for (name, tensor) in backbone.params.iter_mut() {
+        if name == "head.bias" {
+            let bias = tensor.data_mut();
+            // The residual of a patch's first pixel, then green' = green - 2 * green + 0.25 * blue^2.
+            bias[0] = 0.5;
+            bias[3 * pixels + 7 + 2] = -2.0;
+            bias[3 * pixels + 7 + 6] = 0.25;
         }
     }
-    backbone
-}
-
-fn ids(n: usize) -> Vec<u32> {
-    (0..n as u32).map(|i| i * 7 % 50).collect()
-}
-
-fn picture(height: usize, width: usize) -> Picture {
-    let rgb = random(5, &[height, width, 3]).data().iter().map(|v| (0.4 * v).clamp(-1.0, 1.0)).collect();
-    Picture::from_rgb(height, width, rgb)
-}
-
-fn adapters(backbone: &Backbone, batch: usize, zero: bool) -> LoraVars {
-    let spec = backbone.adapter_spec(4, 4.0);
-    let mut vars = LoraVars::none();
-    for layer in 0..spec.layers {
-        for (i, m) in spec.modules.iter().enumerate() {
-            let mut b = random((layer * 10 + i) as u64, &[batch, m.out_dim, 4]);
-            b.data_mut().iter_mut().for_each(|v| *v *= if zero { 0.0 } else { 0.1 });
-            let a = Var::constant(random((layer * 20 + i) as u64, &[batch, 4, m.in_dim]));
-            vars.modules.insert(spec.module_name(layer, i), LoraVar { a, b: Var::constant(b), scale: 1.0 });
+    let x = inputs(1, 16, 16);
+    let got = predict(&backbone, &x, 1, &LoraVars::none());
+    for (i, (got, rgb)) in got.data().chunks(3).zip(x.source.data().chunks(3)).enumerate() {
+        let corner = i % 8 == 0 && (i / 16) % 8 == 0;
+        let expected = [rgb[0] + if corner { 0.5 } else { 0.0 }, -rgb[1] + 0.25 * rgb[2] * rgb[2], rgb[2]];
+        for (g, e) in got.iter().zip(expected) {
+            assert!((g - e).abs() <= 1e-6, "pixel {i}: {got:?}, expected {expected:?}");
         }
     }
-    vars
-}
-
-fn edit(backbone: &Backbone, picture: &Picture, adapters: &LoraVars, options: &SampleOptions) -> Picture {
-    let ids = ids(backbone.config.text_len);
-    let done =
-        edit_picture(backbone, picture, &ids, adapters, options, &mut |_, _| ControlFlow::Continue(()));
-    done.expect("a good call")
 }
 
 #[test]
-fn pictures_of_any_size_keep_it() {
+fn every_input_matters() {
     let backbone = backbone();
-    let options = SampleOptions { steps: 1, ..SampleOptions::default() };
-    for (h, w) in [(1, 1), (3, 200), (64, 64), (70, 130)] {
-        let out = edit(&backbone, &picture(h, w), &LoraVars::none(), &options);
-        assert_eq!((out.height, out.width, out.rgb.len()), (h, w, h * w * 3));
-        assert!(out.rgb.iter().all(|v| (-1.0..=1.0).contains(v)));
-    }
-}
-
-#[test]
-fn zero_lora_b_is_no_adapter_and_another_adapter_is_another_picture() {
-    let backbone = backbone();
-    let options = SampleOptions { steps: 2, ..SampleOptions::default() };
-    let source = picture(70, 100);
-    let base = edit(&backbone, &source, &LoraVars::none(), &options);
-    assert_eq!(base.rgb, edit(&backbone, &source, &adapters(&backbone, 1, true), &options).rgb);
-    assert_ne!(base.rgb, edit(&backbone, &source, &adapters(&backbone, 1, false), &options).rgb);
-}
-
-#[test]
-fn tiles_at_once_and_threads_do_not_change_a_bit() {
-    let backbone = backbone();
-    let source = picture(100, 150);
-    let run = |batch, threads| {
-        let options = SampleOptions { steps: 2, batch, ..SampleOptions::default() };
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-        pool.install(|| edit(&backbone, &source, &LoraVars::none(), &options)).rgb
+    let x = inputs(1, 16, 24);
+    let base = predict(&backbone, &x, 1, &LoraVars::none());
+    assert_eq!(base.shape(), [1, 16, 24, 3]);
+    assert!(base.data().iter().all(|v| v.is_finite()));
+    let other = |change: fn(&mut Inputs)| {
+        let mut x = inputs(1, 16, 24);
+        change(&mut x);
+        predict(&backbone, &x, 1, &LoraVars::none())
     };
-    let first = run(16, 2);
-    assert_eq!(first, run(1, 2));
-    assert_eq!(first, run(5, 1));
+    assert_ne!(base.data(), other(|x| x.x_t.data_mut()[0] += 1.0).data());
+    assert_ne!(base.data(), other(|x| x.source.data_mut()[0] += 1.0).data());
+    assert_ne!(base.data(), other(|x| x.position.data_mut()[0] += 1.0).data());
+    assert_ne!(base.data(), other(|x| x.t[0] += 0.1).data());
+    let mut table = backbone.clone();
+    table.text_table.data_mut()[0] += 1.0;
+    assert_ne!(base.data(), predict(&table, &x, 1, &LoraVars::none()).data());
 }
 
 #[test]
-fn an_edit_can_be_stopped() {
-    let (backbone, source) = (backbone(), picture(64, 64));
-    let options = SampleOptions { steps: 50, ..SampleOptions::default() };
-    let ids = ids(backbone.config.text_len);
-    let stop = edit_picture(&backbone, &source, &ids, &LoraVars::none(), &options, &mut |step, _| {
-        if step >= 1 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
-    assert_eq!(stop.expect_err("stopped").to_string(), "interrupted");
+fn a_zero_lora_b_changes_no_bit_and_another_does() {
+    let backbone = backbone();
+    let x = inputs(4, 16, 24);
+    let base = predict(&backbone, &x, 2, &LoraVars::none());
+    assert_eq!(base.data(), predict(&backbone, &x, 2, &adapters(&backbone, 2, 0.0)).data());
+    assert_ne!(base.data(), predict(&backbone, &x, 2, &adapters(&backbone, 2, 0.1)).data());
 }
 
-fn batch(seed: u64, backbone: &Backbone) -> EditBatch {
-    let (instances, crops) = (4, 2);
-    let mut source = random(seed, &[8, 64, 64, 3]);
-    source.data_mut().iter_mut().for_each(|v| *v = (0.4 * *v).clamp(-1.0, 1.0));
-    let mut target = source.clone();
-    target.data_mut().iter_mut().for_each(|v| *v = -*v);
-    EditBatch {
-        instances,
-        crops,
-        thumbnail: random(seed, &[4, 64, 64, 3]),
-        detail: random(seed, &[4, 64, 64, 3]),
-        text: ids(instances * backbone.config.text_len),
-        source,
-        target,
-        position: Tensor::zeros(&[8, 64, 64, 2]),
-        skills: vec![0; 4],
-        seed,
-    }
+/// Entries `order` of the leading axis.
+fn permuted(x: &Tensor, order: &[usize]) -> Tensor {
+    let size = x.numel() / x.shape()[0];
+    let data = order.iter().flat_map(|&i| x.data()[i * size..(i + 1) * size].iter().copied()).collect();
+    let mut shape = x.shape().to_vec();
+    shape[0] = order.len();
+    Tensor::new(&shape, data).unwrap()
 }
 
 #[test]
-fn thirty_steps_lower_the_loss() {
-    let mut backbone = Backbone::new(config(), random(1, &[50, 16]), 7).expect("a good config");
-    let schedule = Schedule { warmup: 3, total: 30, peak: 5e-3, floor: 1e-3 };
-    let mut optimizer = Optimizer::new(&backbone.params, schedule, 0.0, 1.0, None);
-    let mut losses = Vec::new();
-    for step in 0..30 {
-        let batch = batch(step % 3, &backbone);
-        let tape = Tape::new();
-        let bound = backbone.params.bind(&tape, true);
-        let loss = flow_loss(&tape, &backbone, &bound, &batch, &LoraVars::none()).expect("a good batch");
-        losses.push(loss.value().item().expect("a scalar"));
-        let grads = bound.take_grads(&mut tape.backward(&loss).expect("a loss"));
-        drop((bound, loss));
-        optimizer.step(&mut backbone.params, &grads).expect("finite");
-    }
-    let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len() as f32;
-    assert!(mean(&losses[27..]) < 0.5 * mean(&losses[..3]), "{losses:?}");
-}
-
-#[test]
-fn the_loss_reaches_the_adapters_and_the_frozen_weights_stay() {
-    let downstream = MiniDownstream::new(backbone(), 4, 4.0).expect("a good rank");
-    let before: Vec<u32> = downstream
-        .backbone
-        .params
-        .iter()
-        .flat_map(|(_, t)| t.data().iter().map(|v| v.to_bits()).collect::<Vec<_>>())
-        .collect();
-    let batch = batch(1, &downstream.backbone);
-    let condition = downstream.condition(&batch).expect("a good batch");
-    assert_eq!(condition.shape(), [4, 1, 2 * (64 + downstream.backbone.config.text_len), 64]);
-    let tape = Tape::new();
-    let mut vars = adapters(&downstream.backbone, 4, false);
-    for lora in vars.modules.values_mut() {
-        lora.a = tape.leaf(lora.a.value().clone());
-        lora.b = tape.leaf(lora.b.value().clone());
-    }
-    let loss = downstream.loss(&tape, &batch, &vars).expect("a good batch");
-    let grads = tape.backward(&loss).expect("a loss");
-    for (name, lora) in &vars.modules {
-        for var in [&lora.a, &lora.b] {
-            assert!(grads.get(var).is_some_and(|g| g.data().iter().any(|&v| v != 0.0)), "{name}");
+fn a_permuted_or_smaller_batch_gives_the_same_rows() {
+    let backbone = backbone();
+    let run = |order: &[usize]| {
+        let x = inputs(3, 24, 16);
+        let tape = Tape::inference();
+        let bound = backbone.params.bind(&tape, false);
+        let length = backbone.config.text_len;
+        let all = ids(3 * length);
+        let ids: Vec<u32> = order.iter().flat_map(|&i| all[i * length..(i + 1) * length].to_vec()).collect();
+        let text = backbone.text_tokens(&tape, &bound, &ids, order.len()).unwrap();
+        let mut lora = adapters(&backbone, 3, 0.1);
+        for pair in lora.modules.values_mut() {
+            pair.a = Var::constant(permuted(pair.a.value(), order));
+            pair.b = Var::constant(permuted(pair.b.value(), order));
         }
+        let [x_t, source, position] = [&x.x_t, &x.source, &x.position].map(|x| permuted(x, order));
+        let t: Vec<f32> = order.iter().map(|&i| x.t[i]).collect();
+        backbone.predict(&tape, &bound, &x_t, &source, &position, &t, &text, &lora).unwrap().value().clone()
+    };
+    let all = run(&[0, 1, 2]);
+    for order in [&[2, 0, 1][..], &[1], &[2, 1]] {
+        assert_eq!(run(order).data(), permuted(&all, order).data(), "{order:?}");
     }
-    let after: Vec<u32> = downstream
-        .backbone
-        .params
-        .iter()
-        .flat_map(|(_, t)| t.data().iter().map(|v| v.to_bits()).collect::<Vec<_>>())
-        .collect();
-    assert_eq!(before, after);
+}
+
+#[test]
+fn one_instance_serves_consecutive_crops() {
+    let backbone = backbone();
+    let x = inputs(4, 16, 16);
+    let together = predict(&backbone, &x, 2, &adapters(&backbone, 2, 0.1));
+    let twice = {
+        let mut lora = adapters(&backbone, 2, 0.1);
+        for pair in lora.modules.values_mut() {
+            pair.a = Var::constant(permuted(pair.a.value(), &[0, 0, 1, 1]));
+            pair.b = Var::constant(permuted(pair.b.value(), &[0, 0, 1, 1]));
+        }
+        predict(&backbone, &x, 2, &lora)
+    };
+    assert_eq!(together.data(), twice.data());
+}
+
+#[test]
+fn the_thread_count_changes_no_bit() {
+    let backbone = backbone();
+    let x = inputs(3, 64, 64);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| predict(&backbone, &x, 3, &adapters(&backbone, 3, 0.1)))
+    };
+    let one = run(1);
+    assert_eq!(one.data(), run(2).data());
+    assert_eq!(one.data(), run(5).data());
+}
+
+#[test]
+fn the_condition_reads_thumbnail_detail_and_text() {
+    let backbone = backbone();
+    let source = picture(90, 200);
+    let ids = ids(backbone.config.text_len);
+    let condition = condition_of(&backbone, &source, &ids).unwrap();
+    assert_eq!(condition.shape(), [1, 1, 2 * (64 + 20), 64]);
+    let (thumbnail, detail) =
+        (thumbnail_of(&source).unwrap().to_tensor(), detail_of(&source).unwrap().to_tensor());
+    assert_eq!(detail.data(), source.crop(13, 68, 64, 64).rgb);
+    assert_eq!(condition.data(), backbone.condition(&[&thumbnail, &detail], &ids).unwrap().data());
+    let half = condition.numel() / 2;
+    let swapped = backbone.condition(&[&detail, &thumbnail], &ids).unwrap();
+    assert_eq!(condition.data()[..half], swapped.data()[half..]);
+    assert_ne!(condition.data()[..half], condition.data()[half..]);
+    let alone = Backbone { config: BackboneConfig { detail_view: false, ..config() }, ..backbone.clone() };
+    let one_view = condition_of(&alone, &source, &ids).unwrap();
+    assert_eq!(one_view.data(), &condition.data()[..half]);
+    assert!(backbone.condition(&[&thumbnail], &ids).unwrap_err().to_string().contains("2 views"));
+}
+
+#[test]
+fn a_stored_backbone_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("backbone.safetensors");
+    let backbone = backbone();
+    let mut writer = TensorWriter::new();
+    backbone.store(&mut writer, Dtype::F32).unwrap();
+    writer.write(&file).unwrap();
+    let again = Backbone::load(&Checkpoint::open(&file).unwrap(), backbone.text_table.clone()).unwrap();
+    assert_eq!(again.config, backbone.config);
+    for ((n, a), (m, b)) in again.params.iter().zip(backbone.params.iter()) {
+        assert_eq!((n, a.shape(), a.data()), (m, b.shape(), b.data()));
+    }
+    let wrong_table = Backbone::load(&Checkpoint::open(&file).unwrap(), random(1, &[9, 17]));
+    assert!(wrong_table.err().unwrap().to_string().contains("[vocabulary, 16]"));
+
+    let mut bare = TensorWriter::new();
+    bare.add("x", &[1], &[0.0], Dtype::F32);
+    bare.write(&file).unwrap();
+    let error = Backbone::load(&Checkpoint::open(&file).unwrap(), backbone.text_table.clone()).err().unwrap();
+    assert!(error.to_string().contains("not a backbone"), "{error}");
+}
+
+#[test]
+fn bad_configs_are_refused_by_name() {
+    let base = BackboneConfig::default();
+    let cases = [
+        ("patch", BackboneConfig { patch: 0, ..base.clone() }),
+        ("width", BackboneConfig { width: 100, ..base.clone() }),
+        ("width", BackboneConfig { width: usize::MAX, ..base.clone() }),
+        ("layers", BackboneConfig { layers: 0, ..base.clone() }),
+        ("head_dim", BackboneConfig { head_dim: 6, ..base.clone() }),
+        ("head_dim", BackboneConfig { head_dim: 512, width: 512, ..base.clone() }),
+        ("mlp_hidden", BackboneConfig { mlp_hidden: 0, ..base.clone() }),
+        ("text_dim", BackboneConfig { text_dim: 0, ..base.clone() }),
+        ("text_len", BackboneConfig { text_len: 0, ..base.clone() }),
+        ("text_layers", BackboneConfig { text_layers: 1000, ..base.clone() }),
+    ];
+    for (field, config) in cases {
+        let error = Backbone::new(config, random(1, &[9, 64]), 0).err().unwrap().to_string();
+        assert!(error.contains(field), "{field}: {error}");
+    }
+    base.validate().unwrap();
+    assert!(serde_json::from_str::<BackboneConfig>(r#"{"widht": 192}"#).is_err());
+    let partial: BackboneConfig = serde_json::from_str(r#"{"layers": 8}"#).unwrap();
+    assert_eq!(partial, BackboneConfig { layers: 8, ..base });
+}
+
+#[test]
+fn adapters_must_cover_the_targets_and_nothing_else() {
+    let backbone = backbone();
+    let error = |change: &dyn Fn(&mut LoraVars)| {
+        let mut lora = adapters(&backbone, 2, 0.1);
+        change(&mut lora);
+        let x = inputs(4, 16, 16);
+        let tape = Tape::inference();
+        let bound = backbone.params.bind(&tape, false);
+        let text = backbone.text_tokens(&tape, &bound, &ids(20), 1).unwrap();
+        let result = backbone.predict(&tape, &bound, &x.x_t, &x.source, &x.position, &x.t, &text, &lora);
+        result.err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    assert_eq!(error(&|_| ()), "");
+    const O: &str = "model.layers.1.self_attn.o_proj";
+    let renamed = error(&|l| {
+        let pair = l.modules.shift_remove(O).unwrap();
+        l.modules.insert("text.layers.0.self_attn.o_proj".into(), pair);
+    });
+    assert!(renamed.contains(O) && renamed.contains("text.layers.0.self_attn.o_proj"), "{renamed}");
+    let shape = error(&|l| l.modules[O].a = Var::constant(random(1, &[2, 4, 65])));
+    assert!(shape.contains(O) && shape.contains("[2, 4, 65]") && shape.contains("[2, r, 64]"), "{shape}");
+    let ranks = error(&|l| l.modules[O].b = Var::constant(random(1, &[2, 64, 3])));
+    assert!(ranks.contains("[2, 64, 3]"), "{ranks}");
+    let scale = error(&|l| l.modules[O].scale = f32::NAN);
+    assert!(scale.contains("NaN"), "{scale}");
+    let three = error(&|l| *l = adapters(&backbone, 3, 0.1));
+    assert!(three.contains("3 instances") && three.contains("batch of 4"), "{three}");
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_refused() {
+    let backbone = backbone();
+    let tape = Tape::inference();
+    let bound = backbone.params.bind(&tape, false);
+    let length = backbone.config.text_len;
+    let text = backbone.text_tokens(&tape, &bound, &ids(2 * length), 2).unwrap();
+    let error = |change: fn(&mut Inputs)| {
+        let mut x = inputs(2, 16, 16);
+        change(&mut x);
+        let Inputs { x_t, source, position, t } = &x;
+        let result = backbone.predict(&tape, &bound, x_t, source, position, t, &text, &LoraVars::none());
+        result.err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    assert_eq!(error(|_| ()), "");
+    assert!(error(|x| *x = inputs(2, 16, 20)).contains("multiples of 8"));
+    assert!(error(|x| *x = inputs(2, 8, 520)).contains("up to 512"));
+    assert!(error(|x| *x = inputs(3, 16, 16)).contains("divisor of 3"));
+    assert!(error(|x| x.x_t = random(1, &[2, 16, 24, 3])).contains("x_t"));
+    assert!(error(|x| x.position = random(1, &[2, 16, 16, 3])).contains("position"));
+    assert!(error(|x| x.t.push(0.0)).contains("timesteps"));
+    let unknown = backbone.text_tokens(&tape, &bound, &vec![VOCABULARY as u32; length], 1);
+    assert!(unknown.unwrap_err().to_string().contains(&VOCABULARY.to_string()));
+    assert!(backbone.text_tokens(&tape, &bound, &ids(length - 1), 1).is_err());
+    assert!(backbone.text_tokens(&tape, &bound, &[], 0).is_err());
+    assert!(
+        backbone
+            .condition(&[&scaled(1, &[1, 64, 64, 3], 1.0), &scaled(1, &[2, 64, 64, 3], 1.0)], &ids(length))
+            .is_err()
+    );
 }

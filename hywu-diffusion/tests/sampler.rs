@@ -1,0 +1,202 @@
+//! Samplers and tiles.
+
+mod common;
+
+use common::{adapters, backbone, fresh, ids, picture};
+use hywu_diffusion::{
+    Backbone, Error, Picture, SampleOptions, Sampler, edit_picture, pixel_position,
+    tiles::{Tiling, pad_reflect, reflect, tile_starts},
+};
+use hywu_kernels::{LoraVars, Tensor, ops::noise::noise_window};
+use proptest::prelude::*;
+use std::ops::ControlFlow;
+
+fn edit(backbone: &Backbone, picture: &Picture, adapters: &LoraVars, options: &SampleOptions) -> Picture {
+    let ids = ids(backbone.config.text_len);
+    edit_picture(backbone, picture, &ids, adapters, options, &mut |_, _| ControlFlow::Continue(())).unwrap()
+}
+
+fn steps(steps: usize) -> SampleOptions {
+    SampleOptions { steps, ..SampleOptions::default() }
+}
+
+#[test]
+fn pictures_of_any_size_keep_size_and_alpha() {
+    let backbone = backbone();
+    for (h, w) in [(1, 1), (3, 200), (64, 64), (70, 130)] {
+        let mut source = picture(h, w);
+        source.alpha = Some((0..h * w).map(|i| (i % 7) as f32 / 7.0).collect());
+        let out = edit(&backbone, &source, &LoraVars::none(), &steps(1));
+        assert_eq!((out.height, out.width, out.rgb.len()), (h, w, h * w * 3));
+        assert!(out.rgb.iter().all(|v| (-1.0..=1.0).contains(v)));
+        assert_eq!(out.alpha, source.alpha);
+    }
+}
+
+#[test]
+fn tiles_leave_no_seam() {
+    // A backbone that inverts every pixel: any misplaced, mirrored or badly weighted pixel would show.
+    let mut inverter = fresh();
+    let pixels = inverter.config.patch * inverter.config.patch;
+    for (name, tensor) in inverter.params.iter_mut() {
+        if name == "head.bias" {
+            (0..3).for_each(|c| tensor.data_mut()[3 * pixels + c * 7 + 1 + c] = -2.0);
+        }
+    }
+    let source = picture(100, 150);
+    for sampler in [Sampler::Euler, Sampler::Heun] {
+        for tile in [16, 64, 128] {
+            let options = SampleOptions { sampler, ..steps(3) }.with_tile(tile);
+            let out = edit(&inverter, &source, &LoraVars::none(), &options);
+            let worst = out.rgb.iter().zip(&source.rgb).map(|(o, s)| (o + s).abs()).fold(0.0, f32::max);
+            assert!(worst <= 1e-5, "tile {tile}: {worst}");
+        }
+    }
+}
+
+#[test]
+fn a_zero_lora_b_or_strength_changes_no_bit() {
+    let backbone = backbone();
+    let source = picture(70, 100);
+    let base = edit(&backbone, &source, &LoraVars::none(), &steps(2));
+    let zero = adapters(&backbone, 1, 0.0);
+    let real = adapters(&backbone, 1, 0.1).to_adapter(1.0);
+    assert_eq!(base, edit(&backbone, &source, &zero, &steps(2)));
+    assert_eq!(base, edit(&backbone, &source, &LoraVars::from_adapter(&real, 0.0), &steps(2)));
+    assert_ne!(base, edit(&backbone, &source, &LoraVars::from_adapter(&real, 1.0), &steps(2)));
+}
+
+#[test]
+fn tiles_at_once_and_threads_change_no_bit() {
+    let backbone = backbone();
+    let source = picture(100, 150);
+    let run = |batch, threads| {
+        let options = SampleOptions { sampler: Sampler::Heun, batch, ..steps(2) };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| edit(&backbone, &source, &LoraVars::none(), &options))
+    };
+    let first = run(16, 2);
+    assert_eq!(first, run(1, 2));
+    assert_eq!(first, run(5, 1));
+    let other_seed = SampleOptions { sampler: Sampler::Heun, seed: 1, ..steps(2) };
+    assert_ne!(first, edit(&backbone, &source, &LoraVars::none(), &other_seed));
+}
+
+#[test]
+fn progress_counts_to_the_end_and_can_stop() {
+    let (backbone, source) = (backbone(), picture(64, 130));
+    let ids = ids(backbone.config.text_len);
+    let options = SampleOptions { sampler: Sampler::Heun, batch: 2, ..steps(3) };
+    let mut seen = Vec::new();
+    let run = |seen: &mut Vec<(usize, usize)>, stop: usize| {
+        edit_picture(&backbone, &source, &ids, &LoraVars::none(), &options, &mut |done, total| {
+            seen.push((done, total));
+            if done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+    };
+    run(&mut seen, usize::MAX).unwrap();
+    // Three tiles in two batches, 2 * 3 - 1 evaluations.
+    assert_eq!(seen, (0..=10).map(|done| (done, 10)).collect::<Vec<_>>());
+    seen.clear();
+    assert!(matches!(run(&mut seen, 3), Err(Error::Interrupted)));
+    assert_eq!(seen.len(), 4);
+}
+
+#[test]
+fn bad_options_and_pictures_are_refused() {
+    let good = SampleOptions::default();
+    good.validate().unwrap();
+    let cases = [
+        ("steps", SampleOptions { steps: 0, ..good.clone() }),
+        ("tile", SampleOptions { tile: 60, ..good.clone() }),
+        ("tile", SampleOptions { tile: 0, ..good.clone() }),
+        ("tile", SampleOptions { tile: 520, ..good.clone() }),
+        ("overlap", SampleOptions { overlap: 33, ..good.clone() }),
+        ("batch", SampleOptions { batch: 0, ..good.clone() }),
+    ];
+    for (field, options) in cases {
+        assert!(options.validate().unwrap_err().to_string().contains(field), "{field}");
+    }
+    let backbone = backbone();
+    let ids = ids(backbone.config.text_len);
+    let mut go = |_, _| ControlFlow::Continue(());
+    for bad in [
+        Picture { height: 0, width: 5, rgb: vec![], alpha: None },
+        Picture { height: 2, width: 2, rgb: vec![0.0; 11], alpha: None },
+    ] {
+        assert!(edit_picture(&backbone, &bad, &ids, &LoraVars::none(), &good, &mut go).is_err());
+    }
+    let two = adapters(&backbone, 2, 0.1);
+    assert!(
+        edit_picture(&backbone, &picture(8, 8), &ids, &two, &SampleOptions { batch: 1, ..good }, &mut go)
+            .is_err()
+    );
+}
+
+/// |x(1) - e^k| for dx/dt = k x from x(0) = 1, which is the flow whose x_hat is x + (1 - t) k x.
+fn toy_error(sampler: Sampler, steps: usize) -> f64 {
+    let k = 1.5f32;
+    let start = Tensor::full(&[4], 1.0);
+    let flow = |x: &Tensor, t: f32| {
+        let mut x_hat = x.clone();
+        x_hat.data_mut().iter_mut().for_each(|x| *x += (1.0 - t) * k * *x);
+        Ok(x_hat)
+    };
+    let end = sampler.integrate(steps, start, flow).unwrap();
+    (f64::from(end.data()[0]) - f64::from(k).exp()).abs()
+}
+
+#[test]
+fn samplers_follow_a_linear_flow_to_their_order() {
+    // Euler: first order. Heun: second.
+    let euler = toy_error(Sampler::Euler, 20) / toy_error(Sampler::Euler, 40);
+    assert!((1.7..2.3).contains(&euler), "{euler}");
+    let heun = toy_error(Sampler::Heun, 20) / toy_error(Sampler::Heun, 40);
+    assert!((3.0..5.0).contains(&heun), "{heun}");
+    assert!(toy_error(Sampler::Heun, 40) < 0.1 * toy_error(Sampler::Euler, 40));
+    assert!(toy_error(Sampler::Heun, 40) < 0.01);
+    let nothing = Sampler::Euler.integrate(0, Tensor::zeros(&[1]), |x, _| Ok(x.clone()));
+    assert!(nothing.is_err());
+}
+
+#[test]
+fn mirror_padding_goes_back_and_forth() {
+    let line: Vec<usize> = (0..8).map(|i| reflect(i, 3)).collect();
+    assert_eq!(line, [0, 1, 2, 1, 0, 1, 2, 1]);
+    assert_eq!((reflect(5, 1), reflect(3, 2)), (0, 1));
+    let small = Picture::from_rgb(1, 2, vec![0.1, 0.2, 0.3, 0.4, 0.5, 0.6]);
+    let padded = pad_reflect(&small, 2, 3);
+    assert_eq!(padded.rgb, [&small.rgb[..], &small.rgb[..3], &small.rgb[..], &small.rgb[..3]].concat());
+}
+
+proptest! {
+    #[test]
+    fn tiles_cover_an_axis_evenly(n in 1usize..700, size in 1usize..130, share in 0.0f64..0.5) {
+        let n = n.max(size);
+        let overlap = (size as f64 * share) as usize;
+        let starts = tile_starts(n, size, overlap);
+        prop_assert_eq!(starts[0], 0);
+        prop_assert_eq!(starts[starts.len() - 1] + size, n);
+        let gaps: Vec<usize> = starts.windows(2).map(|w| w[1] - w[0]).collect();
+        prop_assert!(gaps.iter().all(|&g| g > 0 && g + overlap <= size), "{:?}", starts);
+        if let (Some(least), Some(most)) = (gaps.iter().min(), gaps.iter().max()) {
+            prop_assert!(most - least <= 1);
+            // One tile fewer would not reach.
+            prop_assert!((starts.len() - 2) * (size - overlap) + size < n);
+        }
+    }
+
+    #[test]
+    fn a_tile_sees_its_own_place(h in 1usize..90, w in 1usize..90, seed in any::<u64>()) {
+        let tiling = Tiling::new(h, w, 32, 8);
+        let field = noise_window(seed, 0, 0, tiling.height, tiling.width, 3);
+        let tiles = tiling.gather(field.data(), 3, &tiling.at);
+        let positions = tiling.positions(&tiling.at);
+        for (i, at) in tiling.at.iter().enumerate() {
+            let own = noise_window(seed, at.y, at.x, 32, 32, 3);
+            prop_assert_eq!(own.data(), &tiles.data()[i * own.numel()..][..own.numel()]);
+            let first = &positions.data()[i * 32 * 32 * 2..][..2];
+            prop_assert_eq!(first, &[pixel_position(at.y, h), pixel_position(at.x, w)][..]);
+        }
+    }
+}
