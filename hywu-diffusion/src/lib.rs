@@ -3,18 +3,26 @@
 mod backbone;
 mod batch;
 mod config;
+mod data;
 mod error;
 mod flow;
+pub mod metrics;
 mod mini;
 mod picture;
+mod picture_io;
 mod sampler;
+pub mod skills;
+mod text;
 pub mod tiles;
 
 pub use backbone::{Backbone, pixel_position};
 pub use batch::EditBatch;
 pub use config::BackboneConfig;
+pub use data::{BatchShape, EditData, PhotoSet};
 pub use error::{Error, Result};
 pub use flow::{Noised, flow_loss};
 pub use mini::MiniDownstream;
 pub use picture::Picture;
+pub use picture_io::{check_output, load_picture, save_picture};
 pub use sampler::{SampleOptions, Sampler, VIEW, condition_of, detail_of, edit_picture, thumbnail_of};
+pub use text::TextEncoder;

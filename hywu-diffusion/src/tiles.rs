@@ -25,7 +25,11 @@ pub fn tile_starts(n: usize, size: usize, overlap: usize) -> Vec<usize> {
     (0..=gaps).map(|i| (i * room + gaps / 2) / gaps).collect()
 }
 
-/// A picture laid out as tiles. It is padded by reflection to at least one tile; a tile knows where in the picture it is.
+/// Tiles start on this grid: their patches coincide, and with them the blocks of JPEG files.
+const GRID: usize = 8;
+
+/// A picture laid out as tiles. It is padded by reflection to at least one tile and to the grid of 8 pixels; a tile knows where
+/// in the picture it is.
 #[derive(Clone, Debug)]
 pub struct Tiling {
     /// Rows after padding.
@@ -43,10 +47,15 @@ pub struct Tiling {
 }
 
 impl Tiling {
-    /// Lays tiles over `height` x `width` pixels (each at least 1).
+    /// Lays tiles of `size` (a multiple of 8) over `height` x `width` pixels (each at least 1).
     pub fn new(height: usize, width: usize, size: usize, overlap: usize) -> Self {
-        let (padded_height, padded_width) = (height.max(size), width.max(size));
-        let (ys, xs) = (tile_starts(padded_height, size, overlap), tile_starts(padded_width, size, overlap));
+        let padded = |n: usize| n.max(size).next_multiple_of(GRID);
+        let (padded_height, padded_width) = (padded(height), padded(width));
+        let starts = |n: usize| -> Vec<usize> {
+            let starts = tile_starts(n / GRID, size / GRID, overlap.div_ceil(GRID));
+            starts.into_iter().map(|start| start * GRID).collect()
+        };
+        let (ys, xs) = (starts(padded_height), starts(padded_width));
         let at = ys.iter().flat_map(|&y| xs.iter().map(move |&x| TileAt { y, x })).collect();
         let positions =
             |padded: usize, n: usize| (0..padded).map(|i| pixel_position(reflect(i, n), n)).collect();

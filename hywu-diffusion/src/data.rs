@@ -1,0 +1,264 @@
+//! Training batches: photos + skills -> edits, a pure function of (seed, step).
+
+use crate::{
+    EditBatch, Error, Picture, Result, TextEncoder, detail_of, load_picture, pixel_position,
+    skills::{Example, Phrasing, SKILLS, combination},
+    thumbnail_of,
+};
+use hywu_core::{Philox, RandomStream};
+use hywu_kernels::Tensor;
+use rayon::prelude::*;
+use std::path::Path;
+
+/// Longest side that is kept of a photo.
+const LARGEST: usize = 2048;
+/// Sides of the square windows that stand for whole pictures; those that hold the crop are used.
+const WINDOWS: [usize; 7] = [64, 96, 128, 160, 192, 256, 320];
+/// Crops start on this grid, as tiles do.
+const GRID: usize = 8;
+/// Share of combinations of two looks among the examples.
+const COMBINATIONS: f32 = 0.08;
+/// Streams of a step: 0 draws the noise's seed, i + 1 instance i.
+const INSTANCE_BITS: u32 = 16;
+
+/// One level of a photo: 8-bit RGB.
+struct Level {
+    height: usize,
+    width: usize,
+    rgb: Vec<u8>,
+}
+
+impl Level {
+    /// Half the size, 2 x 2 means.
+    fn half(&self) -> Self {
+        let (height, width) = (self.height / 2, self.width / 2);
+        let at = |y: usize, x: usize, c: usize| u32::from(self.rgb[(y * self.width + x) * 3 + c]);
+        let mut rgb = Vec::with_capacity(height * width * 3);
+        for (y, x) in (0..height).flat_map(|y| (0..width).map(move |x| (2 * y, 2 * x))) {
+            for c in 0..3 {
+                let sum = at(y, x, c) + at(y + 1, x, c) + at(y, x + 1, c) + at(y + 1, x + 1, c);
+                rgb.push(((sum + 2) / 4) as u8);
+            }
+        }
+        Self { height, width, rgb }
+    }
+
+    /// `n` x `n` pixels, `zoom` >= 1 pixels of this level apart, from (y, x) on, bilinear; mirrored when asked.
+    fn window(&self, [y, x]: [f32; 2], zoom: f32, n: usize, mirrored: bool) -> Picture {
+        let axis = |start: f32, limit: usize, i: usize| {
+            let at = (start + (i as f32 + 0.5) * zoom - 0.5).clamp(0.0, (limit - 1) as f32);
+            let low = at as usize;
+            (low, (low + 1).min(limit - 1), at - low as f32)
+        };
+        let columns: Vec<_> =
+            (0..n).map(|i| axis(x, self.width, if mirrored { n - 1 - i } else { i })).collect();
+        let mut rgb = Vec::with_capacity(n * n * 3);
+        for i in 0..n {
+            let (top, bottom, fy) = axis(y, self.height, i);
+            for &(left, right, fx) in &columns {
+                for c in 0..3 {
+                    let at = |y: usize, x: usize| f32::from(self.rgb[(y * self.width + x) * 3 + c]);
+                    let upper = at(top, left) + fx * (at(top, right) - at(top, left));
+                    let lower = at(bottom, left) + fx * (at(bottom, right) - at(bottom, left));
+                    rgb.push((upper + fy * (lower - upper)) / 127.5 - 1.0);
+                }
+            }
+        }
+        Picture::from_rgb(n, n, rgb)
+    }
+}
+
+/// Photographs, each at full size, half, a quarter, ..
+pub struct PhotoSet {
+    photos: Vec<Vec<Level>>,
+    /// File names, in the order of the photos.
+    pub names: Vec<String>,
+}
+
+impl PhotoSet {
+    /// Reads every PNG, JPEG and WebP of a folder, in the order of their names.
+    ///
+    /// # Errors
+    /// A folder that can't be read or has no pictures; pictures that are damaged, or smaller than 64 pixels.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let io = |e| hywu_core::Error::io(folder, e);
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(io)? {
+            let path = entry.map_err(io)?.path();
+            let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+            if extension.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str())) {
+                files.push(path);
+            }
+        }
+        files.sort();
+        if files.is_empty() {
+            let what = "no PNG, JPEG or WebP pictures in this folder".into();
+            return Err(Error::Image { path: folder.into(), what });
+        }
+        let photos = files.par_iter().map(|file| levels(file)).collect::<Result<_>>()?;
+        let name = |f: &std::path::PathBuf| {
+            f.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+        };
+        Ok(Self { photos, names: files.iter().map(name).collect() })
+    }
+
+    /// A random square window of a random photo, `n` pixels a side: position, scale (as much of the photo as there is, down to
+    /// its own pixels) and mirroring are drawn.
+    pub fn window(&self, n: usize, random: &mut RandomStream) -> Picture {
+        let levels = &self.photos[random.below(self.photos.len())];
+        let side = levels[0].height.min(levels[0].width) as f32;
+        let most = (side / n as f32).max(1.0);
+        let zoom = most.powf(random.uniform());
+        let level = (zoom.log2() as usize).min(levels.len() - 1);
+        let zoom = zoom / (1 << level) as f32;
+        let level = &levels[level];
+        let reach = zoom * n as f32;
+        let start =
+            [level.height, level.width].map(|limit| (limit as f32 - reach).max(0.0) * random.uniform());
+        level.window(start, zoom, n, random.chance(0.5))
+    }
+}
+
+fn levels(file: &Path) -> Result<Vec<Level>> {
+    let mut picture = load_picture(file)?;
+    if picture.height.min(picture.width) < WINDOWS[0] {
+        let what = format!("{} x {} pixels; training needs 64 or more a side", picture.width, picture.height);
+        return Err(Error::Image { path: file.into(), what });
+    }
+    let longest = picture.height.max(picture.width);
+    if longest > LARGEST {
+        let scaled = |n: usize| (n * LARGEST / longest).max(WINDOWS[0]);
+        picture = picture.resize(scaled(picture.height), scaled(picture.width));
+    }
+    let rgb = picture.rgb.iter().map(|v| ((v + 1.0) * 127.5).round() as u8).collect();
+    let mut levels = vec![Level { height: picture.height, width: picture.width, rgb }];
+    while let Some(last) = levels.last()
+        && last.height.min(last.width) >= 2 * WINDOWS[0]
+    {
+        let half = last.half();
+        levels.push(half);
+    }
+    Ok(levels)
+}
+
+/// Sizes of a training batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchShape {
+    /// Edits, each with its own window, skill and instruction.
+    pub instances: usize,
+    /// Crops of each.
+    pub crops: usize,
+    /// Side of a crop in pixels, a multiple of 8.
+    pub crop: usize,
+}
+
+/// Draws training batches.
+pub struct EditData {
+    photos: PhotoSet,
+    skills: Vec<usize>,
+    text: TextEncoder,
+    seed: u64,
+}
+
+impl EditData {
+    /// `skills` by name; none means all but the arrivals.
+    ///
+    /// # Errors
+    /// An unknown skill: the known ones are listed.
+    pub fn new(photos: PhotoSet, skills: &[String], text: TextEncoder, seed: u64) -> Result<Self> {
+        let known = || SKILLS.iter().map(|s| s.name).collect::<Vec<_>>().join(", ");
+        let find = |name: &String| {
+            crate::skills::Skill::find(name)
+                .ok_or_else(|| Error::Invalid(format!("no skill is called {name:?}; there are: {}", known())))
+        };
+        let skills = if skills.is_empty() {
+            (0..SKILLS.len()).filter(|&i| !SKILLS[i].arrival).collect()
+        } else {
+            skills.iter().map(find).collect::<Result<_>>()?
+        };
+        Ok(Self { photos, skills, text, seed })
+    }
+
+    /// The batch of a step; it depends on (seed, step, shape) alone.
+    ///
+    /// # Errors
+    /// A shape that can't be: sizes of zero, or crops that are no multiple of 8 or larger than 320 pixels.
+    pub fn batch(&self, step: u64, shape: BatchShape) -> Result<EditBatch> {
+        let BatchShape { instances, crops, crop } = shape;
+        let windows: Vec<usize> = WINDOWS.into_iter().filter(|n| *n >= crop).collect();
+        if instances == 0 || crops == 0 || crop == 0 || !crop.is_multiple_of(GRID) || windows.is_empty() {
+            let what = format!("{shape:?}: crops must be a multiple of 8, 8..=320, and no count 0");
+            return Err(Error::Invalid(what));
+        }
+        let philox = Philox::new(self.seed);
+        let made = (0..instances)
+            .into_par_iter()
+            .map(|i| self.instance(philox.stream((step << INSTANCE_BITS) + i as u64 + 1), &windows, shape))
+            .collect::<Result<Vec<Instance>>>()?;
+        let all = |shape: &[usize], part: fn(&Instance) -> &[f32]| {
+            Tensor::build(shape, |out| {
+                let size = out.len() / made.len();
+                out.chunks_mut(size).zip(&made).for_each(|(out, i)| out.copy_from_slice(part(i)));
+            })
+        };
+        let words = philox.block(step << INSTANCE_BITS, 0);
+        let (view, pixels) = ([instances, crate::VIEW, crate::VIEW, 3], [instances * crops, crop, crop]);
+        let [n, h, w] = pixels;
+        Ok(EditBatch {
+            instances,
+            crops,
+            thumbnail: all(&view, |i| &i.thumbnail),
+            detail: all(&view, |i| &i.detail),
+            text: made.iter().flat_map(|i| i.text.iter().copied()).collect(),
+            source: all(&[n, h, w, 3], |i| &i.source),
+            target: all(&[n, h, w, 3], |i| &i.target),
+            position: all(&[n, h, w, 2], |i| &i.position),
+            skills: made.iter().map(|i| i.skill).collect(),
+            seed: u64::from(words[0]) << 32 | u64::from(words[1]),
+        })
+    }
+
+    fn instance(&self, mut random: RandomStream, windows: &[usize], shape: BatchShape) -> Result<Instance> {
+        let n = windows[random.below(windows.len())];
+        let photo = self.photos.window(n, &mut random);
+        // A combination counts as the skill after the last.
+        let (skill, Example { source, target, instruction }) = if random.chance(COMBINATIONS) {
+            (SKILLS.len(), combination(&photo, &mut random))
+        } else {
+            let skill = self.skills[random.below(self.skills.len())];
+            (skill, SKILLS[skill].example(&photo, Phrasing::Train, &mut random))
+        };
+        let text = self.text.encode(&instruction)?;
+        let mut made = Instance {
+            skill,
+            text,
+            thumbnail: thumbnail_of(&source)?.rgb,
+            detail: detail_of(&source)?.rgb,
+            source: Vec::new(),
+            target: Vec::new(),
+            position: Vec::new(),
+        };
+        for _ in 0..shape.crops {
+            let c = shape.crop;
+            let mut start = || random.below((n - c) / GRID + 1) * GRID;
+            let (y0, x0) = (start(), start());
+            made.source.extend(source.crop(y0, x0, c, c).rgb);
+            made.target.extend(target.crop(y0, x0, c, c).rgb);
+            for (y, x) in (y0..y0 + c).flat_map(|y| (x0..x0 + c).map(move |x| (y, x))) {
+                made.position.extend([pixel_position(y, n), pixel_position(x, n)]);
+            }
+        }
+        Ok(made)
+    }
+}
+
+struct Instance {
+    skill: usize,
+    text: Vec<u32>,
+    thumbnail: Vec<f32>,
+    detail: Vec<f32>,
+    source: Vec<f32>,
+    target: Vec<f32>,
+    position: Vec<f32>,
+}

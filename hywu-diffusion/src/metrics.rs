@@ -1,0 +1,123 @@
+//! How close an edit is to the true one.
+
+use crate::{Picture, skills::filters::luma};
+
+/// Peak signal-to-noise ratio in dB over all channel values, white = 1: 10 log10(1 / mean square error); infinite for equal
+/// pictures.
+///
+/// # Panics
+/// When the sizes differ.
+pub fn psnr(a: &Picture, b: &Picture) -> f64 {
+    assert_eq!((a.height, a.width), (b.height, b.width), "pictures of one size");
+    let square: f64 = a.rgb.iter().zip(&b.rgb).map(|(a, b)| (f64::from(a - b) * 0.5).powi(2)).sum();
+    -10.0 * (square / a.rgb.len().max(1) as f64).log10()
+}
+
+/// Structural similarity of the luma (Wang et al., "Image quality assessment: from error visibility to structural similarity",
+/// 2004): mean over 11 x 11 Gaussian windows (sigma 1.5) with K1 = 0.01, K2 = 0.03; 1 for equal pictures.
+///
+/// # Panics
+/// When the sizes differ.
+pub fn ssim(a: &Picture, b: &Picture) -> f64 {
+    assert_eq!((a.height, a.width), (b.height, b.width), "pictures of one size");
+    let (h, w) = (a.height, a.width);
+    let gray = |p: &Picture| -> Vec<f64> {
+        p.rgb.chunks_exact(3).map(|c| f64::from((luma([c[0], c[1], c[2]]) + 1.0) * 0.5)).collect()
+    };
+    let (a, b) = (gray(a), gray(b));
+    let product = |x: &[f64], y: &[f64]| -> Vec<f64> { x.iter().zip(y).map(|(x, y)| x * y).collect() };
+    let (ma, mb) = (window_mean(&a, h, w), window_mean(&b, h, w));
+    let (aa, bb) = (window_mean(&product(&a, &a), h, w), window_mean(&product(&b, &b), h, w));
+    let ab = window_mean(&product(&a, &b), h, w);
+    let (c1, c2) = (0.01f64.powi(2), 0.03f64.powi(2));
+    let similarity = |i: usize| {
+        let (x, y) = (ma[i], mb[i]);
+        let (vx, vy, cov) = (aa[i] - x * x, bb[i] - y * y, ab[i] - x * y);
+        (2.0 * x * y + c1) * (2.0 * cov + c2) / ((x * x + y * y + c1) * (vx + vy + c2))
+    };
+    (0..a.len()).map(similarity).sum::<f64>() / a.len().max(1) as f64
+}
+
+/// Gaussian mean over 11 x 11 pixels; at the borders over what there is of them.
+fn window_mean(x: &[f64], h: usize, w: usize) -> Vec<f64> {
+    let kernel: Vec<f64> = (-5i32..=5).map(|i| (-0.5 * (f64::from(i) / 1.5).powi(2)).exp()).collect();
+    let along = |x: &[f64], n: usize, stride: usize, i: usize| {
+        let place = i / stride % n;
+        let (mut sum, mut weight) = (0.0, 0.0);
+        for (k, offset) in kernel.iter().zip(-5isize..) {
+            let Some(at) = place.checked_add_signed(offset).filter(|at| *at < n) else { continue };
+            sum += k * x[i + at * stride - place * stride];
+            weight += k;
+        }
+        sum / weight
+    };
+    let rows: Vec<f64> = (0..x.len()).map(|i| along(x, w, 1, i)).collect();
+    (0..x.len()).map(|i| along(&rows, h, w, i)).collect()
+}
+
+/// How visible the borders at multiples of `period` pixels are: the mean step of `result - truth` across them over the mean step
+/// elsewhere. 1 when a border is like any other place.
+///
+/// # Panics
+/// When the sizes differ.
+pub fn seam(result: &Picture, truth: &Picture, borders: &[usize]) -> f64 {
+    assert_eq!((result.height, result.width), (truth.height, truth.width), "pictures of one size");
+    let error: Vec<f64> = result.rgb.iter().zip(&truth.rgb).map(|(a, b)| f64::from(a - b)).collect();
+    let (mut at, mut elsewhere) = ((0.0, 0usize), (0.0, 0usize));
+    for row in error.chunks_exact(result.width * 3) {
+        for x in 1..result.width {
+            let sum = if borders.contains(&x) { &mut at } else { &mut elsewhere };
+            for c in 0..3 {
+                sum.0 += (row[x * 3 + c] - row[x * 3 + c - 3]).abs();
+                sum.1 += 1;
+            }
+        }
+    }
+    (at.0 / at.1.max(1) as f64) / (elsewhere.0 / elsewhere.1.max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::skills::filters::{blur, colours};
+
+    fn picture() -> Picture {
+        let rgb = (0..40 * 50 * 3).map(|i| ((i * 7919) % 256) as f32 / 127.5 - 1.0).collect();
+        blur(&Picture::from_rgb(40, 50, rgb), 1.0)
+    }
+
+    #[test]
+    fn psnr_of_a_known_shift() {
+        let a = Picture::from_rgb(2, 2, vec![0.0; 12]);
+        // 0.2 of the range -1..1 is 0.1 of white: 20 dB.
+        let b = Picture::from_rgb(2, 2, vec![0.2; 12]);
+        assert!((psnr(&a, &b) - 20.0).abs() < 1e-5);
+        assert_eq!(psnr(&a, &a), f64::INFINITY);
+    }
+
+    #[test]
+    fn ssim_is_one_for_itself_and_falls_with_damage() {
+        let a = picture();
+        assert!((ssim(&a, &a) - 1.0).abs() < 1e-12);
+        let (little, much) = (ssim(&a, &blur(&a, 0.7)), ssim(&a, &blur(&a, 3.0)));
+        assert!(0.0 < much && much < little && little < 1.0, "{little} {much}");
+        // Against a plain formula at one pixel far from the borders is the same as against constants: luminance term alone.
+        let (x, y) = (Picture::from_rgb(12, 12, vec![0.0; 432]), Picture::from_rgb(12, 12, vec![0.2; 432]));
+        let expected = (2.0 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4);
+        assert!((ssim(&x, &y) - expected).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_step_at_a_border_is_seen() {
+        let truth = picture();
+        let noisy = colours(&truth, |c| c.map(|v| v + 0.05 * (v * 91.0).sin()));
+        assert!((seam(&noisy, &truth, &[16, 32]) - 1.0).abs() < 0.25);
+        let mut stepped = noisy.clone();
+        stepped.rgb.chunks_exact_mut(3).enumerate().for_each(|(i, c)| {
+            if i % 50 >= 16 {
+                c.iter_mut().for_each(|v| *v += 0.2);
+            }
+        });
+        assert!(seam(&stepped, &truth, &[16]) > 1.5);
+    }
+}

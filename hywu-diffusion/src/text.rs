@@ -1,0 +1,104 @@
+//! Instructions to token ids, and the static embedding table behind the ids.
+
+use crate::{Error, Result};
+use ahash::AHashMap;
+use hywu_core::Checkpoint;
+use hywu_kernels::Tensor;
+use tokenizers::{
+    Tokenizer, models::wordpiece::WordPiece, normalizers::BertNormalizer,
+    pre_tokenizers::bert::BertPreTokenizer,
+};
+
+static VOCABULARY: &str = include_str!("../../assets/text/vocab.txt");
+static TABLE: &[u8] = include_bytes!("../../assets/text/table.safetensors");
+/// Id of "nothing here".
+const PAD: u32 = 0;
+
+/// Splits instructions into word pieces: the vocabulary of all-MiniLM-L6-v2 (Apache-2.0), lower-cased, without accents.
+pub struct TextEncoder {
+    tokenizer: Tokenizer,
+    length: usize,
+}
+
+impl TextEncoder {
+    /// The encoder in the binary, for instructions of up to `length` tokens.
+    ///
+    /// # Errors
+    /// None in practice: the vocabulary is part of the binary.
+    pub fn bundled(length: usize) -> Result<Self> {
+        let bad = |e: tokenizers::Error| Error::Invalid(format!("the bundled vocabulary: {e}"));
+        let vocabulary = VOCABULARY.lines().zip(0u32..).map(|(token, id)| (token.to_owned(), id));
+        let model = WordPiece::builder()
+            .vocab(vocabulary.collect::<AHashMap<_, _>>())
+            .unk_token("[UNK]".into())
+            .build()
+            .map_err(bad)?;
+        let mut tokenizer = Tokenizer::new(model);
+        tokenizer.with_normalizer(Some(BertNormalizer::default())).map_err(bad)?;
+        tokenizer.with_pre_tokenizer(Some(BertPreTokenizer));
+        Ok(Self { tokenizer, length })
+    }
+
+    /// Token embeddings [vocabulary, 64]: every token of the vocabulary through all-MiniLM-L6-v2, reduced by PCA and weighted
+    /// by rarity (`scripts/make_text_table.py`).
+    ///
+    /// # Errors
+    /// None in practice: the table is part of the binary.
+    pub fn table() -> Result<Tensor> {
+        let table = Checkpoint::from_static("text table", TABLE)?.read("table")?;
+        Ok(Tensor::from_array(&table))
+    }
+
+    /// The ids of an instruction, padded to the encoder's length.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an instruction without a word, or with more tokens than fit.
+    pub fn encode(&self, instruction: &str) -> Result<Vec<u32>> {
+        let fail = |e: tokenizers::Error| Error::Invalid(format!("instruction {instruction:?}: {e}"));
+        let encoding = self.tokenizer.encode(instruction, false).map_err(fail)?;
+        let mut ids = encoding.get_ids().to_vec();
+        if ids.is_empty() {
+            let what = "the instruction is empty; say what to change, for example \"make it warmer\"";
+            return Err(Error::Invalid(what.into()));
+        }
+        if ids.len() > self.length {
+            let what = format!(
+                "the instruction has {} tokens; at most {} fit, say it shorter",
+                ids.len(),
+                self.length
+            );
+            return Err(Error::Invalid(what));
+        }
+        ids.resize(self.length, PAD);
+        Ok(ids)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_become_known_pieces() {
+        let encoder = TextEncoder::bundled(20).expect("bundled");
+        let ids = encoder.encode("Remove the BLUR, café!").expect("short");
+        assert_eq!(ids.len(), 20);
+        let words: Vec<&str> = ids.iter().filter_map(|&id| VOCABULARY.lines().nth(id as usize)).collect();
+        assert_eq!(words[..6], ["remove", "the", "blur", ",", "cafe", "!"]);
+        assert!(words[6..].iter().all(|w| *w == "[PAD]"));
+    }
+
+    #[test]
+    fn empty_and_endless_instructions_are_refused() {
+        let encoder = TextEncoder::bundled(4).expect("bundled");
+        assert!(encoder.encode(" \t").expect_err("empty").to_string().contains("empty"));
+        let long = encoder.encode("one two three four five").expect_err("long").to_string();
+        assert!(long.contains("5 tokens") && long.contains("at most 4"), "{long}");
+    }
+
+    #[test]
+    fn the_table_covers_the_vocabulary() {
+        let table = TextEncoder::table().expect("bundled");
+        assert_eq!(table.shape(), [VOCABULARY.lines().count(), 64]);
+    }
+}
