@@ -131,7 +131,8 @@ class Mini(nn.Module):
         self.patch_in = nn.Linear(8 * p * p, width)
         self.text_in, self.text_pos = nn.Linear(text_dim, width), nn.Parameter(torch.zeros(text_len, width))
         self.text = nn.ModuleList(Block(width, head_dim, hidden, False) for _ in range(text_layers))
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 6 * width))
+        self.time_in, self.text_pool = nn.Linear(width, width), nn.Linear(width, width)
+        self.time_out = nn.Linear(width, 6 * width)
         self.layers = nn.ModuleList(Block(width, head_dim, hidden, True) for _ in range(layers))
         self.norm, self.head = RmsNorm(width), nn.Linear(width, 3 * p * p + 21)
         half = width // 2
@@ -155,7 +156,8 @@ class Mini(nn.Module):
         n = tokens.shape[1]
         z = torch.cat([tokens, y.repeat_interleave(b // y.shape[0], 0)], 1)
         emb = t[:, None] * self.freq
-        modulation = self.time(torch.cat([emb.cos(), emb.sin()], -1))
+        whole = self.text_pool(y.mean(1)).repeat_interleave(b // y.shape[0], 0)
+        modulation = self.time_out(F.silu(self.time_in(torch.cat([emb.cos(), emb.sin()], -1)) + whole))
         rope = self.rope(n + self.text_len)
         for i, block in enumerate(self.layers):
             z = block(z, rope, modulation, loras[i] if loras else None)

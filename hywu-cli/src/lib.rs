@@ -1,1 +1,6 @@
-//! placeholder
+//! The HY-WU edit pipeline: pictures and instructions to adapters to edited pictures, and the training runs behind it.
+
+pub mod eval;
+pub mod model;
+pub mod pipeline;
+pub mod train;

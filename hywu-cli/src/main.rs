@@ -5,9 +5,14 @@ use std::process::ExitCode;
 
 mod commands {
     pub mod completions;
+    pub mod edit;
+    pub mod eval;
     pub mod generate;
+    pub mod info;
     pub mod inspect;
+    pub mod train;
 }
+mod interrupt;
 
 /// Instance-specific weight generation for photo editing
 #[derive(Parser)]
@@ -19,23 +24,40 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Edit(commands::edit::EditArgs),
     Generate(commands::generate::GenerateArgs),
     Inspect(commands::inspect::InspectArgs),
+    Info(commands::info::InfoArgs),
+    Eval(commands::eval::EvalArgs),
+    Train(commands::train::TrainArgs),
     Completions(commands::completions::CompletionsArgs),
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Generate(args) => commands::generate::run(&args),
-        Command::Inspect(args) => commands::inspect::run(&args),
-        Command::Completions(args) => commands::completions::run(&args),
-    };
+    let command = Cli::parse().command;
+    let result = interrupt::install().and_then(|()| run(command));
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(e) if matches!(e.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)) => {
+            eprintln!("interrupted");
+            ExitCode::from(130)
+        }
         Err(e) => {
             // One line, whatever the cause says.
             eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Edit(args) => commands::edit::run(args),
+        Command::Eval(args) => commands::eval::run(&args),
+        Command::Info(args) => commands::info::run(&args),
+        Command::Train(args) => commands::train::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Completions(args) => commands::completions::run(&args),
     }
 }

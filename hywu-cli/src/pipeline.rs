@@ -1,6 +1,6 @@
 //! The edit pipeline: photo + instruction -> condition -> adapter -> edited photo.
 
-use crate::model::Model;
+use crate::model::{Memory, Model};
 use anyhow::{Context, Result, bail, ensure};
 use hywu_core::Adapter;
 use hywu_diffusion::{Picture, SampleOptions, condition_of, edit_picture};
@@ -30,7 +30,7 @@ impl Default for EditOptions {
 pub struct Edit {
     /// The edited picture, as large as the source.
     pub picture: Picture,
-    /// The adapter that made it; none when the model has no generator and none was given.
+    /// The adapter that made it; none at strength 0 and for a backbone only.
     pub adapter: Option<Adapter>,
     /// Time for text, condition and generator.
     pub generating: Duration,
@@ -56,17 +56,22 @@ impl Editor {
         &self.model
     }
 
-    /// The adapter that the generator writes for this picture and instruction, with its provenance in the metadata.
+    /// The adapter for this picture and instruction; a generated one has its provenance in the metadata.
     ///
     /// # Errors
-    /// An empty instruction, or a model without a generator.
+    /// An empty instruction, or a model that is a backbone only.
     pub fn adapter(&self, picture: &Picture, instruction: &str) -> Result<Adapter> {
         let ids = self.model.text.encode(instruction)?;
-        self.generate(picture, instruction, &ids)?.context("this model has no generator: it is a backbone only")
+        let adapter = self.remember(picture, instruction, &ids)?;
+        adapter.context("this model has no adapters: it is a backbone only")
     }
 
-    fn generate(&self, picture: &Picture, instruction: &str, ids: &[u32]) -> Result<Option<Adapter>> {
-        let Some(generator) = &self.model.generator else { return Ok(None) };
+    fn remember(&self, picture: &Picture, instruction: &str, ids: &[u32]) -> Result<Option<Adapter>> {
+        let generator = match &self.model.memory {
+            Memory::None => return Ok(None),
+            Memory::Static(adapter) => return Ok(Some(adapter.clone())),
+            Memory::Functional(generator) => generator,
+        };
         let condition = condition_of(&self.model.backbone, picture, ids)?;
         let mut adapter = generator.generate(&condition)?;
         adapter.metadata.extend([
@@ -98,14 +103,15 @@ impl Editor {
         let adapter = match adapter {
             Some(given) => Some(given.clone()),
             None if options.strength == 0.0 => None,
-            None => self.generate(picture, instruction, &ids)?,
+            None => self.remember(picture, instruction, &ids)?,
         };
         if let Some(adapter) = &adapter
             && adapter.batch() != 1
         {
             bail!("the adapter holds {} instances; one is needed", adapter.batch());
         }
-        let loras = adapter.as_ref().map_or_else(LoraVars::none, |a| LoraVars::from_adapter(a, options.strength));
+        let loras =
+            adapter.as_ref().map_or_else(LoraVars::none, |a| LoraVars::from_adapter(a, options.strength));
         let generating = start.elapsed();
         let start = Instant::now();
         let edited = edit_picture(&self.model.backbone, picture, &ids, &loras, &options.sample, progress)?;
@@ -117,6 +123,5 @@ impl Editor {
 
 /// FNV-1a over the picture's values: tells pictures apart in an adapter's provenance, no more.
 fn source_hash(picture: &Picture) -> String {
-    let bytes = picture.rgb.iter().flat_map(|v| v.to_le_bytes());
-    format!("{:016x}", crate::model::fnv1a(bytes))
+    format!("{:016x}", crate::model::fnv1a(picture.rgb.iter().map(|v| v.to_bits())))
 }

@@ -299,7 +299,26 @@ impl TensorWriter {
             views.push((name, view));
         }
         let metadata = (!self.metadata.is_empty()).then(|| self.metadata.clone().into_iter().collect());
-        let bytes = safetensors::serialize(views, metadata).map_err(bad)?;
+        let mut bytes = safetensors::serialize(views, metadata).map_err(bad)?;
+        sort_metadata(&mut bytes).map_err(|e| Error::checkpoint(path, e.to_string()))?;
         write_atomic(path, |w| w.write_all(&bytes))
     }
+}
+
+/// The library writes metadata in random order; equal contents should be equal bytes. Sorting does not change the header's
+/// length.
+fn sort_metadata(file: &mut [u8]) -> serde_json::Result<()> {
+    let (length, rest) = file.split_at_mut(8);
+    let length = length.iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
+    let Some(header) = rest.get_mut(..length) else { return Ok(()) };
+    let mut parsed: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(header)?;
+    if let Some(metadata) = parsed.get_mut("__metadata__").and_then(|m| m.as_object_mut()) {
+        metadata.sort_keys();
+    }
+    let sorted = serde_json::to_vec(&parsed)?;
+    if sorted.len() <= header.len() {
+        header.fill(b' ');
+        header[..sorted.len()].copy_from_slice(&sorted);
+    }
+    Ok(())
 }

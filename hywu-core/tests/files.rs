@@ -39,6 +39,22 @@ fn every_dtype_comes_back() {
 }
 
 #[test]
+fn equal_contents_are_equal_bytes() {
+    let dir = folder();
+    let bytes = |i: usize| {
+        let mut writer = TensorWriter::new();
+        (0..20).for_each(|k| {
+            writer.meta(format!("key {k}"), format!("\"{k}\" \n \u{e9}"));
+        });
+        let file = dir.path().join(format!("{i}.safetensors"));
+        writer.add("a", &[1], &[1.0], Dtype::F32).write(&file).expect("writable");
+        assert_eq!(Checkpoint::open(&file).expect("readable").metadata()["key 3"], "\"3\" \n \u{e9}");
+        fs::read(file).expect("readable")
+    };
+    assert_eq!(bytes(0), bytes(1));
+}
+
+#[test]
 fn damaged_files_are_refused() {
     let dir = folder();
     let file = dir.path().join("x.safetensors");

@@ -5,7 +5,8 @@ use hywu_kernels::{
     ops::{
         attention::{Attention, Layout, QkNorm, Rotary, attention, rotary_table},
         elementwise::{
-            add, add_row, concat_tokens, gated_residual, repeat_each, slice_channels, slice_tokens,
+            add, add_row, concat_tokens, gated_residual, mean_tokens, repeat_each, slice_channels,
+            slice_tokens,
         },
         embedding::embedding,
         local_colour::{FEATURES, local_colour},
@@ -33,7 +34,7 @@ const CONFIG_KEY: &str = "backbone";
 /// and predicts the clean edited picture (x-prediction as in arXiv 2511.13720).
 ///
 /// A patch of [x_t | source | position] is one token, the text tokens stand in the same sequence. Blocks are pre-norm
-/// attention and SwiGLU; one timestep embedding modulates all of them, with a learnt offset per block (adaLN-single,
+/// attention and SwiGLU; one embedding of timestep and instruction modulates all of them, with a learnt offset per block (adaLN-single,
 /// PixArt-alpha, arXiv 2310.00426 section 2.3). The prediction is `source + local colour transform + residual`.
 #[derive(Clone)]
 pub struct Backbone {
@@ -261,12 +262,17 @@ impl Backbone {
         }
     }
 
-    /// The shared modulation [batch, 6 * width] of the timesteps.
-    fn modulation(&self, call: &Call<'_>, t: &[f32]) -> Result<Var> {
+    /// The shared modulation [batch, 6 * width] of the timesteps and of the instructions' meaning as a whole, the mean of the
+    /// text tokens (as in arXiv 2403.03206 section 4).
+    fn modulation(&self, call: &Call<'_>, t: &[f32], text: &Var) -> Result<Var> {
         let Call { tape, bound, .. } = *call;
-        let x = Var::constant(timestep_embedding(t, self.config.width));
-        let x =
-            silu(tape, &linear(tape, &x, bound.get("time_in.weight")?, Some(bound.get("time_in.bias")?))?)?;
+        let project = |x: &Var, name: &str| {
+            let weight = |part: &str| bound.get(&format!("{name}.{part}"));
+            linear(tape, x, weight("weight")?, Some(weight("bias")?))
+        };
+        let time = project(&Var::constant(timestep_embedding(t, self.config.width)), "time_in")?;
+        let text = project(&mean_tokens(tape, text)?, "text_pool")?;
+        let x = silu(tape, &add(tape, &time, &text)?)?;
         Ok(linear(tape, &x, bound.get("time_out.weight")?, Some(bound.get("time_out.bias")?))?)
     }
 
@@ -349,7 +355,7 @@ impl Backbone {
         };
         let mut x = concat_tokens(tape, &[&image, text])?;
         let rotary = self.rotary(height / c.patch, width / c.patch)?;
-        let shared = self.modulation(&call, t)?;
+        let shared = self.modulation(&call, t, text)?;
         for i in 0..c.layers {
             let name = format!("{LAYERS}{i}");
             let all = add_row(tape, &shared, bound.get(&format!("{name}.modulation"))?)?;

@@ -112,6 +112,7 @@ impl BackboneConfig {
         dense("patch_in", w, 8 * pixels, fan_in(8 * pixels));
         dense("text_in", w, self.text_dim, fan_in(self.text_dim));
         dense("time_in", w, w, fan_in(w));
+        dense("text_pool", w, w, fan_in(w));
         // Zero modulation: every block starts as the identity (adaLN-zero, arXiv 2212.09748 section 3.2).
         dense("time_out", 6 * w, w, Init::Constant(0.0));
         dense("head", 3 * pixels + 3 * FEATURES, w, Init::Constant(0.0));

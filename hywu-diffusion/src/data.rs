@@ -153,6 +153,25 @@ pub struct BatchShape {
     pub crop: usize,
 }
 
+impl BatchShape {
+    /// Checks every number.
+    ///
+    /// # Errors
+    /// Counts of zero, or crops that are no multiple of 8 or larger than 320 pixels.
+    pub fn validate(&self) -> Result<()> {
+        let Self { instances, crops, crop } = *self;
+        if instances == 0 || crops == 0 {
+            return Err(Error::Invalid(format!(
+                "{instances} instances of {crops} crops; at least 1 of each is needed"
+            )));
+        }
+        if !(GRID..=WINDOWS[WINDOWS.len() - 1]).contains(&crop) || !crop.is_multiple_of(GRID) {
+            return Err(Error::Invalid(format!("crop is {crop}, expected a multiple of 8 in 8..=320")));
+        }
+        Ok(())
+    }
+}
+
 /// Draws training batches.
 pub struct EditData {
     photos: PhotoSet,
@@ -183,14 +202,11 @@ impl EditData {
     /// The batch of a step; it depends on (seed, step, shape) alone.
     ///
     /// # Errors
-    /// A shape that can't be: sizes of zero, or crops that are no multiple of 8 or larger than 320 pixels.
+    /// A shape that can't be.
     pub fn batch(&self, step: u64, shape: BatchShape) -> Result<EditBatch> {
+        shape.validate()?;
         let BatchShape { instances, crops, crop } = shape;
         let windows: Vec<usize> = WINDOWS.into_iter().filter(|n| *n >= crop).collect();
-        if instances == 0 || crops == 0 || crop == 0 || !crop.is_multiple_of(GRID) || windows.is_empty() {
-            let what = format!("{shape:?}: crops must be a multiple of 8, 8..=320, and no count 0");
-            return Err(Error::Invalid(what));
-        }
         let philox = Philox::new(self.seed);
         let made = (0..instances)
             .into_par_iter()

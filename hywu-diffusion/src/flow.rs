@@ -5,12 +5,17 @@ use hywu_core::Philox;
 use hywu_kernels::{Bound, LoraVars, Tape, Tensor, Var, ops::loss::weighted_mse};
 use rayon::prelude::*;
 
-/// t = sigmoid(N(mean, 1)) (logit-normal, arXiv 2403.03206 section 3.1).
-const LOGIT_MEAN: f32 = -0.4;
+/// t = sigmoid(N(mean, 1)) (logit-normal, arXiv 2403.03206 section 3.1), but 0 for a share of the batch: an edit is decided where
+/// x_t tells nothing yet, while at greater t the noisy target gives it away and the instruction need not be read.
+const LOGIT_MEAN: f32 = -0.8;
+/// Share of t = 0.
+const START_SHARE: f32 = 0.3;
 /// The weight 1 / (1 - t)^2, which turns an error of x_hat into one of the velocity, is held down near the image.
 const LEAST_REST: f32 = 0.3;
 /// Stream of the timesteps; the noise of batch entry b is stream b + 1.
 const TIMESTEPS: u64 = 0;
+/// Where in that stream the draws for t = 0 stand.
+const STARTS: u64 = 1 << 32;
 
 /// Noisy targets of a training step.
 #[derive(Clone, Debug)]
@@ -28,9 +33,11 @@ impl Noised {
     pub fn draw(target: &Tensor, seed: u64) -> Self {
         let philox = Philox::new(seed);
         let batch = target.shape().first().copied().unwrap_or(1);
-        let t: Vec<f32> = (0..batch as u64)
-            .map(|b| 1.0 / (1.0 + (-(philox.normal(TIMESTEPS, b) + LOGIT_MEAN)).exp()))
-            .collect();
+        let timestep = |b: u64| match philox.uniform(TIMESTEPS, STARTS + b) < START_SHARE {
+            true => 0.0,
+            false => 1.0 / (1.0 + (-(philox.normal(TIMESTEPS, b) + LOGIT_MEAN)).exp()),
+        };
+        let t: Vec<f32> = (0..batch as u64).map(timestep).collect();
         let weight = t.iter().map(|t| (1.0 - t).max(LEAST_REST).powi(-2)).collect();
         let size = (target.numel() / batch.max(1)).max(1);
         let x_t = Tensor::build(target.shape(), |out| {

@@ -4,7 +4,8 @@ use hywu_kernels::{
     Tape, Tensor, Var,
     ops::{
         elementwise::{
-            add, add_row, concat_tokens, gated_residual, repeat_each, scale, slice_channels, slice_tokens,
+            add, add_row, concat_tokens, gated_residual, mean_tokens, repeat_each, scale, slice_channels,
+            slice_tokens,
         },
         embedding::embedding,
         local_colour::local_colour,
@@ -77,7 +78,13 @@ fn sums_and_gates() {
     let rows = |v: &[Vec<f64>]| v[0].iter().enumerate().map(|(i, a)| a + v[1][i % 7]).collect();
     check_gradients(&[x.clone(), random(4, &[7])], |t, v| add_row(t, &v[0], &v[1]), rows, 70, 1e-5);
     let repeated = |v: &[Vec<f64>]| v[0].chunks(35).flat_map(|c| c.repeat(3)).collect();
-    check_gradients(&[x], |t, v| repeat_each(t, &v[0], 3), repeated, 70, 1e-5);
+    check_gradients(std::slice::from_ref(&x), |t, v| repeat_each(t, &v[0], 3), repeated, 70, 1e-5);
+    let mean = |v: &[Vec<f64>]| {
+        let entry =
+            |x: &[f64]| (0..7).map(|c| x.iter().skip(c).step_by(7).sum::<f64>() / 5.0).collect::<Vec<_>>();
+        v[0].chunks(35).flat_map(entry).collect()
+    };
+    check_gradients(&[x], |t, v| mean_tokens(t, &v[0]), mean, 70, 1e-5);
 }
 
 #[test]

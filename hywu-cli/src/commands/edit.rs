@@ -23,7 +23,13 @@ pub struct EditArgs {
     #[arg(required = true, num_args = 2.., value_names = ["INPUT", "INSTRUCTION"])]
     inputs_and_instruction: Vec<String>,
     /// Write the edited picture here (.png, .jpg, .webp)
-    #[arg(short, long, value_name = "FILE", conflicts_with = "output_dir", required_unless_present = "output_dir")]
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        conflicts_with = "output_dir",
+        required_unless_present = "output_dir"
+    )]
     output: Option<PathBuf>,
     /// Write the edited pictures into this folder, under their own names
     #[arg(long, value_name = "DIR")]
@@ -89,7 +95,10 @@ impl EditArgs {
                 ("--save-adapter", self.save_adapter.is_some()),
             ] {
                 if given {
-                    usage(format!("{name} takes one picture; {} were given (use --output-dir)", inputs.len()));
+                    usage(format!(
+                        "{name} takes one picture; {} were given (use --output-dir)",
+                        inputs.len()
+                    ));
                 }
             }
         }
@@ -100,7 +109,8 @@ impl EditArgs {
             let output = match (&self.output, &self.output_dir) {
                 (Some(file), _) => file.clone(),
                 (None, Some(dir)) => {
-                    let name = input.file_name().with_context(|| format!("{}: no file name", input.display()))?;
+                    let name =
+                        input.file_name().with_context(|| format!("{}: no file name", input.display()))?;
                     let name = Path::new(name);
                     let known = name.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
                     let keep = known.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str()));
@@ -114,7 +124,8 @@ impl EditArgs {
             plan.push((input, output));
         }
         if let Some(dir) = &self.output_dir {
-            std::fs::create_dir_all(dir).with_context(|| format!("{}: can't make the folder", dir.display()))?;
+            std::fs::create_dir_all(dir)
+                .with_context(|| format!("{}: can't make the folder", dir.display()))?;
         }
         for (input, output) in &plan {
             check_output(output)?;
@@ -136,7 +147,8 @@ impl EditArgs {
             SamplerArg::Heun => Sampler::Heun,
         };
         let sample =
-            SampleOptions { seed: self.seed, steps: self.steps, sampler, ..SampleOptions::default() }.with_tile(self.tile);
+            SampleOptions { seed: self.seed, steps: self.steps, sampler, ..SampleOptions::default() }
+                .with_tile(self.tile);
         EditOptions { strength: self.strength, sample }
     }
 }
@@ -205,7 +217,10 @@ fn edit_one(
         ("hywu:model".to_owned(), format!("{} {}", editor.model().info.name, editor.model().hash)),
     ];
     if let Some(file) = &args.save_adapter {
-        let adapter = edit.adapter.as_ref().context("there is no adapter to save: at --strength 0 none is generated")?;
+        let adapter = edit
+            .adapter
+            .as_ref()
+            .context("there is no adapter to save: at --strength 0 none is generated")?;
         adapter.save(file)?;
     }
     save_picture(output, &edit.picture, &text)?;

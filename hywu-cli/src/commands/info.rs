@@ -1,6 +1,6 @@
 use anyhow::Result;
 use clap::Args;
-use hywu::model::Model;
+use hywu::model::{Memory, Model};
 use hywu_kernels::Device;
 
 /// Show the version, the devices and the bundled model
@@ -21,7 +21,10 @@ pub fn run(args: &InfoArgs) -> Result<()> {
         Err(e) => e.to_string(),
     };
     let backbone = model.backbone.params.numel();
-    let generator = model.generator.as_ref().map_or(0, |g| g.params.numel());
+    let generator = match &model.memory {
+        Memory::Functional(generator) => generator.params.numel(),
+        Memory::None | Memory::Static(_) => 0,
+    };
     if args.json {
         let whole = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"), "target": std::env::consts::ARCH, "simd": simd, "threads": threads,

@@ -274,3 +274,34 @@ pub fn repeat_each(tape: &Tape, x: &Var, k: usize) -> Result<Var> {
         grads.accumulate(&x_, dx)
     }))
 }
+
+/// Mean over the tokens: [batch, tokens, channels] -> [batch, channels].
+///
+/// # Errors
+/// Another number of axes, or no tokens.
+pub fn mean_tokens(tape: &Tape, x: &Var) -> Result<Var> {
+    let &[batch, tokens, channels] = x.shape() else {
+        return Err(Error::shape("mean_tokens", "x", x.shape(), "[batch, tokens, channels]"));
+    };
+    if x.value().numel() == 0 {
+        return Err(Error::invalid("mean_tokens", format!("{:?} has no mean", x.shape())));
+    }
+    let share = 1.0 / tokens as f32;
+    let out = Tensor::build(&[batch, channels], |out| {
+        out.fill(0.0);
+        for (out, x) in out.chunks_mut(channels).zip(x.value().data().chunks(tokens * channels)) {
+            x.chunks(channels).for_each(|x| crate::cpu::add_assign(out, x));
+            out.iter_mut().for_each(|v| *v *= share);
+        }
+    });
+    let x_ = x.clone();
+    Ok(tape.push(out, &[x], move |grad, grads| {
+        let dx = Tensor::build(x_.shape(), |out| {
+            for (out, grad) in out.chunks_mut(tokens * channels).zip(grad.data().chunks(channels)) {
+                out.chunks_mut(channels)
+                    .for_each(|out| out.iter_mut().zip(grad).for_each(|(o, g)| *o = share * g));
+            }
+        });
+        grads.accumulate(&x_, dx)
+    }))
+}

@@ -63,7 +63,8 @@ fn edits_a_photo_as_told() {
     let grey = image::open(&output).expect("a picture").to_rgb8();
     assert_eq!(grey.dimensions(), (128, 96));
     // Black and white: the three channels of a pixel are (nearly) the same, and the picture is still there.
-    let spread: f64 = grey.pixels().map(|p| f64::from(p.0.iter().max().unwrap() - p.0.iter().min().unwrap())).sum();
+    let spread: f64 =
+        grey.pixels().map(|p| f64::from(p.0.iter().max().unwrap() - p.0.iter().min().unwrap())).sum();
     assert!(spread / f64::from(128 * 96) < 12.0, "mean channel spread {}", spread / f64::from(128 * 96));
     let truth: f64 = (image::open(&input).expect("a picture").to_luma8().pixels().zip(grey.pixels()))
         .map(|(t, g)| (f64::from(t.0[0]) - f64::from(g.0[1])).abs())
@@ -88,23 +89,34 @@ fn same_seed_same_bytes_and_the_text_chunk_tells_how() {
 fn an_adapter_can_be_saved_reapplied_and_inspected() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let input = photo(dir.path(), "in.png", 72, 64);
-    let (a, b, adapter) = (dir.path().join("a.png"), dir.path().join("b.png"), dir.path().join("x.safetensors"));
+    let (a, b, adapter) =
+        (dir.path().join("a.png"), dir.path().join("b.png"), dir.path().join("x.safetensors"));
     edit(&input, "invert the colours", &a).arg("--save-adapter").arg(&adapter).assert().success();
     edit(&input, "invert the colours", &b).arg("--adapter").arg(&adapter).assert().success();
     assert_eq!(difference(&a, &b), 0.0);
     let list = hywu().arg("inspect").arg(&adapter).assert().success();
     let list = String::from_utf8_lossy(&list.get_output().stdout).into_owned();
-    assert!(list.contains("self_attn.qkv_proj.lora_A") && list.contains("scale") && list.contains("invert the colours"));
+    assert!(
+        list.contains("self_attn.qkv_proj.lora_A")
+            && list.contains("scale")
+            && list.contains("invert the colours")
+    );
 }
 
 #[test]
 fn strength_zero_is_the_backbone_alone() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let input = photo(dir.path(), "in.png", 72, 64);
-    let (a, b, adapter) = (dir.path().join("a.png"), dir.path().join("b.png"), dir.path().join("x.safetensors"));
+    let (a, b, adapter) =
+        (dir.path().join("a.png"), dir.path().join("b.png"), dir.path().join("x.safetensors"));
     edit(&input, "deblur the photo", &a).arg("--save-adapter").arg(&adapter).assert().success();
     edit(&input, "deblur the photo", &a).args(["--strength", "0"]).assert().success();
-    edit(&input, "deblur the photo", &b).args(["--strength", "0"]).arg("--adapter").arg(&adapter).assert().success();
+    edit(&input, "deblur the photo", &b)
+        .args(["--strength", "0"])
+        .arg("--adapter")
+        .arg(&adapter)
+        .assert()
+        .success();
     assert_eq!(fs::read(&a).expect("written"), fs::read(&b).expect("written"));
 }
 
@@ -133,12 +145,15 @@ fn several_pictures_of_any_size_and_format() {
 #[test]
 fn alpha_is_kept_and_compare_is_twice_as_wide() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let (input, output, both) = (dir.path().join("in.png"), dir.path().join("out.png"), dir.path().join("both.png"));
-    let mut picture = image::open(sample("astronaut.png")).expect("a picture").crop_imm(100, 0, 64, 64).to_rgba8();
+    let (input, output, both) =
+        (dir.path().join("in.png"), dir.path().join("out.png"), dir.path().join("both.png"));
+    let mut picture =
+        image::open(sample("astronaut.png")).expect("a picture").crop_imm(100, 0, 64, 64).to_rgba8();
     picture.pixels_mut().enumerate().for_each(|(i, p)| p.0[3] = (i % 256) as u8);
     picture.save(&input).expect("a writable folder");
     edit(&input, "make it darker", &output).arg("--compare").arg(&both).assert().success();
-    let alpha = |p: &Path| image::open(p).expect("a picture").to_rgba8().pixels().map(|p| p.0[3]).collect::<Vec<_>>();
+    let alpha =
+        |p: &Path| image::open(p).expect("a picture").to_rgba8().pixels().map(|p| p.0[3]).collect::<Vec<_>>();
     assert_eq!(alpha(&input), alpha(&output));
     assert_eq!(image::image_dimensions(&both).expect("written").1, 64);
     assert!(image::image_dimensions(&both).expect("written").0 >= 128);
@@ -214,7 +229,11 @@ fn a_bad_picture_does_not_cost_the_others() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (good, out) = (photo(dir.path(), "good.png", 64, 64), dir.path().join("out"));
     let mut command = hywu();
-    command.arg("edit").arg(dir.path().join("none.png")).arg(&good).arg("warmer").args(["--steps", "1", "--output-dir"]);
+    command.arg("edit").arg(dir.path().join("none.png")).arg(&good).arg("warmer").args([
+        "--steps",
+        "1",
+        "--output-dir",
+    ]);
     command.arg(&out).assert().code(1).stderr(contains("none.png")).stderr(contains("1 of 2"));
     assert!(out.join("good.png").is_file());
 }

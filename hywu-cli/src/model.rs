@@ -1,0 +1,170 @@
+//! A model: frozen backbone, what writes its adapters, and where it all comes from.
+//!
+//! A model folder holds `model.json`, `backbone.safetensors` and, depending on how it was trained, `generator/` (config.json and
+//! model.safetensors) or `lora.safetensors` (one adapter for everything).
+
+use anyhow::{Context, Result, bail, ensure};
+use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter};
+use hywu_diffusion::{Backbone, TextEncoder};
+use hywu_generator::{Generator, GeneratorConfig};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+const INFO: &str = "model.json";
+const BACKBONE: &str = "backbone.safetensors";
+const GENERATOR: &str = "generator";
+const LORA: &str = "lora.safetensors";
+
+/// The model in the binary.
+mod bundled {
+    pub static INFO: &[u8] = include_bytes!("../../assets/bundled/model.json");
+    pub static BACKBONE: &[u8] = include_bytes!("../../assets/bundled/backbone.safetensors");
+    pub static GENERATOR_CONFIG: &[u8] = include_bytes!("../../assets/bundled/generator/config.json");
+    pub static GENERATOR: &[u8] = include_bytes!("../../assets/bundled/generator/model.safetensors");
+}
+
+/// `model.json`: what a model is and comes from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// Its name.
+    pub name: String,
+    /// Licence of the weights.
+    pub licence: String,
+    /// What it was trained on.
+    pub data_sources: Vec<String>,
+    /// How it was trained, a line per run.
+    #[serde(default)]
+    pub training: Vec<String>,
+}
+
+/// Where the adapters of a model come from.
+pub enum Memory {
+    /// Nowhere: the backbone works alone.
+    None,
+    /// One adapter for every instance (a plain LoRA).
+    Static(Adapter),
+    /// A generator writes one for each instance.
+    Functional(Generator),
+}
+
+/// A loaded model.
+pub struct Model {
+    /// The frozen backbone.
+    pub backbone: Backbone,
+    /// Where its adapters come from.
+    pub memory: Memory,
+    /// Instructions to token ids.
+    pub text: TextEncoder,
+    /// What it is and comes from.
+    pub info: ModelInfo,
+    /// FNV-1a over the weights, for provenance.
+    pub hash: String,
+}
+
+impl Model {
+    /// The model in the binary.
+    ///
+    /// # Errors
+    /// None in practice: the files are part of the binary.
+    pub fn bundled() -> Result<Self> {
+        let info = serde_json::from_slice(bundled::INFO).context("bundled model.json")?;
+        let backbone = Checkpoint::from_static("bundled backbone", bundled::BACKBONE)?;
+        let generator = Checkpoint::from_static("bundled generator", bundled::GENERATOR)?;
+        let config = GeneratorConfig::from_json(bundled::GENERATOR_CONFIG)?;
+        let memory = Memory::Functional(Generator::from_checkpoint(config, &generator)?);
+        Self::assemble(Backbone::load(&backbone, TextEncoder::table()?)?, memory, info)
+    }
+
+    /// `bundled`, or the model folder of this name.
+    ///
+    /// # Errors
+    /// A folder that is not there or not a model; files that are damaged or don't belong together.
+    pub fn named(name: &str) -> Result<Self> {
+        if name == "bundled" { Self::bundled() } else { Self::load(name) }
+    }
+
+    /// Reads a model folder.
+    ///
+    /// # Errors
+    /// As [`Model::named`].
+    pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        if !folder.is_dir() {
+            bail!("{}: no such model folder (there is also the model \"bundled\")", folder.display());
+        }
+        let file = folder.join(INFO);
+        let text = std::fs::read(&file).map_err(|e| hywu_core::Error::io(&file, e))?;
+        let info =
+            serde_json::from_slice(&text).with_context(|| format!("{}: not a model", file.display()))?;
+        let backbone = Backbone::load(&Checkpoint::open(folder.join(BACKBONE))?, TextEncoder::table()?)?;
+        let (generator, lora) = (folder.join(GENERATOR), folder.join(LORA));
+        let memory = match (generator.is_dir(), lora.is_file()) {
+            (true, true) => bail!("{}: both {GENERATOR}/ and {LORA}; one is expected", folder.display()),
+            (true, false) => Memory::Functional(Generator::load(generator)?),
+            (false, true) => Memory::Static(Adapter::load(lora)?),
+            (false, false) => Memory::None,
+        };
+        Self::assemble(backbone, memory, info)
+    }
+
+    /// Puts a model together from parts that fit.
+    ///
+    /// # Errors
+    /// A generator that is made for another backbone.
+    pub fn assemble(backbone: Backbone, memory: Memory, info: ModelInfo) -> Result<Self> {
+        if let Memory::Functional(generator) = &memory {
+            let spec = generator.spec();
+            let wanted = backbone.adapter_spec(spec.rank, spec.alpha);
+            ensure!(
+                *spec == wanted,
+                "the generator writes adapters for another backbone: {:?} in {} layers, expected {:?} in {}",
+                spec.modules.iter().map(|m| (&m.path, m.in_dim, m.out_dim)).collect::<Vec<_>>(),
+                spec.layers,
+                wanted.modules.iter().map(|m| (&m.path, m.in_dim, m.out_dim)).collect::<Vec<_>>(),
+                wanted.layers
+            );
+            let (reads, has) = (generator.config.input_dim, backbone.config.width);
+            ensure!(
+                reads == has,
+                "the generator reads conditions of width {reads}; the backbone's have {has}"
+            );
+        }
+        let text = TextEncoder::bundled(backbone.config.text_len)?;
+        let mut weights: Vec<&hywu_kernels::ParamSet> = vec![&backbone.params];
+        if let Memory::Functional(generator) = &memory {
+            weights.push(&generator.params);
+        }
+        let words =
+            weights.iter().flat_map(|p| p.iter()).flat_map(|(_, t)| t.data().iter().map(|v| v.to_bits()));
+        let hash = format!("{:016x}", fnv1a(words));
+        Ok(Self { backbone, memory, text, info, hash })
+    }
+
+    /// Writes a model folder that [`Model::load`] reads; weights in `dtype`.
+    ///
+    /// # Errors
+    /// A folder that can't be written.
+    pub fn save(&self, folder: impl AsRef<Path>, dtype: Dtype) -> Result<()> {
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder).map_err(|e| hywu_core::Error::io(folder, e))?;
+        let mut writer = TensorWriter::new();
+        self.backbone.store(&mut writer, dtype)?;
+        writer.write(folder.join(BACKBONE))?;
+        match &self.memory {
+            Memory::None => {}
+            Memory::Static(adapter) => adapter.save(folder.join(LORA))?,
+            Memory::Functional(generator) => generator.save(folder.join(GENERATOR), dtype)?,
+        }
+        let mut text = serde_json::to_vec_pretty(&self.info)?;
+        text.push(b'\n');
+        hywu_core::write_atomic(folder.join(INFO), |w| w.write_all(&text))?;
+        Ok(())
+    }
+}
+
+/// FNV-1a (64 bits) over words: tells contents apart, no more.
+pub fn fnv1a(words: impl IntoIterator<Item = u32>) -> u64 {
+    words.into_iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, word| {
+        (hash ^ u64::from(word)).wrapping_mul(0x0100_0000_01b3)
+    })
+}

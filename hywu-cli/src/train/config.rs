@@ -1,0 +1,202 @@
+//! The TOML file of a training run.
+
+use anyhow::{Context, Result, ensure};
+use hywu_core::Module;
+use hywu_diffusion::{Backbone, BackboneConfig, BatchShape};
+use hywu_generator::GeneratorConfig;
+use hywu_kernels::optim::Schedule;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// A training run; see `assets/configs`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Name of the model that comes out.
+    pub name: String,
+    /// Model folder that the run starts from: needed for generator, lora and full; not used for backbone.
+    pub start_from: Option<PathBuf>,
+    /// Steps in all.
+    pub steps: u64,
+    /// Seed of weights, data and noise.
+    pub seed: u64,
+    /// A row of the log for so many steps.
+    #[serde(default = "ten")]
+    pub log_every: u64,
+    /// Steps between checkpoints.
+    #[serde(default = "hundred")]
+    pub checkpoint_every: u64,
+    /// What a step sees.
+    pub data: DataConfig,
+    /// How it learns.
+    pub optimizer: OptimizerConfig,
+    /// Sizes, for backbone.
+    #[serde(default)]
+    pub backbone: BackboneConfig,
+    /// Sizes, for generator; rank and alpha, for lora.
+    #[serde(default)]
+    pub generator: AdapterConfig,
+}
+
+fn ten() -> u64 {
+    10
+}
+
+fn hundred() -> u64 {
+    100
+}
+
+/// What a step sees.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Edits a step.
+    pub instances: usize,
+    /// Crops of each.
+    pub crops: usize,
+    /// Side of a crop in pixels.
+    pub crop: usize,
+    /// Every so many steps the crops are twice as large and a quarter as many; 0 for never.
+    #[serde(default)]
+    pub large_every: u64,
+    /// Skills by name; none means all but the arrivals.
+    #[serde(default)]
+    pub skills: Vec<String>,
+    /// Where the photos come from: goes into model.json.
+    #[serde(default)]
+    pub sources: Vec<String>,
+}
+
+impl DataConfig {
+    /// The batch sizes of a step.
+    pub fn shape(&self, step: u64) -> BatchShape {
+        let Self { instances, crops, crop, .. } = *self;
+        if self.large_every > 0 && step % self.large_every == self.large_every - 1 {
+            let (fewer, crops) = if crops > 1 { (2, crops / 2) } else { (4, 1) };
+            return BatchShape { instances: (instances / fewer).max(1), crops, crop: 2 * crop };
+        }
+        BatchShape { instances, crops, crop }
+    }
+}
+
+/// How a run learns.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Highest learning rate.
+    pub peak_lr: f32,
+    /// Learning rate of the last step.
+    pub floor_lr: f32,
+    /// Steps of warm-up.
+    pub warmup: u64,
+    /// Decoupled weight decay.
+    #[serde(default)]
+    pub weight_decay: f32,
+    /// Greatest gradient norm.
+    pub clip: f64,
+    /// Decay of the averaged weights; without it there are none.
+    pub ema: Option<f32>,
+}
+
+/// Sizes of the adapters and of the generator that writes them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdapterConfig {
+    /// Rank of the adapters.
+    pub rank: usize,
+    /// Their alpha; the scale is alpha / rank.
+    pub alpha: f32,
+    /// Width of a parameter token.
+    pub token_dim: usize,
+    /// Rank rows that share one position of the transformer.
+    pub dim_accumulation: usize,
+    /// Width of the transformer.
+    pub d_model: usize,
+    /// Width of an attention head.
+    pub head_dim: usize,
+    /// Blocks.
+    pub blocks: usize,
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 8.0,
+            token_dim: 64,
+            dim_accumulation: 8,
+            d_model: 128,
+            head_dim: 32,
+            blocks: 3,
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// The config of a generator for this backbone.
+    pub fn for_backbone(&self, backbone: &Backbone) -> GeneratorConfig {
+        let spec = backbone.adapter_spec(self.rank, self.alpha);
+        let entry = |m: &Module| {
+            (m.path.clone(), serde_json::json!({"lora_A_dim": m.in_dim, "lora_B_dim": m.out_dim}))
+        };
+        GeneratorConfig {
+            num_base_model_layers: spec.layers,
+            rank: self.rank,
+            alpha: self.alpha,
+            token_dim: self.token_dim,
+            output_dim: self.token_dim,
+            dim_accumulation: self.dim_accumulation,
+            d_model: self.d_model,
+            head_dim: self.head_dim,
+            num_pg_layers: self.blocks,
+            input_dim: backbone.config.width,
+            prefix: spec.prefix.clone(),
+            pg_mapping: Some(spec.modules.iter().map(entry).collect()),
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Reads and checks a config.
+    ///
+    /// # Errors
+    /// A file that can't be read, unknown or missing keys, numbers that can't work; each with its name.
+    pub fn read(file: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(file).map_err(|e| hywu_core::Error::io(file, e))?;
+        Self::parse(&text).with_context(|| file.display().to_string())
+    }
+
+    /// As [`TrainConfig::read`], from text.
+    ///
+    /// # Errors
+    /// As [`TrainConfig::read`].
+    pub fn parse(text: &str) -> Result<Self> {
+        let config: Self = toml::from_str(text).map_err(|e| anyhow::anyhow!(e.message().to_owned()))?;
+        let o = &config.optimizer;
+        for (name, value) in [
+            ("steps", config.steps),
+            ("log_every", config.log_every),
+            ("checkpoint_every", config.checkpoint_every),
+        ] {
+            ensure!(value >= 1, "{name} is 0; it must be at least 1");
+        }
+        for (name, value) in
+            [("peak_lr", o.peak_lr), ("floor_lr", o.floor_lr), ("weight_decay", o.weight_decay)]
+        {
+            ensure!(value.is_finite() && value >= 0.0, "{name} is {value}; it must be a number from 0 up");
+        }
+        ensure!(o.clip > 0.0, "clip is {}; it must be above 0", o.clip);
+        config.data.shape(0).validate()?;
+        config.data.shape(config.data.large_every.saturating_sub(1)).validate()?;
+        if let Some(ema) = o.ema {
+            ensure!((0.0..1.0).contains(&ema), "ema is {ema}; it must be in 0..1");
+        }
+        Ok(config)
+    }
+
+    /// Learning rate over the run.
+    pub fn schedule(&self) -> Schedule {
+        let o = &self.optimizer;
+        Schedule { warmup: o.warmup, total: self.steps, peak: o.peak_lr, floor: o.floor_lr }
+    }
+}

@@ -1,0 +1,175 @@
+//! Training runs: steps, log, checkpoints, resuming.
+
+mod config;
+mod log;
+mod task;
+
+pub use config::{AdapterConfig, DataConfig, OptimizerConfig, TrainConfig};
+pub use task::{Kind, Task};
+
+use crate::model::ModelInfo;
+use anyhow::{Context, Result, bail, ensure};
+use hywu_core::{Checkpoint, Dtype, TensorWriter};
+use hywu_diffusion::{EditData, Error, PhotoSet, TextEncoder};
+use hywu_kernels::optim::Optimizer;
+use log::{Log, Window};
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+const STATE: &str = "state.safetensors";
+const CONFIG: &str = "config.toml";
+const WEIGHTS: &str = "weights.";
+
+/// How far a run is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Steps done.
+    pub step: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Mean loss since the last row of the log.
+    pub loss: f64,
+    /// Crops a second since the run was started or resumed.
+    pub samples_per_second: f64,
+}
+
+/// A training run in a folder: `config.toml`, `state.safetensors` (everything that resuming needs), `log.csv`, `loss.svg` and, at
+/// every checkpoint, `model/` with the averaged weights.
+pub struct Run {
+    kind: Kind,
+    config: TrainConfig,
+    data: EditData,
+    task: Task,
+    optimizer: Optimizer,
+    log: Log,
+    out: PathBuf,
+}
+
+impl Run {
+    /// Starts a run in the folder `out`, or goes on with the one that is there.
+    ///
+    /// # Errors
+    /// Photos, a config or a model to start from that can't be used; a folder that holds a run already, when it is not to be
+    /// resumed; one that holds none or another run's, when it is.
+    pub fn open(kind: Kind, config: &Path, photos: &Path, out: &Path, resume: bool) -> Result<Self> {
+        let config = TrainConfig::read(config)?;
+        let state = out.join(STATE);
+        if !resume && state.exists() {
+            bail!("{}: there is a run already; --resume goes on with it", state.display());
+        }
+        if resume && !state.exists() {
+            bail!("{}: no such file; there is no run to resume", state.display());
+        }
+        let task = Task::new(kind, &config)?;
+        let o = &config.optimizer;
+        let optimizer = Optimizer::new(task.params(), config.schedule(), o.weight_decay, o.clip, o.ema);
+        let text = TextEncoder::bundled(task.text_len())?;
+        let data = EditData::new(PhotoSet::open(photos)?, &config.data.skills, text, config.seed)?;
+        std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
+        let log = Log::new(out);
+        let mut run = Self { kind, config, data, task, optimizer, log, out: out.into() };
+        if resume {
+            run.restore(&state)?;
+        } else {
+            let text = toml::to_string(&run.config)?;
+            hywu_core::write_atomic(out.join(CONFIG), |w| w.write_all(text.as_bytes()))?;
+        }
+        Ok(run)
+    }
+
+    /// The weights that are trained, as they stand.
+    pub fn task(&self) -> &Task {
+        &self.task
+    }
+
+    /// Steps until the end. After every step `progress` may stop the run, which then leaves a checkpoint.
+    ///
+    /// # Errors
+    /// A loss that is not finite, a disk that is full; [`Error::Interrupted`] when `progress` says so.
+    pub fn train(&mut self, progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
+        let (start, first) = (Instant::now(), self.optimizer.adamw.step);
+        let steps = self.config.steps;
+        let mut samples = 0;
+        while self.optimizer.adamw.step < steps {
+            let step = self.optimizer.adamw.step;
+            let shape = self.config.data.shape(step);
+            let batch = self.data.batch(step, shape)?;
+            let stats = self.task.step(&batch, &mut self.optimizer)?;
+            // A crop counts by its area, in crops of the config's size.
+            samples += shape.instances * shape.crops * (shape.crop * shape.crop)
+                / (self.config.data.crop * self.config.data.crop);
+            let rate = samples as f64 / start.elapsed().as_secs_f64();
+            let done = step + 1;
+            self.log.window.add(&stats);
+            let mean = self.log.window.loss();
+            if done % self.config.log_every == 0 || done == steps {
+                self.log.row(done, &stats.step, rate)?;
+            }
+            let stop =
+                progress(Progress { step: done, steps, loss: mean, samples_per_second: rate }).is_break();
+            if done % self.config.checkpoint_every == 0 || done == steps || stop {
+                self.checkpoint()?;
+            }
+            if stop && done < steps {
+                return Err(Error::Interrupted.into());
+            }
+        }
+        if first == steps {
+            self.checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&self) -> Result<()> {
+        let step = self.optimizer.adamw.step;
+        let mut writer = TensorWriter::new();
+        self.task.params().store(&mut writer, WEIGHTS, Dtype::F32);
+        self.optimizer.store(&mut writer);
+        writer.meta("kind", self.kind.name());
+        writer.meta("config", toml::to_string(&self.config)?);
+        writer.meta("window", serde_json::to_string(&self.log.window)?);
+        writer.write(self.out.join(STATE))?;
+        let o = &self.config;
+        let info = ModelInfo {
+            name: o.name.clone(),
+            licence: "MIT OR Apache-2.0".into(),
+            data_sources: o.data.sources.clone(),
+            training: vec![format!("{}: step {step} of {}, seed {}", self.kind.name(), o.steps, o.seed)],
+        };
+        let model = self.task.model(self.optimizer.averaged(self.task.params()), info)?;
+        model.save(self.out.join("model"), Dtype::F32)?;
+        self.log.plot(self.kind.name())
+    }
+
+    fn restore(&mut self, state: &Path) -> Result<()> {
+        let file = Checkpoint::open(state)?;
+        let meta = |key: &str| {
+            file.metadata()
+                .get(key)
+                .with_context(|| format!("{}: no `{key}`: not a training state", state.display()))
+        };
+        let kind = meta("kind")?;
+        ensure!(
+            kind == self.kind.name(),
+            "{}: a run of `{kind}`, not `{}`",
+            state.display(),
+            self.kind.name()
+        );
+        let config = TrainConfig::parse(meta("config")?).with_context(|| state.display().to_string())?;
+        ensure!(
+            config == self.config,
+            "{}: the run was started with another config; its own is {}",
+            state.display(),
+            self.out.join(CONFIG).display()
+        );
+        let window: Window =
+            serde_json::from_str(meta("window")?).with_context(|| state.display().to_string())?;
+        self.task.params_mut().load(&file, WEIGHTS)?;
+        self.optimizer.load(&file)?;
+        self.log.window = window;
+        self.log.truncate(self.optimizer.adamw.step)
+    }
+}

@@ -1,0 +1,185 @@
+//! What is trained: the backbone, a generator, one shared adapter, or everything.
+
+use super::config::TrainConfig;
+use crate::model::{Memory, Model, ModelInfo};
+use anyhow::{Context, Result, bail};
+use hywu_core::Philox;
+use hywu_diffusion::{Backbone, EditBatch, MiniDownstream, TextEncoder, flow_loss};
+use hywu_generator::{Generator, TrainStats, train_step};
+use hywu_kernels::{Bound, Downstream, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var, optim::Optimizer};
+
+/// What `hywu train` trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A backbone from nothing.
+    Backbone,
+    /// A generator of adapters, through a frozen backbone.
+    Generator,
+    /// One adapter for everything, on a frozen backbone.
+    Lora,
+    /// All weights of a backbone, further.
+    Full,
+}
+
+impl Kind {
+    /// The word on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Backbone => "backbone",
+            Self::Generator => "generator",
+            Self::Lora => "lora",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// A training run's model: trained weights, and the frozen ones around them.
+pub enum Task {
+    /// Backbone and full: every weight of the backbone.
+    Backbone(Box<Backbone>),
+    /// The generator, and the backbone that is only read.
+    Generator(Box<Generator>, Box<MiniDownstream>),
+    /// `<module>.lora_A` and `.lora_B`, and the backbone that is only read.
+    Lora(ParamSet, Box<MiniDownstream>),
+}
+
+impl Task {
+    /// The model as it stands before the first step.
+    ///
+    /// # Errors
+    /// Sizes that can't work; a missing or damaged model to start from.
+    pub fn new(kind: Kind, config: &TrainConfig) -> Result<Self> {
+        if kind == Kind::Backbone {
+            let backbone = Backbone::new(config.backbone.clone(), TextEncoder::table()?, config.seed)?;
+            return Ok(Self::Backbone(Box::new(backbone)));
+        }
+        let from = config.start_from.as_ref().with_context(|| {
+            format!("`start_from` is missing: {} training needs the folder of a trained model", kind.name())
+        })?;
+        let backbone = Model::load(from)?.backbone;
+        let sizes = &config.generator;
+        Ok(match kind {
+            Kind::Backbone | Kind::Full => Self::Backbone(Box::new(backbone)),
+            Kind::Generator => {
+                let generator = Generator::new(sizes.for_backbone(&backbone), config.seed)?;
+                let downstream = MiniDownstream::new(backbone, sizes.rank, sizes.alpha)?;
+                Self::Generator(Box::new(generator), Box::new(downstream))
+            }
+            Kind::Lora => {
+                let downstream = MiniDownstream::new(backbone, sizes.rank, sizes.alpha)?;
+                let spec = downstream.adapter_spec();
+                let mut params = ParamSet::new();
+                for (i, name) in spec.module_names().enumerate() {
+                    let module = &spec.modules[i % spec.modules.len()];
+                    // The usual start: lora_a random, lora_b zero.
+                    let mut a = Tensor::zeros(&[1, spec.rank, module.in_dim]);
+                    Philox::new(config.seed).fill_normal(i as u64, 0, a.data_mut());
+                    let deviation = (module.in_dim as f32).powf(-0.5);
+                    a.data_mut().iter_mut().for_each(|v| *v *= deviation);
+                    params.insert(format!("{name}.lora_A"), a);
+                    params.insert(format!("{name}.lora_B"), Tensor::zeros(&[1, module.out_dim, spec.rank]));
+                }
+                Self::Lora(params, Box::new(downstream))
+            }
+        })
+    }
+
+    /// The weights that are trained.
+    pub fn params(&self) -> &ParamSet {
+        match self {
+            Self::Backbone(backbone) => &backbone.params,
+            Self::Generator(generator, _) => &generator.params,
+            Self::Lora(params, _) => params,
+        }
+    }
+
+    /// The weights that are trained, for writing.
+    pub fn params_mut(&mut self) -> &mut ParamSet {
+        match self {
+            Self::Backbone(backbone) => &mut backbone.params,
+            Self::Generator(generator, _) => &mut generator.params,
+            Self::Lora(params, _) => params,
+        }
+    }
+
+    /// Tokens that an instruction may have.
+    pub fn text_len(&self) -> usize {
+        match self {
+            Self::Backbone(backbone) => backbone.config.text_len,
+            Self::Generator(_, d) | Self::Lora(_, d) => d.backbone.config.text_len,
+        }
+    }
+
+    /// One step.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite; nothing is changed then.
+    pub fn step(&mut self, batch: &EditBatch, optimizer: &mut Optimizer) -> Result<TrainStats> {
+        let (params, loss, mut grads, bound) = match self {
+            Self::Generator(generator, downstream) => {
+                return Ok(train_step(generator, downstream.as_ref(), batch, optimizer)?);
+            }
+            Self::Backbone(backbone) => {
+                let tape = Tape::new();
+                let bound = backbone.params.bind(&tape, true);
+                let loss = flow_loss(&tape, backbone, &bound, batch, &LoraVars::none())?;
+                let value = loss.value().item()?;
+                (&mut backbone.params, value, tape.backward(&loss)?, bound)
+            }
+            Self::Lora(params, downstream) => {
+                let tape = Tape::new();
+                let bound = params.bind(&tape, true);
+                let adapters = shared(&bound, downstream)?;
+                let loss = downstream.loss(&tape, batch, &adapters)?;
+                let value = loss.value().item()?;
+                (params, value, tape.backward(&loss)?, bound)
+            }
+        };
+        let taken = bound.take_grads(&mut grads);
+        drop(bound);
+        Ok(TrainStats { loss, step: optimizer.step(params, &taken)? })
+    }
+
+    /// The model with these trained weights.
+    ///
+    /// # Errors
+    /// None in practice: the weights are the task's own.
+    pub fn model(&self, params: &ParamSet, info: ModelInfo) -> Result<Model> {
+        let (backbone, memory) = match self {
+            Self::Backbone(backbone) => {
+                (Backbone { params: params.clone(), ..backbone.as_ref().clone() }, Memory::None)
+            }
+            Self::Generator(generator, downstream) => {
+                let mut trained = Generator::new(generator.config.clone(), 0)?;
+                trained.params = params.clone();
+                (downstream.backbone.clone(), Memory::Functional(trained))
+            }
+            Self::Lora(_, downstream) => {
+                let tape = Tape::inference();
+                let adapters = shared(&params.bind(&tape, false), downstream)?;
+                let spec = downstream.adapter_spec();
+                (
+                    downstream.backbone.clone(),
+                    Memory::Static(adapters.to_adapter(spec.alpha / spec.rank as f32)),
+                )
+            }
+        };
+        Model::assemble(backbone, memory, info)
+    }
+}
+
+/// The shared adapter as one instance.
+fn shared(bound: &Bound, downstream: &MiniDownstream) -> Result<LoraVars> {
+    let spec = downstream.adapter_spec();
+    let scale = spec.alpha / spec.rank as f32;
+    let get = |name: &str, part: &str| -> Result<Var> { Ok(bound.get(&format!("{name}.{part}"))?.clone()) };
+    let mut adapters = LoraVars::none();
+    for name in spec.module_names() {
+        let pair = LoraVar { a: get(&name, "lora_A")?, b: get(&name, "lora_B")?, scale };
+        adapters.modules.insert(name, pair);
+    }
+    if adapters.modules.is_empty() {
+        bail!("the backbone has no module that takes an adapter");
+    }
+    Ok(adapters)
+}

@@ -1,0 +1,190 @@
+//! Training runs: the loss falls, a run that was killed goes on bit for bit, what is frozen stays.
+
+use assert_cmd::Command;
+use hywu::{
+    model::{Memory, Model},
+    train::{Kind, Progress, Run},
+};
+use predicates::str::contains;
+use std::{
+    fs,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
+
+/// A small run; `start_from` is left out for a backbone.
+fn config(dir: &Path, steps: u64, start_from: Option<&Path>) -> PathBuf {
+    let from = start_from.map_or(String::new(), |p| format!("start_from = {p:?}\n"));
+    let text = format!(
+        r#"name = "tiny"
+steps = {steps}
+seed = 5
+log_every = 1
+checkpoint_every = 10
+{from}
+[data]
+instances = 6
+crops = 2
+crop = 16
+large_every = 7
+skills = ["invert", "brighter", "sepia"]
+
+[optimizer]
+peak_lr = 1e-2
+floor_lr = 1e-3
+warmup = 3
+weight_decay = 0.01
+clip = 1.0
+ema = 0.9
+
+[backbone]
+width = 16
+layers = 2
+head_dim = 8
+mlp_hidden = 32
+text_layers = 1
+
+[generator]
+rank = 2
+alpha = 2.0
+token_dim = 16
+dim_accumulation = 2
+d_model = 16
+head_dim = 8
+blocks = 1
+"#
+    );
+    let file = dir.join(format!("config{steps}{}.toml", start_from.is_some()));
+    fs::write(&file, text).expect("writable");
+    file
+}
+
+fn photos() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples")
+}
+
+/// Runs until `stop` steps are done.
+fn train(kind: Kind, config: &Path, out: &Path, resume: bool, stop: u64) -> anyhow::Result<()> {
+    let mut run = Run::open(kind, config, &photos(), out, resume)?;
+    run.train(&mut |Progress { step, .. }| {
+        if step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+}
+
+/// The columns that depend on the run alone: step, loss, lr, gradient norm.
+fn log(out: &Path) -> Vec<String> {
+    let text = fs::read_to_string(out.join("log.csv")).expect("written");
+    text.lines().map(|l| l.rsplit_once(',').expect("five columns").0.to_owned()).collect()
+}
+
+/// A finished tiny backbone run.
+fn backbone(dir: &Path) -> PathBuf {
+    let out = dir.join("start");
+    train(Kind::Backbone, &config(dir, 30, None), &out, false, u64::MAX).expect("a run");
+    out
+}
+
+#[test]
+fn thirty_steps_lower_the_loss() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let out = backbone(dir.path());
+    let losses: Vec<f64> = log(&out)
+        .iter()
+        .skip(1)
+        .map(|l| l.split(',').nth(1).expect("loss").parse().expect("a number"))
+        .collect();
+    assert_eq!(losses.len(), 30);
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    assert!(mean(&losses[22..]) < 0.8 * mean(&losses[..8]), "{losses:?}");
+    assert!(fs::read_to_string(out.join("loss.svg")).expect("drawn").contains("<svg"));
+    Model::load(out.join("model")).expect("a model folder");
+}
+
+#[test]
+fn a_killed_run_goes_on_bit_for_bit() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let start = backbone(dir.path()).join("model");
+    for kind in [Kind::Backbone, Kind::Generator, Kind::Lora, Kind::Full] {
+        let config = config(dir.path(), 21, (kind != Kind::Backbone).then_some(&start));
+        let (whole, cut) = (dir.path().join(kind.name()), dir.path().join(format!("{}-cut", kind.name())));
+        train(kind, &config, &whole, false, u64::MAX).expect("a run");
+        // Stopped after 13 steps, then "killed" after 17: the state is older than the log.
+        let stopped = train(kind, &config, &cut, false, 13).expect_err("stopped");
+        assert!(matches!(stopped.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)), "{stopped:#}");
+        let old = fs::read(cut.join("state.safetensors")).expect("a checkpoint");
+        train(kind, &config, &cut, true, 17).expect_err("stopped");
+        fs::write(cut.join("state.safetensors"), old).expect("writable");
+        train(kind, &config, &cut, true, u64::MAX).expect("the rest");
+        for file in ["state.safetensors", "model/backbone.safetensors", "loss.svg"] {
+            let same =
+                fs::read(whole.join(file)).expect("written") == fs::read(cut.join(file)).expect("written");
+            assert!(same, "{} {file}", kind.name());
+        }
+        assert_eq!(log(&whole), log(&cut), "{}", kind.name());
+        // What a generator or an adapter is trained through stays as it was; full training changes it.
+        let frozen = fs::read(start.join("backbone.safetensors")).expect("written")
+            == fs::read(whole.join("model/backbone.safetensors")).expect("written");
+        assert_eq!(frozen, matches!(kind, Kind::Generator | Kind::Lora), "{}", kind.name());
+        let memory = Model::load(whole.join("model")).expect("a model folder").memory;
+        match kind {
+            Kind::Generator => assert!(matches!(memory, Memory::Functional(_))),
+            Kind::Lora => assert!(matches!(memory, Memory::Static(_))),
+            Kind::Backbone | Kind::Full => assert!(matches!(memory, Memory::None)),
+        }
+    }
+}
+
+#[test]
+fn bad_runs_are_refused_by_name() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let good = config(dir.path(), 2, None);
+    let text = fs::read_to_string(&good).expect("written");
+    let refused = |kind: &str, config: &Path, photos: &Path, out: &Path, extra: &[&str], message: &str| {
+        let mut command = Command::cargo_bin("hywu").expect("built");
+        command
+            .args(["train", kind, "--config"])
+            .arg(config)
+            .arg("--photos")
+            .arg(photos)
+            .arg("--out")
+            .arg(out);
+        let assert = command.args(extra).assert().code(1).stderr(contains(message));
+        let stderr = String::from_utf8_lossy(&assert.get_output().stderr).into_owned();
+        assert_eq!(stderr.trim_end().lines().count(), 1, "one line, got: {stderr}");
+    };
+    let (out, photos) = (dir.path().join("out"), photos());
+    let with = |from: &str, to: &str| {
+        assert!(text.contains(from));
+        let file = dir.path().join("bad.toml");
+        fs::write(&file, text.replace(from, to)).expect("writable");
+        file
+    };
+    refused("backbone", &dir.path().join("none.toml"), &photos, &out, &[], "none.toml");
+    refused("backbone", &with("seed = 5", "speed = 5"), &photos, &out, &[], "speed");
+    refused("backbone", &with("steps = 2", "steps = 0"), &photos, &out, &[], "steps is 0");
+    refused("backbone", &with("clip = 1.0", "clip = 0.0"), &photos, &out, &[], "clip is 0");
+    refused("backbone", &with("\"invert\"", "\"levitate\""), &photos, &out, &[], "levitate");
+    refused("backbone", &with("crop = 16", "crop = 17"), &photos, &out, &[], "multiple of 8");
+    refused("backbone", &with("head_dim = 8\nmlp", "head_dim = 5\nmlp"), &photos, &out, &[], "head_dim");
+    refused("backbone", &good, &dir.path().join("none"), &out, &[], "none");
+    refused("backbone", &good, dir.path(), &out, &[], "no PNG, JPEG or WebP");
+    refused("generator", &good, &photos, &out, &[], "start_from");
+    refused("backbone", &good, &photos, &dir.path().join("new"), &["--resume"], "no run to resume");
+    // A finished run is not overwritten, nor taken for another.
+    let done = dir.path().join("done");
+    train(Kind::Backbone, &good, &done, false, u64::MAX).expect("a run");
+    refused("backbone", &good, &photos, &done, &[], "--resume");
+    refused(
+        "full",
+        &with("seed = 5", &format!("seed = 5\nstart_from = {:?}", done.join("model"))),
+        &photos,
+        &done,
+        &["--resume"],
+        "backbone",
+    );
+    refused("backbone", &with("seed = 5", "seed = 6"), &photos, &done, &["--resume"], "another config");
+    let state = done.join("state.safetensors");
+    let whole = fs::read(&state).expect("written");
+    fs::write(&state, &whole[..whole.len() / 2]).expect("writable");
+    refused("backbone", &good, &photos, &done, &["--resume"], "state.safetensors");
+}

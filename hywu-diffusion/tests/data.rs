@@ -1,0 +1,173 @@
+//! Skills and training batches.
+
+use hywu_core::Philox;
+use hywu_diffusion::{
+    BatchShape, EditBatch, EditData, PhotoSet, Picture, TextEncoder, load_picture,
+    metrics::psnr,
+    skills::{HUES, Phrasing, SKILLS, Skill, combination, filters},
+};
+use std::{
+    collections::{HashMap, HashSet},
+    path::{Path, PathBuf},
+};
+
+fn samples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples")
+}
+
+fn photo() -> Picture {
+    load_picture(samples().join("astronaut.png")).expect("the sample").resize(96, 96)
+}
+
+fn data(skills: &[&str], seed: u64) -> EditData {
+    let skills: Vec<String> = skills.iter().map(|s| (*s).to_owned()).collect();
+    let photos = PhotoSet::open(samples()).expect("the samples");
+    EditData::new(photos, &skills, TextEncoder::bundled(20).expect("bundled"), seed).expect("known skills")
+}
+
+#[test]
+fn every_skill_has_enough_phrasings_and_none_is_shared() {
+    let encoder = TextEncoder::bundled(20).expect("bundled");
+    let mut owner: HashMap<Vec<u32>, &str> = HashMap::new();
+    let mut names = HashSet::new();
+    for skill in SKILLS {
+        assert!(names.insert(skill.name), "{} twice", skill.name);
+        assert!(skill.train.len() >= 10 && skill.held_out.len() >= 4, "{}", skill.name);
+        for phrase in skill.train.iter().chain(skill.held_out) {
+            let ids = encoder.encode(phrase).expect("short");
+            let other = owner.insert(ids, skill.name);
+            assert!(other.is_none(), "{phrase:?} of {} stands elsewhere, too: {other:?}", skill.name);
+        }
+    }
+}
+
+#[test]
+fn every_example_is_a_picture_and_a_short_instruction() {
+    let (photo, encoder) = (photo(), TextEncoder::bundled(20).expect("bundled"));
+    for (i, skill) in SKILLS.iter().enumerate() {
+        for j in 0..20 {
+            let mut random = Philox::new(j).stream(i as u64);
+            let phrasing = if j < 16 { Phrasing::Train } else { Phrasing::HeldOut(j as usize - 16) };
+            let example = skill.example(&photo, phrasing, &mut random);
+            for picture in [&example.source, &example.target] {
+                assert_eq!((picture.height, picture.width), (96, 96), "{}", skill.name);
+                assert!(picture.rgb.iter().all(|v| v.abs() <= 1.0 + 1e-5), "{}", skill.name);
+            }
+            assert!(!example.instruction.contains('{'), "{}", example.instruction);
+            encoder.encode(&example.instruction).expect("fits");
+            let same = example.source == example.target;
+            assert_eq!(same, skill.name == "keep" || (same && skill.name == "recolour"), "{}", skill.name);
+        }
+    }
+    for j in 0..200 {
+        let example = combination(&photo, &mut Philox::new(9).stream(j));
+        encoder.encode(&example.instruction).expect("combinations fit, too");
+    }
+}
+
+#[test]
+fn strength_words_change_the_strength() {
+    let photo = photo();
+    let brighter = &SKILLS[Skill::find("brighter").expect("there")];
+    let mean = |p: &Picture| p.rgb.iter().sum::<f32>() / p.rgb.len() as f32;
+    let mut seen = HashMap::new();
+    for j in 0..200 {
+        let example = brighter.example(&photo, Phrasing::Train, &mut Philox::new(1).stream(j));
+        let words = &example.instruction;
+        let grade = if ["slightly", "a little", "a bit", "subtly"].iter().any(|w| words.contains(w)) {
+            0
+        } else if ["strongly", "a lot", "heavily", "much more"].iter().any(|w| words.contains(w)) {
+            2
+        } else {
+            1
+        };
+        let change = mean(&example.target) - mean(&example.source);
+        assert_eq!(*seen.entry(grade).or_insert(change), change, "{words}");
+    }
+    assert!(seen[&0] < seen[&1] && seen[&1] < seen[&2]);
+}
+
+#[test]
+fn filters_do_what_they_say() {
+    let flat = |c: [f32; 3]| Picture::from_rgb(9, 9, c.map(|v| v * 2.0 - 1.0).repeat(81));
+    let first = |p: Picture| [0, 1, 2].map(|i| (p.rgb[i] + 1.0) * 0.5);
+    let near =
+        |a: [f32; 3], b: [f32; 3]| assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 2e-3), "{a:?} {b:?}");
+    // What has one colour everywhere stays so under every local mean.
+    let colour = [0.2, 0.5, 0.8];
+    for p in [
+        filters::blur(&flat(colour), 1.7),
+        filters::kuwahara(&flat(colour), 3),
+        filters::pixelate(&flat(colour), 4),
+        filters::contrast(&flat(colour), 1.0),
+    ] {
+        near(first(p), colour);
+    }
+    near(first(filters::edges(&flat(colour))), [0.0; 3]);
+    near(first(filters::sketch(&flat(colour))), [1.0; 3]);
+    near(first(filters::grayscale(&flat([1.0, 0.0, 0.0]))), [0.299; 3]);
+    for (i, (_, hue)) in HUES.iter().enumerate() {
+        let pure = filters::from_hsv([*hue, 1.0, 1.0]);
+        assert!((filters::hsv(pure)[0] - hue).abs() < 1e-5);
+        let other = HUES[(i + 1) % HUES.len()].1;
+        near(first(filters::recolour(&flat(pure), *hue, other)), filters::from_hsv([other, 1.0, 1.0]));
+        near(first(filters::recolour(&flat(pure), (hue + 0.5).fract(), other)), pure);
+    }
+    // A blurred picture is close to its source, a JPEG of high quality closer.
+    let photo = photo();
+    assert!(
+        psnr(&filters::jpeg(&photo, 95), &photo) > 32.0 && psnr(&filters::jpeg(&photo, 8), &photo) < 28.0
+    );
+}
+
+fn same(a: &EditBatch, b: &EditBatch) -> bool {
+    a.source.data() == b.source.data()
+        && a.target.data() == b.target.data()
+        && a.thumbnail.data() == b.thumbnail.data()
+        && a.detail.data() == b.detail.data()
+        && a.position.data() == b.position.data()
+        && (&a.text, &a.skills, a.seed) == (&b.text, &b.skills, b.seed)
+}
+
+#[test]
+fn a_batch_depends_on_seed_and_step_alone() {
+    let shape = BatchShape { instances: 5, crops: 2, crop: 32 };
+    let (a, again, other) = (data(&[], 3), data(&[], 3), data(&[], 4));
+    let batch = a.batch(7, shape).expect("a good shape");
+    assert_eq!(batch.source.shape(), [10, 32, 32, 3]);
+    assert_eq!(batch.position.shape(), [10, 32, 32, 2]);
+    assert_eq!((batch.thumbnail.shape(), batch.text.len()), (&[5, 64, 64, 3][..], 100));
+    a.batch(8, shape).expect("a good shape");
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool");
+    assert!(same(&batch, &one.install(|| again.batch(7, shape)).expect("a good shape")));
+    assert!(!same(&batch, &a.batch(8, shape).expect("a good shape")));
+    assert!(!same(&batch, &other.batch(7, shape).expect("a good shape")));
+}
+
+#[test]
+fn only_the_chosen_skills_come() {
+    let chosen = data(&["invert", "sepia"], 1);
+    let allowed = [Skill::find("invert").expect("there"), Skill::find("sepia").expect("there"), SKILLS.len()];
+    let all = data(&[], 1);
+    for step in 0..20 {
+        let shape = BatchShape { instances: 8, crops: 1, crop: 8 };
+        assert!(chosen.batch(step, shape).expect("good").skills.iter().all(|s| allowed.contains(s)));
+        let skills = all.batch(step, shape).expect("good").skills;
+        assert!(skills.iter().all(|s| SKILLS.get(*s).is_none_or(|s| !s.arrival)));
+    }
+}
+
+#[test]
+fn bad_shapes_and_names_are_refused() {
+    let data = data(&[], 1);
+    for (instances, crops, crop) in [(0, 1, 64), (1, 0, 64), (1, 1, 0), (1, 1, 12), (1, 1, 328)] {
+        assert!(data.batch(0, BatchShape { instances, crops, crop }).is_err());
+    }
+    let photos = || PhotoSet::open(samples()).expect("the samples");
+    let encoder = TextEncoder::bundled(20).expect("bundled");
+    let message = match EditData::new(photos(), &["levitate".into()], encoder, 0) {
+        Err(e) => e.to_string(),
+        Ok(_) => panic!("accepted"),
+    };
+    assert!(message.contains("levitate") && message.contains("posterise"), "{message}");
+}
