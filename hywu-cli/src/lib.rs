@@ -4,3 +4,8 @@ pub mod eval;
 pub mod model;
 pub mod pipeline;
 pub mod train;
+
+/// The README's examples are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -20,6 +20,7 @@ use hywu_kernels::{
     reference::elementary as oracle,
     testing::{check_gradients, random},
 };
+use proptest::prelude::*;
 
 #[test]
 fn rms_norm_with_and_without_modulation() {
@@ -221,4 +222,32 @@ fn a_diamond_sums_both_paths_and_a_vector_is_no_loss() {
     let x = tape.leaf(Tensor::zeros(&[2]));
     assert!(tape.backward(&x).is_err());
     assert!(!Tape::inference().leaf(Tensor::scalar(1.0)).requires_grad());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Any sizes: norm, gates, sums and patches, forward and backward.
+    #[test]
+    fn any_sizes([batch, rows, c] in [1usize..4, 1..9, 2..70], p in 1usize..5) {
+        let inputs = [random(1, &[batch, rows, c]), random(2, &[c]), random(3, &[batch, c]), random(4, &[batch, c])];
+        check_gradients(
+            &inputs,
+            |t, v| rms_norm(t, &v[0], Some(&v[1]), 1e-3, Some(Modulation { scale: &v[2], shift: &v[3] })),
+            |v| oracle::rms_norm(&v[0], batch, &v[1], 1e-3, &v[2], &v[3]),
+            5,
+            1e-4,
+        );
+        let x = random(5, &[batch, rows, 2 * c]);
+        check_gradients(&[x], |t, v| swiglu(t, &v[0]), |v| oracle::swiglu(&v[0], 2 * c), 5, 2e-5);
+        let inputs = [random(6, &[batch, rows, c]), random(7, &[batch, rows, c]), random(8, &[batch, c])];
+        let gate = |v: &[Vec<f64>]| oracle::gated_residual(&v[0], &v[1], &v[2], c);
+        check_gradients(&inputs, |t, v| gated_residual(t, &v[0], &v[1], &v[2]), gate, 5, 2e-5);
+        // Patches there and back are the picture.
+        let image = Var::constant(random(9, &[batch, 2 * p, 3 * p, 3]));
+        let tape = Tape::inference();
+        let patches = patchify(&tape, &image, p).expect("it divides");
+        let back = unpatchify(&tape, &patches, p, 2 * p, 3 * p).expect("it divides");
+        prop_assert_eq!(back.value().data(), image.value().data());
+    }
 }

@@ -7,6 +7,8 @@ use hywu_kernels::{
     testing::{assert_close, check_gradients, random, widen},
 };
 
+use proptest::prelude::*;
+
 const EDGES: [usize; 10] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129];
 
 struct Case {
@@ -175,4 +177,26 @@ fn wrong_shapes_are_named() {
     refused(Case { a: random(1, &[3, 2, 8]), ..good() }, "lora_a");
     refused(Case { a: random(1, &[2, 0, 8]), ..good() }, "lora_a");
     refused(Case { b: random(1, &[2, 6, 3]), ..good() }, "lora_b");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Any sizes, forward and backward.
+    #[test]
+    fn any_sizes(
+        (adapters, each) in (1usize..4, 1usize..4),
+        [tokens, inner, outer] in [1usize..40, 1..70, 1..70],
+        rank in 1usize..20,
+    ) {
+        let case = Case::new(adapters * each, tokens, inner, outer, adapters, rank);
+        case.check();
+        let inputs = [&case.x, &case.w, &case.bias, &case.a, &case.b].map(Clone::clone);
+        let run = |t: &Tape, v: &[Var]| {
+            let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
+            low_rank_linear(t, &v[0], &v[1], Some(&v[2]), Some(&lora))
+        };
+        let sizes = case.sizes();
+        check_gradients(&inputs, run, |v| oracle(sizes, &v[0], &v[1], &v[2], &v[3], &v[4], 0.5), 3, 2e-5);
+    }
 }
