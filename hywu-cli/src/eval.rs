@@ -92,7 +92,7 @@ pub fn evaluate(
         let mut sample = None;
         for (i, photo) in photos.iter().enumerate() {
             let mut random = Philox::new(options.seed).stream((index * 1024 + i) as u64);
-            let Example { source, target, instruction } =
+            let Example { source, target, instruction, .. } =
                 skill.example(photo, Phrasing::HeldOut(i), &mut random);
             let mut go = |_: usize, _: usize| ControlFlow::Continue(());
             let edit = editor.edit(&source, &instruction, None, &options.edit, &mut go)?.picture;

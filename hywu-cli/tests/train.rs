@@ -19,6 +19,7 @@ fn config(dir: &Path, steps: u64, start_from: Option<&Path>) -> PathBuf {
         r#"name = "tiny"
 steps = {steps}
 seed = 5
+text_steps = 3
 log_every = 1
 checkpoint_every = 10
 {from}

@@ -1,12 +1,12 @@
-use crate::{BackboneConfig, Error, Result, config::Init};
+use crate::{BackboneConfig, Error, Result, config::Init, text::PAD};
 use hywu_core::{AdapterSpec, Checkpoint, Dtype, Module, Philox, TensorWriter};
 use hywu_kernels::{
     Bound, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
         attention::{Attention, Layout, QkNorm, Rotary, attention, rotary_table},
         elementwise::{
-            add, add_row, concat_tokens, gated_residual, mean_tokens, repeat_each, slice_channels,
-            slice_tokens,
+            add, add_row, concat_tokens, gated_residual, mask_tokens, mean_tokens, repeat_each,
+            slice_channels, slice_tokens,
         },
         embedding::embedding,
         local_colour::{FEATURES, local_colour},
@@ -55,6 +55,14 @@ struct Call<'a> {
 
 /// Scale, shift and gate of a block's two branches, each [batch, width].
 type BlockModulation = [Var; 6];
+
+/// What a block works on.
+enum Sequence<'a> {
+    /// Image and text tokens, modulated.
+    Image(&'a BlockModulation),
+    /// Text tokens alone, so many of each instance.
+    Text(&'a [usize]),
+}
 
 impl Backbone {
     /// A backbone with fresh weights that depend on `seed` alone. It starts as the identity: prediction = source.
@@ -171,7 +179,8 @@ impl Backbone {
         Ok(())
     }
 
-    /// The text tower: `ids` of [`instances`, text_len] tokens -> [instances, text_len, width]. Padding is a token like any other.
+    /// The text tower: `ids` of [`instances`, text_len] tokens -> [instances, text_len, width], zero at the padding
+    /// (id 0) after the last token.
     ///
     /// # Errors
     /// A wrong number of ids, or one outside the vocabulary.
@@ -190,10 +199,22 @@ impl Backbone {
             .reshape(&[instances, length, width])?;
         let rotary = self.rotary(0, 0)?;
         let call = Call { tape, bound, adapters: &LoraVars::none() };
+        // Padding stays out: it is no key of the tower's attention, and zero where the tower ends.
+        let used = |ids: &[u32]| ids.iter().rposition(|id| *id != PAD).map_or(1, |last| last + 1);
+        let lengths: Vec<usize> = ids.chunks(length).map(used).collect();
         for i in 0..c.text_layers {
-            x = self.block(&call, &format!("{TEXT_LAYERS}{i}"), &x, &rotary, None)?;
+            let name = format!("{TEXT_LAYERS}{i}");
+            x = self.block(&call, &name, &x, &rotary, Sequence::Text(&lengths))?;
         }
-        Ok(x)
+        Ok(mask_tokens(tape, &x, &lengths)?)
+    }
+
+    /// An instruction as a whole: the mean of its text tokens [instances, text_len, width], brought to unit size.
+    ///
+    /// # Errors
+    /// Tokens of another shape.
+    pub fn summary(&self, tape: &Tape, text: &Var) -> Result<Var> {
+        Ok(rms_norm(tape, &mean_tokens(tape, text)?, None, EPS, None)?)
     }
 
     /// Rotary tables: image tokens at (row, column), then text token i at (64 + i, 64 + i).
@@ -204,16 +225,20 @@ impl Backbone {
         Ok(rotary_table(&positions, &[self.config.head_dim / 2; 2])?)
     }
 
-    /// One block: x + gate * attention(norm(x)), then x + gate * mlp(norm(x)); without a modulation the gates are 1.
+    /// One block: x + gate * attention(norm(x)), then x + gate * mlp(norm(x)); text has no modulation and gates of 1.
     fn block(
         &self,
         call: &Call<'_>,
         name: &str,
         x: &Var,
         rotary: &Rotary,
-        modulation: Option<&BlockModulation>,
+        sequence: Sequence<'_>,
     ) -> Result<Var> {
         let Call { tape, bound, adapters } = *call;
+        let (modulation, lengths) = match sequence {
+            Sequence::Image(modulation) => (Some(modulation), None),
+            Sequence::Text(lengths) => (None, Some(lengths.to_vec())),
+        };
         let weight = |path: &str| bound.get(&format!("{name}.{path}.weight"));
         let project = |x: &Var, path: &str| {
             low_rank_linear(tape, x, weight(path)?, None, adapters.get(&format!("{name}.{path}")))
@@ -228,7 +253,7 @@ impl Backbone {
             None => add(tape, x, y),
         };
         let qkv = project(&norm(x, "input_norm", 0)?, "self_attn.qkv_proj")?;
-        let args = self.attention(x.shape()[0], x.shape()[1], rotary);
+        let args = Attention { key_lengths: lengths, ..self.attention(x.shape()[0], x.shape()[1], rotary) };
         let qk = QkNorm { q: weight("self_attn.q_norm")?.clone(), k: weight("self_attn.k_norm")?.clone() };
         let y = attention(tape, &args, &qkv, &qkv, &qkv, Some(&qk))?;
         let x = residual(x, &project(&y, "self_attn.o_proj")?, 0)?;
@@ -271,7 +296,7 @@ impl Backbone {
             linear(tape, x, weight("weight")?, Some(weight("bias")?))
         };
         let time = project(&Var::constant(timestep_embedding(t, self.config.width)), "time_in")?;
-        let text = project(&mean_tokens(tape, text)?, "text_pool")?;
+        let text = project(&self.summary(tape, text)?, "text_pool")?;
         let x = silu(tape, &add(tape, &time, &text)?)?;
         Ok(linear(tape, &x, bound.get("time_out.weight")?, Some(bound.get("time_out.bias")?))?)
     }
@@ -361,7 +386,7 @@ impl Backbone {
             let all = add_row(tape, &shared, bound.get(&format!("{name}.modulation"))?)?;
             let part = |j: usize| slice_channels(tape, &all, j * c.width, c.width);
             let modulation = [part(0)?, part(1)?, part(2)?, part(3)?, part(4)?, part(5)?];
-            x = self.block(&call, &name, &x, &rotary, Some(&modulation))?;
+            x = self.block(&call, &name, &x, &rotary, Sequence::Image(&modulation))?;
         }
         Ok(x)
     }

@@ -181,22 +181,28 @@ pub struct EditData {
 }
 
 impl EditData {
-    /// `skills` by name; none means all but the arrivals.
+    /// Indices into [`SKILLS`] of skills by name; no names mean all but the arrivals.
     ///
     /// # Errors
     /// An unknown skill: the known ones are listed.
-    pub fn new(photos: PhotoSet, skills: &[String], text: TextEncoder, seed: u64) -> Result<Self> {
+    pub fn skills(names: &[String]) -> Result<Vec<usize>> {
         let known = || SKILLS.iter().map(|s| s.name).collect::<Vec<_>>().join(", ");
         let find = |name: &String| {
             crate::skills::Skill::find(name)
                 .ok_or_else(|| Error::Invalid(format!("no skill is called {name:?}; there are: {}", known())))
         };
-        let skills = if skills.is_empty() {
-            (0..SKILLS.len()).filter(|&i| !SKILLS[i].arrival).collect()
-        } else {
-            skills.iter().map(find).collect::<Result<_>>()?
-        };
-        Ok(Self { photos, skills, text, seed })
+        if names.is_empty() {
+            return Ok((0..SKILLS.len()).filter(|&i| !SKILLS[i].arrival).collect());
+        }
+        names.iter().map(find).collect()
+    }
+
+    /// Examples of the skills of these names (see [`EditData::skills`]) made from these photos.
+    ///
+    /// # Errors
+    /// An unknown skill.
+    pub fn new(photos: PhotoSet, skills: &[String], text: TextEncoder, seed: u64) -> Result<Self> {
+        Ok(Self { photos, skills: Self::skills(skills)?, text, seed })
     }
 
     /// The batch of a step; it depends on (seed, step, shape) alone.
@@ -239,7 +245,7 @@ impl EditData {
         let n = windows[random.below(windows.len())];
         let photo = self.photos.window(n, &mut random);
         // A combination counts as the skill after the last.
-        let (skill, Example { source, target, instruction }) = if random.chance(COMBINATIONS) {
+        let (skill, Example { source, target, instruction, .. }) = if random.chance(COMBINATIONS) {
             (SKILLS.len(), combination(&photo, &mut random))
         } else {
             let skill = self.skills[random.below(self.skills.len())];

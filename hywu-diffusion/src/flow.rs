@@ -9,9 +9,9 @@ use rayon::prelude::*;
 /// x_t tells nothing yet, while at greater t the noisy target gives it away and the instruction need not be read.
 const LOGIT_MEAN: f32 = -0.8;
 /// Share of t = 0.
-const START_SHARE: f32 = 0.3;
+const START_SHARE: f32 = 0.4;
 /// The weight 1 / (1 - t)^2, which turns an error of x_hat into one of the velocity, is held down near the image.
-const LEAST_REST: f32 = 0.3;
+const LEAST_REST: f32 = 0.5;
 /// Stream of the timesteps; the noise of batch entry b is stream b + 1.
 const TIMESTEPS: u64 = 0;
 /// Where in that stream the draws for t = 0 stand.
@@ -24,7 +24,7 @@ pub struct Noised {
     pub x_t: Tensor,
     /// Timestep per batch entry.
     pub t: Vec<f32>,
-    /// Loss weight per batch entry: 1 / max(1 - t, 0.3)^2.
+    /// Loss weight per batch entry: 1 / max(1 - t, 0.5)^2.
     pub weight: Vec<f32>,
 }
 
@@ -52,7 +52,12 @@ impl Noised {
     }
 }
 
-/// The training loss: mean over the batch of weight * mean((x_hat - target)^2).
+/// Added to the size of an edit, so that keeping a picture is a finite goal.
+const LEAST_EDIT: f32 = 0.02;
+
+/// The training loss: mean over the batch of weight * mean((x_hat - target)^2) / sqrt(mean((source - target)^2) + 0.02).
+///
+/// Dividing by the size of the edit keeps the drastic ones (a negative, a sketch) from drowning the subtle ones.
 ///
 /// `bound` decides whether the backbone's weights are trained; the adapters (none, or one per instance) bring their own
 /// variables.
@@ -67,7 +72,13 @@ pub fn flow_loss(
     adapters: &LoraVars,
 ) -> Result<Var> {
     let text = backbone.text_tokens(tape, bound, &batch.text, batch.instances)?;
-    let Noised { x_t, t, weight } = Noised::draw(&batch.target, batch.seed);
+    let Noised { x_t, t, mut weight } = Noised::draw(&batch.target, batch.seed);
+    let size = (batch.target.numel() / weight.len().max(1)).max(1);
+    let pairs = batch.source.data().chunks(size).zip(batch.target.data().chunks(size));
+    for (weight, (source, target)) in weight.iter_mut().zip(pairs) {
+        let edit: f32 = source.iter().zip(target).map(|(s, t)| (s - t) * (s - t)).sum();
+        *weight /= (edit / size as f32 + LEAST_EDIT).sqrt();
+    }
     let x_hat = backbone.predict(tape, bound, &x_t, &batch.source, &batch.position, &t, &text, adapters)?;
     Ok(weighted_mse(tape, &x_hat, &batch.target, &weight)?)
 }

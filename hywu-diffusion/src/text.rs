@@ -12,7 +12,7 @@ use tokenizers::{
 static VOCABULARY: &str = include_str!("../../assets/text/vocab.txt");
 static TABLE: &[u8] = include_bytes!("../../assets/text/table.safetensors");
 /// Id of "nothing here".
-const PAD: u32 = 0;
+pub(crate) const PAD: u32 = 0;
 
 /// Splits instructions into word pieces: the vocabulary of all-MiniLM-L6-v2 (Apache-2.0), lower-cased, without accents.
 pub struct TextEncoder {

@@ -4,8 +4,8 @@ use hywu_kernels::{
     Tape, Tensor, Var,
     ops::{
         elementwise::{
-            add, add_row, concat_tokens, gated_residual, mean_tokens, repeat_each, scale, slice_channels,
-            slice_tokens,
+            add, add_row, concat_tokens, gated_residual, mask_tokens, mean_tokens, repeat_each, scale,
+            slice_channels, slice_tokens,
         },
         embedding::embedding,
         local_colour::local_colour,
@@ -85,7 +85,11 @@ fn sums_and_gates() {
             |x: &[f64]| (0..7).map(|c| x.iter().skip(c).step_by(7).sum::<f64>() / 5.0).collect::<Vec<_>>();
         v[0].chunks(35).flat_map(entry).collect()
     };
-    check_gradients(&[x], |t, v| mean_tokens(t, &v[0]), mean, 70, 1e-5);
+    check_gradients(std::slice::from_ref(&x), |t, v| mean_tokens(t, &v[0]), mean, 70, 1e-5);
+    let masked = |v: &[Vec<f64>]| {
+        (v[0].iter().enumerate()).map(|(i, a)| if i % 35 < [14, 35][i / 35] { *a } else { 0.0 }).collect()
+    };
+    check_gradients(&[x], |t, v| mask_tokens(t, &v[0], &[2, 5]), masked, 70, 1e-5);
 }
 
 #[test]

@@ -26,6 +26,9 @@ pub struct TrainConfig {
     /// Steps between checkpoints.
     #[serde(default = "hundred")]
     pub checkpoint_every: u64,
+    /// For backbone: steps in which the text tower alone learns to name what an instruction asks for, before the first step.
+    #[serde(default)]
+    pub text_steps: u64,
     /// What a step sees.
     pub data: DataConfig,
     /// How it learns.

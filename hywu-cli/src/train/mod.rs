@@ -64,8 +64,7 @@ impl Run {
             bail!("{}: no such file; there is no run to resume", state.display());
         }
         let task = Task::new(kind, &config)?;
-        let o = &config.optimizer;
-        let optimizer = Optimizer::new(task.params(), config.schedule(), o.weight_decay, o.clip, o.ema);
+        let optimizer = optimizer(&task, &config);
         let text = TextEncoder::bundled(task.text_len())?;
         let data = EditData::new(PhotoSet::open(photos)?, &config.data.skills, text, config.seed)?;
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
@@ -93,6 +92,13 @@ impl Run {
         let (start, first) = (Instant::now(), self.optimizer.adamw.step);
         let steps = self.config.steps;
         let mut samples = 0;
+        if first == 0 {
+            let mut before = |_: u64, loss: f32| {
+                progress(Progress { step: 0, steps, loss: loss.into(), samples_per_second: 0.0 })
+            };
+            self.task.prepare(self.kind, &self.config, &mut before)?;
+            self.optimizer = optimizer(&self.task, &self.config);
+        }
         while self.optimizer.adamw.step < steps {
             let step = self.optimizer.adamw.step;
             let shape = self.config.data.shape(step);
@@ -172,4 +178,10 @@ impl Run {
         self.log.window = window;
         self.log.truncate(self.optimizer.adamw.step)
     }
+}
+
+/// Fresh state for the weights of a task.
+fn optimizer(task: &Task, config: &TrainConfig) -> Optimizer {
+    let o = &config.optimizer;
+    Optimizer::new(task.params(), config.schedule(), o.weight_decay, o.clip, o.ema)
 }

@@ -4,9 +4,12 @@ use super::config::TrainConfig;
 use crate::model::{Memory, Model, ModelInfo};
 use anyhow::{Context, Result, bail};
 use hywu_core::Philox;
-use hywu_diffusion::{Backbone, EditBatch, MiniDownstream, TextEncoder, flow_loss};
+use hywu_diffusion::{
+    Backbone, EditBatch, EditData, MiniDownstream, TextEncoder, flow_loss, learn_instructions,
+};
 use hywu_generator::{Generator, TrainStats, train_step};
 use hywu_kernels::{Bound, Downstream, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var, optim::Optimizer};
+use std::ops::ControlFlow;
 
 /// What `hywu train` trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +85,24 @@ impl Task {
                 Self::Lora(params, Box::new(downstream))
             }
         })
+    }
+
+    /// What comes before the first step: a new backbone learns to read instructions. `progress(done, loss)` may stop it.
+    ///
+    /// # Errors
+    /// An unknown skill; [`hywu_diffusion::Error::Interrupted`] when `progress` says so.
+    pub fn prepare(
+        &mut self,
+        kind: Kind,
+        config: &TrainConfig,
+        progress: &mut dyn FnMut(u64, f32) -> ControlFlow<()>,
+    ) -> Result<()> {
+        if let (Kind::Backbone, Self::Backbone(backbone)) = (kind, self) {
+            let encoder = TextEncoder::bundled(backbone.config.text_len)?;
+            let skills = EditData::skills(&config.data.skills)?;
+            learn_instructions(backbone, &encoder, &skills, config.text_steps, config.seed, progress)?;
+        }
+        Ok(())
     }
 
     /// The weights that are trained.

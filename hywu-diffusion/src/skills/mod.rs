@@ -50,6 +50,19 @@ pub struct Example {
     pub target: Picture,
     /// What the user says.
     pub instruction: String,
+    /// What the words mean.
+    pub meaning: Meaning,
+}
+
+/// What an instruction says, in numbers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Meaning {
+    /// 1 without a strength word.
+    pub strength: f32,
+    /// Index into [`HUES`] of the colour that is replaced.
+    pub from: Option<usize>,
+    /// Index into [`HUES`] of the new colour.
+    pub to: Option<usize>,
 }
 
 /// Which phrasings are used.
@@ -88,10 +101,10 @@ impl Skill {
         };
         let varied = phrasing == Phrasing::Train;
         let mut instruction = phrase.to_owned();
-        let mut strength = 1.0;
+        let mut meaning = Meaning { strength: 1.0, from: None, to: None };
         if varied && self.graded && random.chance(0.4) {
             let (value, words) = GRADES[random.below(GRADES.len())];
-            strength = value;
+            meaning.strength = value;
             let word = words[random.below(words.len())];
             instruction = match random.below(3) {
                 0 => format!("{word} {phrase}"),
@@ -99,12 +112,15 @@ impl Skill {
                 _ => format!("{phrase} {word}"),
             };
         }
+        let strength = meaning.strength;
         let (source, target) = match &self.make {
             Make::Look(f) => (photo.clone(), f(photo, strength)),
             Make::Chance(f) => (photo.clone(), f(photo, strength, random)),
             Make::Repair(f) => (f(photo, random), photo.clone()),
             Make::Tint => {
-                let (name, hue) = HUES[random.below(HUES.len())];
+                let to = random.below(HUES.len());
+                meaning.to = Some(to);
+                let (name, hue) = HUES[to];
                 instruction = instruction.replace("{to}", name);
                 let cast = filters::from_hsv([hue, 0.75, 1.0]);
                 let tint = |c: [f32; 3]| [0, 1, 2].map(|i| c[i] * (0.45 + 0.6 * cast[i]));
@@ -112,6 +128,7 @@ impl Skill {
             }
             Make::Recolour => {
                 let (from, to) = recolouring(photo, random);
+                (meaning.from, meaning.to) = (Some(from), Some(to));
                 instruction = instruction.replace("{from}", HUES[from].0).replace("{to}", HUES[to].0);
                 (photo.clone(), filters::recolour(photo, HUES[from].1, HUES[to].1))
             }
@@ -124,7 +141,7 @@ impl Skill {
                 _ => {}
             }
         }
-        Example { source, target, instruction }
+        Example { source, target, instruction, meaning }
     }
 
     /// Can it be one half of a combination? Only looks can: they are functions of the picture that they get.
@@ -164,5 +181,5 @@ pub fn combination(photo: &Picture, random: &mut RandomStream) -> Example {
         s.trim_start_matches("please ").trim_end_matches(" please").trim_end_matches('.').to_owned()
     };
     let instruction = format!("{}{link}{}", plain(&a.instruction), plain(&b.instruction));
-    Example { source: a.source, target: b.target, instruction }
+    Example { source: a.source, target: b.target, instruction, meaning: Meaning::default() }
 }

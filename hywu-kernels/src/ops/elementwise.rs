@@ -275,6 +275,33 @@ pub fn repeat_each(tape: &Tape, x: &Var, k: usize) -> Result<Var> {
     }))
 }
 
+/// The first `lengths[b]` tokens of every batch entry; the others become zero: [batch, tokens, channels].
+///
+/// # Errors
+/// Another number of axes or of lengths.
+pub fn mask_tokens(tape: &Tape, x: &Var, lengths: &[usize]) -> Result<Var> {
+    let &[batch, tokens, channels] = x.shape() else {
+        return Err(Error::shape("mask_tokens", "x", x.shape(), "[batch, tokens, channels]"));
+    };
+    if lengths.len() != batch {
+        return Err(Error::shape("mask_tokens", "lengths", &[lengths.len()], format!("[{batch}]")));
+    }
+    let lengths = lengths.to_vec();
+    let masked = move |x: &Tensor| {
+        Tensor::build(x.shape(), |out| {
+            out.copy_from_slice(x.data());
+            if channels > 0 && tokens > 0 {
+                for (out, &length) in out.chunks_mut(tokens * channels).zip(&lengths) {
+                    out[length.min(tokens) * channels..].fill(0.0);
+                }
+            }
+        })
+    };
+    let out = masked(x.value());
+    let x_ = x.clone();
+    Ok(tape.push(out, &[x], move |grad, grads| grads.accumulate(&x_, masked(grad))))
+}
+
 /// Mean over the tokens: [batch, tokens, channels] -> [batch, channels].
 ///
 /// # Errors
