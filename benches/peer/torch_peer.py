@@ -134,7 +134,7 @@ class Mini(nn.Module):
         self.time_in, self.text_pool = nn.Linear(width, width), nn.Linear(width, width)
         self.time_out = nn.Linear(width, 6 * width)
         self.layers = nn.ModuleList(Block(width, head_dim, hidden, True) for _ in range(layers))
-        self.norm, self.head = RmsNorm(width), nn.Linear(width, 3 * p * p + 21)
+        self.norm, self.head = RmsNorm(width), nn.Linear(width, 3 * p * p + 93)
         half = width // 2
         self.register_buffer("freq", 1000 * 10000 ** (-torch.arange(half) / half))
 

@@ -9,7 +9,7 @@ use hywu_kernels::{
             slice_channels, slice_tokens,
         },
         embedding::embedding,
-        local_colour::{FEATURES, local_colour},
+        local_filter::{COEFFICIENTS, local_filter, pixel_features},
         low_rank_linear::{linear, low_rank_linear},
         patchify::{patchify, unpatchify},
         rms_norm::{Modulation, rms_norm},
@@ -35,7 +35,7 @@ const CONFIG_KEY: &str = "backbone";
 ///
 /// A patch of [x_t | source | position] is one token, the text tokens stand in the same sequence. Blocks are pre-norm
 /// attention and SwiGLU; one embedding of timestep and instruction modulates all of them, with a learnt offset per block (adaLN-single,
-/// PixArt-alpha, arXiv 2310.00426 section 2.3). The prediction is `source + local colour transform + residual`.
+/// PixArt-alpha, arXiv 2310.00426 section 2.3). The prediction is `source + local filter of the source + residual`.
 #[derive(Clone)]
 pub struct Backbone {
     /// Sizes.
@@ -418,9 +418,10 @@ impl Backbone {
         let x = rms_norm(tape, &x, Some(bound.get("norm.weight")?), EPS, None)?;
         let x = linear(tape, &x, bound.get("head.weight")?, Some(bound.get("head.bias")?))?;
         let residual = slice_channels(tape, &x, 0, 3 * p * p)?;
-        let coef = slice_channels(tape, &x, 3 * p * p, 3 * FEATURES)?;
+        let coef = slice_channels(tape, &x, 3 * p * p, COEFFICIENTS)?;
+        let features = patchify(tape, &Var::constant(pixel_features(source, p)?), p)?;
         let source = patchify(tape, &Var::constant(source.clone()), p)?;
-        let change = add(tape, &local_colour(tape, &coef, &source)?, &residual)?;
+        let change = add(tape, &local_filter(tape, &coef, features.value())?, &residual)?;
         Ok(unpatchify(tape, &add(tape, &change, &source)?, p, height, width)?)
     }
 

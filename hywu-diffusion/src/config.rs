@@ -1,5 +1,5 @@
 use crate::{Error, Result};
-use hywu_kernels::ops::local_colour::FEATURES;
+use hywu_kernels::ops::local_filter::COEFFICIENTS;
 use serde::{Deserialize, Serialize};
 
 /// Sizes of the mini backbone.
@@ -115,7 +115,7 @@ impl BackboneConfig {
         dense("text_pool", w, w, fan_in(w));
         // Zero modulation: every block starts as the identity (adaLN-zero, arXiv 2212.09748 section 3.2).
         dense("time_out", 6 * w, w, Init::Constant(0.0));
-        dense("head", 3 * pixels + 3 * FEATURES, w, Init::Constant(0.0));
+        dense("head", 3 * pixels + COEFFICIENTS, w, Init::Constant(0.0));
         all.push(("text_position".into(), vec![self.text_len, w], Init::Normal(0.02)));
         all.push(("norm.weight".into(), vec![w], Init::Constant(1.0)));
         let text = (0..self.text_layers).map(|i| format!("text.layers.{i}"));

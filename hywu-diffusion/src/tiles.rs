@@ -4,15 +4,7 @@ use crate::{Picture, backbone::pixel_position};
 use hywu_kernels::{Tensor, ops::tile_blend::TileAt};
 use rayon::prelude::*;
 
-/// Index of the pixel that mirror padding shows at place `i` of an axis of `n` >= 1 pixels: 0 1 2 1 0 1 2 .. for n = 3.
-pub fn reflect(i: usize, n: usize) -> usize {
-    if n < 2 {
-        return 0;
-    }
-    let period = 2 * (n - 1);
-    let i = i % period;
-    i.min(period - i)
-}
+pub use hywu_kernels::ops::local_filter::reflect;
 
 /// Starts of tiles of `size` that cover `n` >= `size` pixels with at least `overlap` in common with the next: evenly spread, the
 /// last one ends at the edge.

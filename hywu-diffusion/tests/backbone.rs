@@ -37,7 +37,7 @@ fn a_fresh_backbone_is_the_identity() {
 }
 
 #[test]
-fn the_head_adds_a_colour_transform_and_a_residual() {
+fn the_head_adds_a_local_filter_and_a_residual() {
     let mut backbone = fresh();
     let pixels = backbone.config.patch * backbone.config.patch;
     for (name, tensor) in backbone.params.iter_mut() {
@@ -45,8 +45,8 @@ fn the_head_adds_a_colour_transform_and_a_residual() {
             let bias = tensor.data_mut();
             // The residual of a patch's first pixel, then green' = green - 2 * green + 0.25 * blue^2.
             bias[0] = 0.5;
-            bias[3 * pixels + 7 + 2] = -2.0;
-            bias[3 * pixels + 7 + 6] = 0.25;
+            bias[3 * pixels + 31 + 2] = -2.0;
+            bias[3 * pixels + 31 + 6] = 0.25;
         }
     }
     let x = inputs(1, 16, 16);

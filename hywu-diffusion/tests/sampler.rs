@@ -40,7 +40,7 @@ fn tiles_leave_no_seam() {
     let pixels = inverter.config.patch * inverter.config.patch;
     for (name, tensor) in inverter.params.iter_mut() {
         if name == "head.bias" {
-            (0..3).for_each(|c| tensor.data_mut()[3 * pixels + c * 7 + 1 + c] = -2.0);
+            (0..3).for_each(|c| tensor.data_mut()[3 * pixels + c * 31 + 1 + c] = -2.0);
         }
     }
     let source = picture(100, 150);

@@ -8,7 +8,7 @@ use hywu_kernels::{
             slice_channels, slice_tokens,
         },
         embedding::embedding,
-        local_colour::local_colour,
+        local_filter::{FEATURES, local_filter, pixel_features},
         loss::weighted_mse,
         noise::noise_window,
         patchify::{patchify, unpatchify},
@@ -18,7 +18,7 @@ use hywu_kernels::{
         timestep::timestep_embedding,
     },
     reference::elementary as oracle,
-    testing::{check_gradients, random},
+    testing::{assert_close, check_gradients, random, widen},
 };
 use proptest::prelude::*;
 
@@ -148,16 +148,33 @@ fn permuted(image: &[f64], like: &[f64]) -> Vec<f64> {
 }
 
 #[test]
-fn colour_polynomials() {
-    let source = random(2, &[2, 3, 12]);
-    let fixed = source.clone();
+fn pixel_features_by_their_definitions() {
+    for (h, w, p) in [(2, 2, 2), (8, 12, 4), (16, 8, 8), (1, 3, 1)] {
+        let source = random(2, &[2, h, w, 3]);
+        let got = pixel_features(&source, p).expect("it divides");
+        assert_eq!(got.shape(), [2, h, w, FEATURES]);
+        let wide = widen(&source);
+        let expected: Vec<f64> =
+            wide.chunks(h * w * 3).flat_map(|picture| oracle::pixel_features(picture, h, w, p)).collect();
+        assert_close(got.data(), &expected, 1e-6);
+    }
+    assert!(pixel_features(&random(2, &[1, 9, 8, 3]), 8).is_err());
+    assert!(pixel_features(&random(2, &[1, 8, 8, 4]), 8).is_err());
+}
+
+#[test]
+fn a_filter_per_patch() {
+    let features = random(2, &[2, 3, 4 * FEATURES]);
+    let fixed = widen(&features);
     check_gradients(
-        &[random(1, &[2, 3, 21])],
-        move |t, v| local_colour(t, &v[0], &Var::constant(source.clone())),
-        move |v| oracle::local_colour(&v[0], &fixed.data().iter().map(|&x| x.into()).collect::<Vec<_>>(), 4),
-        126,
+        &[random(1, &[2, 3, 3 * FEATURES])],
+        |t, v| local_filter(t, &v[0], &features),
+        move |v| oracle::local_filter(&v[0], &fixed, 4, FEATURES),
+        200,
         1e-5,
     );
+    let coef = Var::constant(random(1, &[2, 3, 5]));
+    assert!(local_filter(&Tape::inference(), &coef, &features).is_err());
 }
 
 #[test]

@@ -4,7 +4,7 @@
 pub mod attention;
 pub mod elementwise;
 pub mod embedding;
-pub mod local_colour;
+pub mod local_filter;
 pub mod loss;
 pub mod low_rank_linear;
 pub mod noise;
