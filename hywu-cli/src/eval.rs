@@ -8,10 +8,11 @@ use anyhow::{Result, bail};
 use hywu_core::Philox;
 use hywu_diffusion::{
     Picture, SampleOptions, detail_of,
-    metrics::{psnr, ssim},
+    metrics::{psnr, seam, ssim},
     pixel_position,
     skills::{Example, Phrasing, SKILLS, Skill},
     thumbnail_of,
+    tiles::Tiling,
 };
 use hywu_kernels::{LoraVars, Tape, Tensor, ops::noise::noise_window};
 use serde::Serialize;
@@ -53,6 +54,8 @@ pub struct SkillReport {
     pub psnr: f64,
     /// SSIM of the edit against the true edit.
     pub ssim: f64,
+    /// Steps of the error across tile borders over those elsewhere: 1 when no border shows.
+    pub seam: f64,
     /// PSNR of doing nothing; absent when nothing is right.
     pub noop_psnr: Option<f64>,
     /// Held-out phrasings that were taken for this skill.
@@ -85,10 +88,15 @@ pub fn evaluate(
         bail!("no photos to measure with");
     }
     let photos: Vec<Picture> = photos.iter().map(|p| square(p, options.side)).collect();
+    let SampleOptions { tile, overlap, .. } = options.edit.sample;
+    let tiling = Tiling::new(options.side, options.side, tile, overlap);
+    let ends = tiling.at.iter().flat_map(|at| [at.x, at.x + tile]);
+    let borders: Vec<usize> = ends.filter(|x| (1..options.side).contains(x)).collect();
     let mut reports = Vec::new();
     for (place, &index) in options.skills.iter().enumerate() {
         let skill = &SKILLS[index];
-        let (mut quality, mut similar, mut noop) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut quality, mut similar, mut noop, mut seams) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut sample = None;
         for (i, photo) in photos.iter().enumerate() {
             let mut random = Philox::new(options.seed).stream((index * 1024 + i) as u64);
@@ -99,6 +107,7 @@ pub fn evaluate(
             quality.push(psnr(&edit, &target));
             similar.push(ssim(&edit, &target));
             noop.push(psnr(&source, &target));
+            seams.push(seam(&edit, &target, &borders));
             if i == place % photos.len() {
                 sample = Some(Sample { pictures: [source, edit, target], instruction });
             }
@@ -121,6 +130,7 @@ pub fn evaluate(
             skill: skill.name,
             psnr: mean(&quality),
             ssim: mean(&similar),
+            seam: mean(&seams),
             noop_psnr: noop_psnr.is_finite().then_some(noop_psnr),
             right,
             asked,

@@ -55,7 +55,7 @@ fn window_mean(x: &[f64], h: usize, w: usize) -> Vec<f64> {
     (0..x.len()).map(|i| along(&rows, h, w, i)).collect()
 }
 
-/// How visible the borders at multiples of `period` pixels are: the mean step of `result - truth` across them over the mean step
+/// How visible upright borders before the columns `borders` are: the mean step of `result - truth` across them over the mean step
 /// elsewhere. 1 when a border is like any other place.
 ///
 /// # Panics
@@ -73,7 +73,8 @@ pub fn seam(result: &Picture, truth: &Picture, borders: &[usize]) -> f64 {
             }
         }
     }
-    (at.0 / at.1.max(1) as f64) / (elsewhere.0 / elsewhere.1.max(1) as f64)
+    let (at, elsewhere) = (at.0 / at.1.max(1) as f64, elsewhere.0 / elsewhere.1.max(1) as f64);
+    if at == elsewhere { 1.0 } else { at / elsewhere }
 }
 
 #[cfg(test)]

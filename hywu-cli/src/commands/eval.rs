@@ -84,8 +84,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let editor = Editor::new(Model::named(&args.model)?);
     let mut triples = Vec::new();
     if !args.json {
-        println!("| skill | PSNR | SSIM | no-op PSNR | gain | right skill | others taken for |");
-        println!("|---|---|---|---|---|---|---|");
+        println!("| skill | PSNR | SSIM | no-op PSNR | gain | seam | right skill | others taken for |");
+        println!("|---|---|---|---|---|---|---|---|");
     }
     let reports = evaluate(&editor, &photos, &options, &mut |report, sample| {
         if !args.json {
@@ -119,10 +119,11 @@ fn row(r: &SkillReport) -> String {
     let mut others: Vec<&str> = r.taken_for.clone();
     others.dedup();
     format!(
-        "| {} | {:.1} | {:.3} | {noop} | {gain} | {}/{} | {} |",
+        "| {} | {:.1} | {:.3} | {noop} | {gain} | {:.2} | {}/{} | {} |",
         r.skill,
         r.psnr,
         r.ssim,
+        r.seam,
         r.right,
         r.asked,
         others.join(", ")

@@ -1,7 +1,7 @@
 //! The TOML file of a training run.
 
 use anyhow::{Context, Result, ensure};
-use hywu_core::Module;
+use hywu_core::{Dtype, Module};
 use hywu_diffusion::{Backbone, BackboneConfig, BatchShape};
 use hywu_generator::GeneratorConfig;
 use hywu_kernels::optim::Schedule;
@@ -26,6 +26,9 @@ pub struct TrainConfig {
     /// Steps between checkpoints.
     #[serde(default = "hundred")]
     pub checkpoint_every: u64,
+    /// Type of the weights in `model/`: f32, f16 or bf16. The run itself keeps f32.
+    #[serde(default)]
+    pub save_as: SaveAs,
     /// For backbone: steps in which the text tower alone learns to name what an instruction asks for, before the first step.
     #[serde(default)]
     pub text_steps: u64,
@@ -39,6 +42,29 @@ pub struct TrainConfig {
     /// Sizes, for generator; rank and alpha, for lora.
     #[serde(default)]
     pub generator: AdapterConfig,
+}
+
+/// Type of a model's stored weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SaveAs {
+    /// As they were trained.
+    #[default]
+    F32,
+    /// Half the size, 11 significant bits.
+    F16,
+    /// Half the size, 8 significant bits.
+    Bf16,
+}
+
+impl From<SaveAs> for Dtype {
+    fn from(save_as: SaveAs) -> Self {
+        match save_as {
+            SaveAs::F32 => Self::F32,
+            SaveAs::F16 => Self::F16,
+            SaveAs::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 fn ten() -> u64 {

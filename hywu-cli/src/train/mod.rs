@@ -4,7 +4,7 @@ mod config;
 mod log;
 mod task;
 
-pub use config::{AdapterConfig, DataConfig, OptimizerConfig, TrainConfig};
+pub use config::{AdapterConfig, DataConfig, OptimizerConfig, SaveAs, TrainConfig};
 pub use task::{Kind, Task};
 
 use crate::model::ModelInfo;
@@ -89,8 +89,7 @@ impl Run {
     /// # Errors
     /// A loss that is not finite, a disk that is full; [`Error::Interrupted`] when `progress` says so.
     pub fn train(&mut self, progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
-        let (start, first) = (Instant::now(), self.optimizer.adamw.step);
-        let steps = self.config.steps;
+        let (first, steps) = (self.optimizer.adamw.step, self.config.steps);
         let mut samples = 0;
         if first == 0 {
             let mut before = |_: u64, loss: f32| {
@@ -99,6 +98,7 @@ impl Run {
             self.task.prepare(self.kind, &self.config, &mut before)?;
             self.optimizer = optimizer(&self.task, &self.config);
         }
+        let start = Instant::now();
         while self.optimizer.adamw.step < steps {
             let step = self.optimizer.adamw.step;
             let shape = self.config.data.shape(step);
@@ -146,7 +146,7 @@ impl Run {
             training: vec![format!("{}: step {step} of {}, seed {}", self.kind.name(), o.steps, o.seed)],
         };
         let model = self.task.model(self.optimizer.averaged(self.task.params()), info)?;
-        model.save(self.out.join("model"), Dtype::F32)?;
+        model.save(self.out.join("model"), o.save_as.into())?;
         self.log.plot(self.kind.name())
     }
 
