@@ -122,6 +122,37 @@ class Block(nn.Module):
         return x + (y if m[5] is None else m[5] * y)
 
 
+FEATURES = 31
+SPLINE = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+
+
+def smooth(x, hole):
+    """One level of the a trous transform of [b, 3, h, w]."""
+    pad = 2 * hole
+    across = F.conv2d(F.pad(x, (pad, pad, 0, 0), "reflect"), SPLINE.view(1, 1, 1, 5).repeat(3, 1, 1, 1), dilation=(1, hole), groups=3)
+    return F.conv2d(F.pad(across, (0, 0, pad, pad), "reflect"), SPLINE.view(1, 1, 5, 1).repeat(3, 1, 1, 1), dilation=(hole, 1), groups=3)
+
+
+def pixel_features(source, p):
+    """[b, h, w, 3] -> [b, h, w, 31]: see hywu-kernels/src/ops/local_filter.rs."""
+    b, h, w, _ = source.shape
+    rgb = source.permute(0, 3, 1, 2)
+    fine = smooth(rgb, 1)
+    middle = smooth(fine, 2)
+    coarse = smooth(middle, 4)
+    luma = (fine * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    slopes = F.conv2d(F.pad(luma, (1, 1, 1, 1), "reflect"), torch.stack([SOBEL, SOBEL.T])[:, None])
+    edge = 0.25 * slopes.square().sum(1, keepdim=True).sqrt()
+    mean = F.interpolate(F.avg_pool2d(rgb, p), scale_factor=p)
+    one = torch.ones_like(edge)
+    place = (2 * (torch.arange(max(h, w)) % p) + 1) / p - 1
+    colour = torch.cat([one, rgb], 1)
+    x, y = place[:w].view(1, 1, 1, w) * colour, place[:h].view(1, 1, h, 1) * colour
+    parts = [one, rgb, rgb * rgb, rgb * rgb.roll(-1, 1), fine, middle, coarse, edge, mean, x, y]
+    return torch.cat(parts, 1).permute(0, 2, 3, 1)
+
+
 class Mini(nn.Module):
     """The backbone `mini`: see hywu-diffusion/src/backbone.rs."""
 
@@ -134,7 +165,7 @@ class Mini(nn.Module):
         self.time_in, self.text_pool = nn.Linear(width, width), nn.Linear(width, width)
         self.time_out = nn.Linear(width, 6 * width)
         self.layers = nn.ModuleList(Block(width, head_dim, hidden, True) for _ in range(layers))
-        self.norm, self.head = RmsNorm(width), nn.Linear(width, 3 * p * p + 93)
+        self.norm, self.head = RmsNorm(width), nn.Linear(width, 3 * p * p + 3 * FEATURES)
         half = width // 2
         self.register_buffer("freq", 1000 * 10000 ** (-torch.arange(half) / half))
 
@@ -164,10 +195,9 @@ class Mini(nn.Module):
         out = self.head(self.norm(z[:, :n]))
         residual, coef = out[..., : 3 * self.p**2], out[..., 3 * self.p**2 :]
         s = self.patchify(source)
-        rgb = s.view(b, n, -1, 3)
-        features = torch.cat([torch.ones_like(rgb[..., :1]), rgb, rgb * rgb], -1)
-        colour = features @ coef.view(b, n, 3, 7).transpose(2, 3)
-        return s + colour.reshape(s.shape) + residual
+        features = self.patchify(pixel_features(source, self.p)).view(b, n, -1, FEATURES)
+        filtered = features @ coef.view(b, n, 3, FEATURES).transpose(2, 3)
+        return s + filtered.reshape(s.shape) + residual
 
 
 def mini(batch, crops, size, lora, train):

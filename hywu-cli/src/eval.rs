@@ -90,7 +90,11 @@ pub fn evaluate(
     let photos: Vec<Picture> = photos.iter().map(|p| square(p, options.side)).collect();
     let SampleOptions { tile, overlap, .. } = options.edit.sample;
     let tiling = Tiling::new(options.side, options.side, tile, overlap);
-    let ends = tiling.at.iter().flat_map(|at| [at.x, at.x + tile]);
+    let ends = tiling.layouts[0]
+        .at
+        .iter()
+        .flat_map(|at| [at.x, at.x + tiling.size])
+        .map(|x| x.saturating_sub(Tiling::MARGIN));
     let borders: Vec<usize> = ends.filter(|x| (1..options.side).contains(x)).collect();
     let mut reports = Vec::new();
     for (place, &index) in options.skills.iter().enumerate() {
@@ -232,7 +236,7 @@ fn edit_all(
     let noise = noise_window(seed, 0, 0, side, side, 3);
     let noise = repeated(&Picture::from_rgb(side, side, noise.data().to_vec()));
     let source = repeated(source);
-    let predict = |x: &Tensor, t: f32| {
+    let predict = |x: &Tensor, t: f32, _last: bool| {
         let t = vec![t; n];
         Ok(backbone.predict(&tape, &bound, x, &source, &position, &t, &text, &loras)?.value().clone())
     };

@@ -32,9 +32,21 @@ pub struct ModelInfo {
     pub licence: String,
     /// What it was trained on.
     pub data_sources: Vec<String>,
-    /// How it was trained, a line per run.
+    /// How it was trained, a line per run, the first run first.
     #[serde(default)]
     pub training: Vec<String>,
+}
+
+impl ModelInfo {
+    /// Reads `model.json` of a model folder.
+    ///
+    /// # Errors
+    /// A file that is missing or not a model's.
+    pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
+        let file = folder.as_ref().join(INFO);
+        let text = std::fs::read(&file).map_err(|e| hywu_core::Error::io(&file, e))?;
+        serde_json::from_slice(&text).with_context(|| format!("{}: not a model", file.display()))
+    }
 }
 
 /// Where the adapters of a model come from.
@@ -92,10 +104,7 @@ impl Model {
         if !folder.is_dir() {
             bail!("{}: no such model folder (there is also the model \"bundled\")", folder.display());
         }
-        let file = folder.join(INFO);
-        let text = std::fs::read(&file).map_err(|e| hywu_core::Error::io(&file, e))?;
-        let info =
-            serde_json::from_slice(&text).with_context(|| format!("{}: not a model", file.display()))?;
+        let info = ModelInfo::read(folder)?;
         let backbone = Backbone::load(&Checkpoint::open(folder.join(BACKBONE))?, TextEncoder::table()?)?;
         let (generator, lora) = (folder.join(GENERATOR), folder.join(LORA));
         let memory = match (generator.is_dir(), lora.is_file()) {

@@ -126,7 +126,15 @@ fn a_killed_run_goes_on_bit_for_bit() {
         let frozen = fs::read(start.join("backbone.safetensors")).expect("written")
             == fs::read(whole.join("model/backbone.safetensors")).expect("written");
         assert_eq!(frozen, matches!(kind, Kind::Generator | Kind::Lora), "{}", kind.name());
-        let memory = Model::load(whole.join("model")).expect("a model folder").memory;
+        let Model { memory, info, .. } = Model::load(whole.join("model")).expect("a model folder");
+        // model.json tells all runs that made the weights.
+        let last = format!("{}: step 21 of 21, seed 5", kind.name());
+        let runs = if kind == Kind::Backbone {
+            vec![last]
+        } else {
+            vec!["backbone: step 30 of 30, seed 5".into(), last]
+        };
+        assert_eq!(info.training, runs);
         match kind {
             Kind::Generator => assert!(matches!(memory, Memory::Functional(_))),
             Kind::Lora => assert!(matches!(memory, Memory::Static(_))),

@@ -2,12 +2,9 @@
 
 use crate::{
     Backbone, Error, Picture, Result,
-    tiles::{Tiling, pad_reflect},
+    tiles::{Layout, Tiling, pad_reflect},
 };
-use hywu_kernels::{
-    LoraVars, Tape, Tensor,
-    ops::{noise::noise_window, tile_blend::tile_blend},
-};
+use hywu_kernels::{LoraVars, Tape, Tensor, ops::noise::noise_window};
 use rayon::prelude::*;
 use std::ops::ControlFlow;
 
@@ -35,8 +32,8 @@ impl Sampler {
         }
     }
 
-    /// Integrates over a uniform grid of `steps` >= 1 from `x` at t = 0; `predict(x_t, t)` gives x_hat. The last step's velocity
-    /// leads exactly to x_hat, which is returned.
+    /// Integrates over a uniform grid of `steps` >= 1 from `x` at t = 0; `predict(x_t, t, last)` gives x_hat. The last step's
+    /// velocity leads exactly to x_hat, which is returned.
     ///
     /// # Errors
     /// Those of `predict`, and no steps.
@@ -44,11 +41,12 @@ impl Sampler {
         self,
         steps: usize,
         mut x: Tensor,
-        mut predict: impl FnMut(&Tensor, f32) -> Result<Tensor>,
+        mut predict: impl FnMut(&Tensor, f32, bool) -> Result<Tensor>,
     ) -> Result<Tensor> {
         for i in 0..steps {
-            let x_hat = predict(&x, i as f32 / steps as f32)?;
-            if i + 1 == steps {
+            let last = i + 1 == steps;
+            let x_hat = predict(&x, i as f32 / steps as f32, last)?;
+            if last {
                 return Ok(x_hat);
             }
             // step * v = (x_hat - x) / (steps - i), since 1 - t = (steps - i) * step.
@@ -57,7 +55,7 @@ impl Sampler {
             x = match self {
                 Self::Euler => euler,
                 Self::Heun => {
-                    let ahead = predict(&euler, (i + 1) as f32 / steps as f32)?;
+                    let ahead = predict(&euler, (i + 1) as f32 / steps as f32, false)?;
                     let rate_ahead = 1.0 / (steps - i - 1) as f32;
                     // x + step / 2 * (v + v_ahead) = (x + euler + step * v_ahead) / 2
                     let next = zip_map(&euler, &ahead, |e, h| e + rate_ahead * (h - e));
@@ -90,7 +88,7 @@ pub struct SampleOptions {
     pub steps: usize,
     /// Method.
     pub sampler: Sampler,
-    /// Side of the square tiles in pixels, a multiple of 8.
+    /// Largest side of the square tiles in pixels, a multiple of 8.
     pub tile: usize,
     /// Least number of pixels that neighbouring tiles share.
     pub overlap: usize,
@@ -100,7 +98,7 @@ pub struct SampleOptions {
 
 impl Default for SampleOptions {
     fn default() -> Self {
-        Self { seed: 0, steps: 6, sampler: Sampler::Euler, tile: 0, overlap: 0, batch: 0 }.with_tile(64)
+        Self { seed: 0, steps: 4, sampler: Sampler::Euler, tile: 0, overlap: 0, batch: 0 }.with_tile(128)
     }
 }
 
@@ -139,8 +137,9 @@ impl SampleOptions {
 /// Edits a picture of any size with one adapter (or none): same size out, alpha carried over, values clamped to [-1, 1].
 ///
 /// The picture is cut into overlapping tiles that share one noise field; at every step the predictions of all tiles are blended
-/// before the whole of x_t moves on (MultiDiffusion, arXiv 2302.08113), so there are no seams. Before each batch of tiles
-/// `progress(done, total)`, in batches of tiles over all steps, may stop the edit. Result and memory do not depend on the number
+/// before the whole of x_t moves on (MultiDiffusion, arXiv 2302.08113), so there are no seams. The last prediction, which is the
+/// result, is a mean over four layouts of the tiles, so that the borders of patches don't show either ([`Tiling`]). Before each
+/// batch of tiles `progress(done, total)`, in batches of tiles over all steps, may stop the edit. Result and memory do not depend on the number
 /// of threads, nor the result on `options.batch`.
 ///
 /// # Errors
@@ -157,17 +156,18 @@ pub fn edit_picture(
     check_picture(picture)?;
     let Picture { height, width, .. } = *picture;
     let tiling = Tiling::new(height, width, options.tile, options.overlap);
-    let (padded_height, padded_width) = (tiling.height, tiling.width);
-    let source = pad_reflect(picture, padded_height, padded_width);
+    let source = pad_reflect(picture, Tiling::MARGIN, tiling.height, tiling.width);
     let tape = Tape::inference();
     let bound = backbone.params.bind(&tape, false);
     let text = backbone.text_tokens(&tape, &bound, ids, 1)?;
-    let tile_len = options.tile * options.tile * 3;
-    let mut tiles = vec![0.0; tiling.at.len() * tile_len];
+    let tile_len = tiling.size * tiling.size * 3;
+    let batches = |layout: &Layout| layout.at.len().div_ceil(options.batch);
+    let earlier = options.sampler.evaluations(options.steps) - 1;
+    let total = earlier * batches(&tiling.layouts[0]) + tiling.layouts.iter().map(batches).sum::<usize>();
     let mut done = 0;
-    let total = options.sampler.evaluations(options.steps) * tiling.at.len().div_ceil(options.batch);
-    let predict = |x: &Tensor, t: f32| {
-        for (at, out) in tiling.at.chunks(options.batch).zip(tiles.chunks_mut(options.batch * tile_len)) {
+    let mut look = |x: &Tensor, t: f32, layout: &Layout| {
+        let mut tiles = vec![0.0; layout.at.len() * tile_len];
+        for (at, out) in layout.at.chunks(options.batch).zip(tiles.chunks_mut(options.batch * tile_len)) {
             if progress(done, total).is_break() {
                 return Err(Error::Interrupted);
             }
@@ -179,18 +179,26 @@ pub fn edit_picture(
             out.copy_from_slice(x_hat.value().data());
             done += 1;
         }
-        let mut blended = Tensor::zeros(x.shape());
-        let (size, picture) = (tiling.size, blended.data_mut());
-        tile_blend(&tiles, &tiling.at, size, 3, picture, padded_height, padded_width)?;
-        Ok(blended)
+        Ok(tiles)
     };
-    let noise = noise_window(options.seed, 0, 0, padded_height, padded_width, 3);
+    let predict = |x: &Tensor, t: f32, last: bool| {
+        if !last {
+            let layout = &tiling.layouts[0];
+            return Ok(Tensor::new(x.shape(), tiling.blend(layout, &look(x, t, layout)?)?)?);
+        }
+        let mut mean = Tensor::zeros(x.shape());
+        for layout in &tiling.layouts {
+            tiling.add(layout, &look(x, t, layout)?, mean.data_mut())?;
+        }
+        Ok(mean)
+    };
+    let noise = noise_window(options.seed, 0, 0, tiling.height, tiling.width, 3);
     let edited = options.sampler.integrate(options.steps, noise, predict)?;
     // Breaking is pointless now; this only shows that all is done.
     let _ = progress(total, total);
     let mut rgb = Vec::with_capacity(height * width * 3);
-    for row in edited.data().chunks_exact(padded_width * 3).take(height) {
-        rgb.extend(row[..width * 3].iter().map(|v| v.clamp(-1.0, 1.0)));
+    for row in edited.data().chunks_exact(tiling.width * 3).skip(Tiling::MARGIN).take(height) {
+        rgb.extend(row[Tiling::MARGIN * 3..][..width * 3].iter().map(|v| v.clamp(-1.0, 1.0)));
     }
     Ok(Picture { alpha: picture.alpha.clone(), ..Picture::from_rgb(height, width, rgb) })
 }
@@ -212,7 +220,7 @@ pub fn detail_of(picture: &Picture) -> Result<Picture> {
     check_picture(picture)?;
     let (h, w) = (picture.height.min(VIEW), picture.width.min(VIEW));
     let centre = picture.crop((picture.height - h) / 2, (picture.width - w) / 2, h, w);
-    Ok(pad_reflect(&centre, VIEW, VIEW))
+    Ok(pad_reflect(&centre, 0, VIEW, VIEW))
 }
 
 /// The condition of one picture and instruction, [1, 1, length, width]: see [`Backbone::condition`].

@@ -1,7 +1,10 @@
 //! Pictures of any size as overlapping square tiles.
 
-use crate::{Picture, backbone::pixel_position};
-use hywu_kernels::{Tensor, ops::tile_blend::TileAt};
+use crate::{Picture, Result, backbone::pixel_position};
+use hywu_kernels::{
+    Tensor,
+    ops::tile_blend::{TileAt, tile_blend},
+};
 use rayon::prelude::*;
 
 pub use hywu_kernels::ops::local_filter::reflect;
@@ -17,51 +20,132 @@ pub fn tile_starts(n: usize, size: usize, overlap: usize) -> Vec<usize> {
     (0..=gaps).map(|i| (i * room + gaps / 2) / gaps).collect()
 }
 
-/// Tiles start on this grid: their patches coincide, and with them the blocks of JPEG files.
+/// Side of the backbone's patches: tiles start on this grid.
 const GRID: usize = 8;
+/// Half a patch: what lies between the patches of two layouts.
+const SHIFT: usize = GRID / 2;
+/// Least side of a tile where `size` allows it: what is smaller was never trained on.
+const LEAST: usize = 64;
 
-/// A picture laid out as tiles. It is padded by reflection to at least one tile and to the grid of 8 pixels; a tile knows where
-/// in the picture it is.
+/// One way to lay tiles over the canvas.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// Whether its patches are half a patch away from those of the first layout, down and across.
+    pub shifted: [bool; 2],
+    /// Where the tiles are in the canvas.
+    pub at: Vec<TileAt>,
+}
+
+impl Layout {
+    /// First row (or column) of the canvas that it covers; as many are left out at the end.
+    fn margin(shifted: bool) -> usize {
+        if shifted { SHIFT } else { 0 }
+    }
+
+    /// Weight of row (or column) `i`: a tent over each patch. Those of the two grids add up to 1.
+    fn tent(shifted: bool, i: usize) -> f32 {
+        let i = i % GRID;
+        let tent = (i.min(GRID - 1 - i) as f32 + 0.5) / SHIFT as f32;
+        if shifted { 1.0 - tent } else { tent }
+    }
+}
+
+/// A picture laid out as tiles on a canvas: the picture continued by reflection, [`Tiling::MARGIN`] pixels at the top and left,
+/// and at least as many at the bottom and right. A tile knows where in the picture it is.
+///
+/// There are four layouts: the patches of each lie half a patch beside another's, so that every border of a patch is inside of
+/// the patches of the others. A mean with weights that fall to a patch's borders ([`Tiling::add`]) shows none of them: cycle
+/// spinning (Coifman and Donoho, "Translation-invariant de-noising", 1995).
 #[derive(Clone, Debug)]
 pub struct Tiling {
-    /// Rows after padding.
+    /// Rows of the canvas.
     pub height: usize,
-    /// Columns after padding.
+    /// Columns of the canvas.
     pub width: usize,
     /// Side of a tile in pixels.
     pub size: usize,
-    /// Where the tiles are.
-    pub at: Vec<TileAt>,
-    /// Position channel of every padded row: that of the row it mirrors.
+    /// The layouts. The first covers the whole canvas.
+    pub layouts: [Layout; 4],
+    /// Position channel of every row of the canvas: that of the picture's row that it shows.
     rows: Vec<f32>,
-    /// Position channel of every padded column.
+    /// Position channel of every column.
     columns: Vec<f32>,
 }
 
 impl Tiling {
-    /// Lays tiles of `size` (a multiple of 8) over `height` x `width` pixels (each at least 1).
+    /// Where the picture starts in the canvas, in rows and in columns.
+    pub const MARGIN: usize = SHIFT;
+
+    /// Lays tiles over `height` x `width` pixels (each at least 1), as few and then as small as do, with sides of at most `size`
+    /// (a multiple of 8) and at least `overlap` pixels in common.
     pub fn new(height: usize, width: usize, size: usize, overlap: usize) -> Self {
-        let padded = |n: usize| n.max(size).next_multiple_of(GRID);
-        let (padded_height, padded_width) = (padded(height), padded(width));
-        let starts = |n: usize| -> Vec<usize> {
-            let starts = tile_starts(n / GRID, size / GRID, overlap.div_ceil(GRID));
-            starts.into_iter().map(|start| start * GRID).collect()
+        let overlap = overlap.div_ceil(GRID);
+        let fit = |n: usize| {
+            let n = n.div_ceil(GRID) + 1;
+            let tiles = tile_starts(n.max(size / GRID), size / GRID, overlap).len();
+            (n + (tiles - 1) * overlap).div_ceil(tiles) * GRID
         };
-        let (ys, xs) = (starts(padded_height), starts(padded_width));
-        let at = ys.iter().flat_map(|&y| xs.iter().map(move |&x| TileAt { y, x })).collect();
-        let positions =
-            |padded: usize, n: usize| (0..padded).map(|i| pixel_position(reflect(i, n), n)).collect();
+        let size = fit(height).max(fit(width)).max(LEAST).min(size);
+        let [canvas_height, canvas_width] =
+            [height, width].map(|n| n.next_multiple_of(GRID).max(size) + GRID);
+        let starts = |n: usize, shifted: bool| -> Vec<usize> {
+            let margin = Layout::margin(shifted);
+            let starts = tile_starts((n - 2 * margin) / GRID, size / GRID, overlap);
+            starts.into_iter().map(|start| start * GRID + margin).collect()
+        };
+        let layouts = [[false, false], [false, true], [true, false], [true, true]].map(|shifted| {
+            let (ys, xs) = (starts(canvas_height, shifted[0]), starts(canvas_width, shifted[1]));
+            let at = ys.iter().flat_map(|&y| xs.iter().map(move |&x| TileAt { y, x })).collect();
+            Layout { shifted, at }
+        });
+        let positions = |canvas: usize, n: usize| {
+            (0..canvas).map(|i| pixel_position(reflect(i.abs_diff(Self::MARGIN), n), n)).collect()
+        };
         Self {
-            height: padded_height,
-            width: padded_width,
+            height: canvas_height,
+            width: canvas_width,
             size,
-            at,
-            rows: positions(padded_height, height),
-            columns: positions(padded_width, width),
+            layouts,
+            rows: positions(canvas_height, height),
+            columns: positions(canvas_width, width),
         }
     }
 
-    /// Tiles of a padded field [height, width, channels]: [tiles, size, size, channels].
+    /// Blends the tiles of a layout, [tiles, size, size, 3], to the part of the canvas that it covers and adds that to `sum`
+    /// [height, width, 3], pixel by pixel with the layout's weight. Over all layouts the weights add up to 1 in the picture.
+    ///
+    /// # Errors
+    /// Another number of tiles.
+    pub fn add(&self, layout: &Layout, tiles: &[f32], sum: &mut [f32]) -> Result<()> {
+        let [top, left] = layout.shifted.map(Layout::margin);
+        let blended = self.blend(layout, tiles)?;
+        let row = (self.width - 2 * left) * 3;
+        let across: Vec<f32> = (0..self.width).map(|x| Layout::tent(layout.shifted[1], x)).collect();
+        let rows = sum.par_chunks_mut(self.width * 3).skip(top).zip(blended.par_chunks(row)).enumerate();
+        rows.for_each(|(y, (sum, blended))| {
+            let down = Layout::tent(layout.shifted[0], y + top);
+            let pixels = sum[left * 3..].chunks_exact_mut(3).zip(blended.chunks_exact(3));
+            for ((sum, pixel), across) in pixels.zip(&across[left..]) {
+                (0..3).for_each(|c| sum[c] += down * across * pixel[c]);
+            }
+        });
+        Ok(())
+    }
+
+    /// Blends the tiles of a layout, [tiles, size, size, 3], to the part of the canvas that it covers: the whole for the first.
+    ///
+    /// # Errors
+    /// Another number of tiles.
+    pub fn blend(&self, layout: &Layout, tiles: &[f32]) -> Result<Vec<f32>> {
+        let [top, left] = layout.shifted.map(Layout::margin);
+        let (height, width) = (self.height - 2 * top, self.width - 2 * left);
+        let at: Vec<TileAt> = layout.at.iter().map(|t| TileAt { y: t.y - top, x: t.x - left }).collect();
+        let mut blended = vec![0.0; height * width * 3];
+        tile_blend(tiles, &at, self.size, 3, &mut blended, height, width)?;
+        Ok(blended)
+    }
+
+    /// Tiles of a field on the canvas, [height, width, channels]: [tiles, size, size, channels].
     pub fn gather(&self, field: &[f32], channels: usize, tiles: &[TileAt]) -> Tensor {
         let (s, row) = (self.size, self.size * channels);
         Tensor::build(&[tiles.len(), s, s, channels], |out| {
@@ -87,13 +171,15 @@ impl Tiling {
     }
 }
 
-/// The first `height` x `width` pixels of the picture's mirror continuation; alpha is dropped.
-pub fn pad_reflect(picture: &Picture, height: usize, width: usize) -> Picture {
+/// A canvas of `height` x `width` pixels around a picture that starts at row and column `margin`: all around it is continued by
+/// reflection; alpha is dropped.
+pub fn pad_reflect(picture: &Picture, margin: usize, height: usize, width: usize) -> Picture {
     let mut rgb = Vec::with_capacity(height * width * 3);
+    let columns: Vec<usize> = (0..width).map(|x| reflect(x.abs_diff(margin), picture.width) * 3).collect();
     for y in 0..height {
-        let row = &picture.rgb[reflect(y, picture.height) * picture.width * 3..][..picture.width * 3];
-        for x in 0..width {
-            rgb.extend_from_slice(&row[reflect(x, picture.width) * 3..][..3]);
+        let row = reflect(y.abs_diff(margin), picture.height) * picture.width * 3;
+        for x in &columns {
+            rgb.extend_from_slice(&picture.rgb[row + x..][..3]);
         }
     }
     Picture::from_rgb(height, width, rgb)

@@ -95,8 +95,11 @@ fn progress_counts_to_the_end_and_can_stop() {
         })
     };
     run(&mut seen, usize::MAX).unwrap();
-    // Three tiles in two batches, 2 * 3 - 1 evaluations.
-    assert_eq!(seen, (0..=10).map(|done| (done, 10)).collect::<Vec<_>>());
+    // 2 * 3 - 2 evaluations of the first layout, then four layouts; each has 1 x 2 or 2 x 2 tiles.
+    let tiling = Tiling::new(64, 130, options.tile, options.overlap);
+    let batches = tiling.layouts.each_ref().map(|l| l.at.len().div_ceil(2));
+    let total = 4 * batches[0] + batches.iter().sum::<usize>();
+    assert_eq!(seen, (0..=total).map(|done| (done, total)).collect::<Vec<_>>());
     seen.clear();
     assert!(matches!(run(&mut seen, 3), Err(Error::Interrupted)));
     assert_eq!(seen.len(), 4);
@@ -111,7 +114,7 @@ fn bad_options_and_pictures_are_refused() {
         ("tile", SampleOptions { tile: 60, ..good.clone() }),
         ("tile", SampleOptions { tile: 0, ..good.clone() }),
         ("tile", SampleOptions { tile: 520, ..good.clone() }),
-        ("overlap", SampleOptions { overlap: 33, ..good.clone() }),
+        ("overlap", SampleOptions { overlap: 65, ..good.clone() }),
         ("batch", SampleOptions { batch: 0, ..good.clone() }),
     ];
     for (field, options) in cases {
@@ -137,7 +140,7 @@ fn bad_options_and_pictures_are_refused() {
 fn toy_error(sampler: Sampler, steps: usize) -> f64 {
     let k = 1.5f32;
     let start = Tensor::full(&[4], 1.0);
-    let flow = |x: &Tensor, t: f32| {
+    let flow = |x: &Tensor, t: f32, _last: bool| {
         let mut x_hat = x.clone();
         x_hat.data_mut().iter_mut().for_each(|x| *x += (1.0 - t) * k * *x);
         Ok(x_hat)
@@ -155,7 +158,7 @@ fn samplers_follow_a_linear_flow_to_their_order() {
     assert!((3.0..5.0).contains(&heun), "{heun}");
     assert!(toy_error(Sampler::Heun, 40) < 0.1 * toy_error(Sampler::Euler, 40));
     assert!(toy_error(Sampler::Heun, 40) < 0.01);
-    let nothing = Sampler::Euler.integrate(0, Tensor::zeros(&[1]), |x, _| Ok(x.clone()));
+    let nothing = Sampler::Euler.integrate(0, Tensor::zeros(&[1]), |x, _, _| Ok(x.clone()));
     assert!(nothing.is_err());
 }
 
@@ -165,8 +168,10 @@ fn mirror_padding_goes_back_and_forth() {
     assert_eq!(line, [0, 1, 2, 1, 0, 1, 2, 1]);
     assert_eq!((reflect(5, 1), reflect(3, 2)), (0, 1));
     let small = Picture::from_rgb(1, 2, vec![0.1, 0.2, 0.3, 0.4, 0.5, 0.6]);
-    let padded = pad_reflect(&small, 2, 3);
+    let padded = pad_reflect(&small, 0, 2, 3);
     assert_eq!(padded.rgb, [&small.rgb[..], &small.rgb[..3], &small.rgb[..], &small.rgb[..3]].concat());
+    let around = pad_reflect(&small, 1, 1, 4);
+    assert_eq!(around.rgb, [&small.rgb[3..], &small.rgb[..], &small.rgb[..3]].concat());
 }
 
 proptest! {
@@ -189,14 +194,64 @@ proptest! {
     #[test]
     fn a_tile_sees_its_own_place(h in 1usize..90, w in 1usize..90, seed in any::<u64>()) {
         let tiling = Tiling::new(h, w, 32, 8);
+        let size = tiling.size;
+        prop_assert!(size <= 32);
         let field = noise_window(seed, 0, 0, tiling.height, tiling.width, 3);
-        let tiles = tiling.gather(field.data(), 3, &tiling.at);
-        let positions = tiling.positions(&tiling.at);
-        for (i, at) in tiling.at.iter().enumerate() {
-            let own = noise_window(seed, at.y, at.x, 32, 32, 3);
-            prop_assert_eq!(own.data(), &tiles.data()[i * own.numel()..][..own.numel()]);
-            let first = &positions.data()[i * 32 * 32 * 2..][..2];
-            prop_assert_eq!(first, &[pixel_position(at.y, h), pixel_position(at.x, w)][..]);
+        let place = |i: usize, n: usize| pixel_position(reflect(i.abs_diff(Tiling::MARGIN), n), n);
+        for layout in &tiling.layouts {
+            let tiles = tiling.gather(field.data(), 3, &layout.at);
+            let positions = tiling.positions(&layout.at);
+            for (i, at) in layout.at.iter().enumerate() {
+                let own = noise_window(seed, at.y, at.x, size, size, 3);
+                prop_assert_eq!(own.data(), &tiles.data()[i * own.numel()..][..own.numel()]);
+                let first = &positions.data()[i * size * size * 2..][..2];
+                prop_assert_eq!(first, &[place(at.y, h), place(at.x, w)][..]);
+                let patch = layout.shifted.map(|shifted| if shifted { 4 } else { 0 });
+                prop_assert_eq!([at.y % 8, at.x % 8], patch);
+            }
         }
     }
+
+    #[test]
+    fn the_layouts_of_one_picture_add_up_to_it(h in 1usize..150, w in 1usize..150, tile in 1usize..12) {
+        let tiling = Tiling::new(h, w, 8 * tile, 8);
+        let field = noise_window(1, 0, 0, tiling.height, tiling.width, 3);
+        let mut sum = vec![0.0; field.numel()];
+        for layout in &tiling.layouts {
+            let tiles = tiling.gather(field.data(), 3, &layout.at);
+            tiling.add(layout, tiles.data(), &mut sum).unwrap();
+        }
+        for y in Tiling::MARGIN..Tiling::MARGIN + h {
+            let row = (y * tiling.width + Tiling::MARGIN) * 3..(y * tiling.width + Tiling::MARGIN + w) * 3;
+            for (s, f) in sum[row.clone()].iter().zip(&field.data()[row]) {
+                prop_assert!((s - f).abs() < 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_step_at_every_border_of_patches_does_not_show() {
+    // Layouts that are off by 1 and -1 on a chessboard of their own patches: at the borders the error jumps by 2.
+    let tiling = Tiling::new(64, 64, 64, 16);
+    let mut sum = vec![0.0; tiling.height * tiling.width * 3];
+    for layout in &tiling.layouts {
+        let margin = layout.shifted.map(|shifted| if shifted { 4 } else { 0 });
+        let mut tiles = Vec::new();
+        for at in &layout.at {
+            for i in 0..tiling.size * tiling.size {
+                let y = (at.y + i / tiling.size - margin[0]) / 8;
+                let x = (at.x + i % tiling.size - margin[1]) / 8;
+                tiles.extend([if (y + x) % 2 == 0 { 1.0f32 } else { -1.0 }; 3]);
+            }
+        }
+        tiling.add(layout, &tiles, &mut sum).unwrap();
+    }
+    let in_picture = Tiling::MARGIN..Tiling::MARGIN + 64;
+    let at = |y: usize, x: usize| sum[(y * tiling.width + x) * 3];
+    let steps =
+        in_picture.clone().flat_map(|y| in_picture.clone().skip(1).map(move |x| at(y, x) - at(y, x - 1)));
+    let worst = steps.fold(0.0f32, |worst, step| worst.max(step.abs()));
+    // A tent of height 1 rises by 1 / 4 a pixel.
+    assert!(worst <= 2.0 / 4.0 + 1e-5, "{worst}");
 }

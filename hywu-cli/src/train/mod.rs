@@ -46,6 +46,8 @@ pub struct Run {
     optimizer: Optimizer,
     log: Log,
     out: PathBuf,
+    /// The model that the run started from.
+    parent: ModelInfo,
 }
 
 impl Run {
@@ -64,12 +66,16 @@ impl Run {
             bail!("{}: no such file; there is no run to resume", state.display());
         }
         let task = Task::new(kind, &config)?;
+        let parent = match &config.start_from {
+            Some(folder) => ModelInfo::read(folder)?,
+            None => ModelInfo::default(),
+        };
         let optimizer = optimizer(&task, &config);
         let text = TextEncoder::bundled(task.text_len())?;
         let data = EditData::new(PhotoSet::open(photos)?, &config.data.skills, text, config.seed)?;
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         let log = Log::new(out);
-        let mut run = Self { kind, config, data, task, optimizer, log, out: out.into() };
+        let mut run = Self { kind, config, data, task, optimizer, log, out: out.into(), parent };
         if resume {
             run.restore(&state)?;
         } else {
@@ -139,12 +145,18 @@ impl Run {
         writer.meta("window", serde_json::to_string(&self.log.window)?);
         writer.write(self.out.join(STATE))?;
         let o = &self.config;
-        let info = ModelInfo {
+        let mut info = ModelInfo {
             name: o.name.clone(),
             licence: "MIT OR Apache-2.0".into(),
-            data_sources: o.data.sources.clone(),
-            training: vec![format!("{}: step {step} of {}, seed {}", self.kind.name(), o.steps, o.seed)],
+            data_sources: self.parent.data_sources.clone(),
+            training: self.parent.training.clone(),
         };
+        info.training.push(format!("{}: step {step} of {}, seed {}", self.kind.name(), o.steps, o.seed));
+        for source in &o.data.sources {
+            if !info.data_sources.contains(source) {
+                info.data_sources.push(source.clone());
+            }
+        }
         let model = self.task.model(self.optimizer.averaged(self.task.params()), info)?;
         model.save(self.out.join("model"), o.save_as.into())?;
         self.log.plot(self.kind.name())
