@@ -35,7 +35,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    let result = interrupt::install().and_then(|()| run(command));
+    let result = interrupt::install().and_then(|()| start_workers()).and_then(|()| run(command));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if matches!(e.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)) => {
@@ -48,6 +48,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// As many workers as processors (RAYON_NUM_THREADS overrides), the main thread among them: handing every call to another thread
+/// costs more than a small op.
+fn start_workers() -> anyhow::Result<()> {
+    Ok(rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?)
 }
 
 fn run(command: Command) -> anyhow::Result<()> {

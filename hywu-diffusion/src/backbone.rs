@@ -9,7 +9,7 @@ use hywu_kernels::{
             slice_channels, slice_tokens,
         },
         embedding::embedding,
-        local_filter::{COEFFICIENTS, local_filter, pixel_features},
+        local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
         low_rank_linear::{linear, low_rank_linear},
         patchify::{patchify, unpatchify},
         rms_norm::{Modulation, rms_norm},
@@ -35,7 +35,7 @@ const CONFIG_KEY: &str = "backbone";
 ///
 /// A patch of [x_t | source | position] is one token, the text tokens stand in the same sequence. Blocks are pre-norm
 /// attention and SwiGLU; one embedding of timestep and instruction modulates all of them, with a learnt offset per block (adaLN-single,
-/// PixArt-alpha, arXiv 2310.00426 section 2.3). The prediction is `source + local filter of the source + residual`.
+/// PixArt-alpha, arXiv 2310.00426 section 2.3), and the norm before the head. The prediction is `source + local filter of the source + residual`.
 #[derive(Clone)]
 pub struct Backbone {
     /// Sizes.
@@ -287,7 +287,7 @@ impl Backbone {
         }
     }
 
-    /// The shared modulation [batch, 6 * width] of the timesteps and of the instructions' meaning as a whole, the mean of the
+    /// The shared modulation [batch, 8 * width] (six parts for the blocks, two for the head) of the timesteps and of the instructions' meaning as a whole, the mean of the
     /// text tokens (as in arXiv 2403.03206 section 4).
     fn modulation(&self, call: &Call<'_>, t: &[f32], text: &Var) -> Result<Var> {
         let Call { tape, bound, .. } = *call;
@@ -348,7 +348,8 @@ impl Backbone {
         Ok([batch, height, width])
     }
 
-    /// The last hidden states before the final norm, [batch, image tokens + text_len, width]; arguments as [`Backbone::predict`].
+    /// The last hidden states before the final norm, [batch, image tokens + text_len, width], and the shared modulation; arguments
+    /// as [`Backbone::predict`].
     ///
     /// # Errors
     /// As [`Backbone::predict`].
@@ -363,7 +364,7 @@ impl Backbone {
         t: &[f32],
         text: &Var,
         adapters: &LoraVars,
-    ) -> Result<Var> {
+    ) -> Result<(Var, Var)> {
         let [batch, height, width] = self.check_inputs([x_t, source, position], t, text)?;
         self.check_adapters(adapters, batch)?;
         let c = &self.config;
@@ -380,15 +381,16 @@ impl Backbone {
         };
         let mut x = concat_tokens(tape, &[&image, text])?;
         let rotary = self.rotary(height / c.patch, width / c.patch)?;
-        let shared = self.modulation(&call, t, text)?;
+        let modulation = self.modulation(&call, t, text)?;
+        let shared = slice_channels(tape, &modulation, 0, 6 * c.width)?;
         for i in 0..c.layers {
             let name = format!("{LAYERS}{i}");
             let all = add_row(tape, &shared, bound.get(&format!("{name}.modulation"))?)?;
             let part = |j: usize| slice_channels(tape, &all, j * c.width, c.width);
-            let modulation = [part(0)?, part(1)?, part(2)?, part(3)?, part(4)?, part(5)?];
-            x = self.block(&call, &name, &x, &rotary, Sequence::Image(&modulation))?;
+            let own = [part(0)?, part(1)?, part(2)?, part(3)?, part(4)?, part(5)?];
+            x = self.block(&call, &name, &x, &rotary, Sequence::Image(&own))?;
         }
-        Ok(x)
+        Ok((x, modulation))
     }
 
     /// The predicted clean picture x_hat [batch, height, width, 3] for any height and width that are multiples of the patch.
@@ -411,17 +413,24 @@ impl Backbone {
         text: &Var,
         adapters: &LoraVars,
     ) -> Result<Var> {
-        let x = self.hidden(tape, bound, x_t, source, position, t, text, adapters)?;
-        let p = self.config.patch;
+        let (x, modulation) = self.hidden(tape, bound, x_t, source, position, t, text, adapters)?;
+        let (p, w) = (self.config.patch, self.config.width);
         let (height, width) = (source.shape()[1], source.shape()[2]);
-        let x = slice_tokens(tape, &x, 0, (height / p) * (width / p))?;
-        let x = rms_norm(tape, &x, Some(bound.get("norm.weight")?), EPS, None)?;
+        let tokens = (height / p) * (width / p);
+        let x = slice_tokens(tape, &x, 0, tokens)?;
+        let part = |i: usize| slice_channels(tape, &modulation, i * w, w);
+        let modulation = Some(Modulation { scale: &part(6)?, shift: &part(7)? });
+        let x = rms_norm(tape, &x, Some(bound.get("norm.weight")?), EPS, modulation)?;
         let x = linear(tape, &x, bound.get("head.weight")?, Some(bound.get("head.bias")?))?;
         let residual = slice_channels(tape, &x, 0, 3 * p * p)?;
         let coef = slice_channels(tape, &x, 3 * p * p, COEFFICIENTS)?;
         let features = patchify(tape, &Var::constant(pixel_features(source, p)?), p)?;
+        let batch = source.shape()[0];
+        let pixels = features.reshape(&[batch, tokens * p * p, FEATURES])?;
+        let hidden = linear(tape, &pixels, bound.get("pixel_in.weight")?, None)?;
+        let hidden = hidden.reshape(&[batch, tokens, p * p * HIDDEN])?;
         let source = patchify(tape, &Var::constant(source.clone()), p)?;
-        let change = add(tape, &local_filter(tape, &coef, features.value())?, &residual)?;
+        let change = add(tape, &local_filter(tape, &coef, features.value(), &hidden)?, &residual)?;
         Ok(unpatchify(tape, &add(tape, &change, &source)?, p, height, width)?)
     }
 
@@ -452,7 +461,9 @@ impl Backbone {
             }
             let position = whole_positions(n, height, width);
             let x_t = Tensor::zeros(view.shape());
-            self.hidden(&tape, &bound, &x_t, view, &position, &vec![0.0; n], &text, &LoraVars::none())
+            let t = vec![0.0; n];
+            let states = self.hidden(&tape, &bound, &x_t, view, &position, &t, &text, &LoraVars::none())?;
+            Ok(states.0)
         };
         let states = views.iter().map(see).collect::<Result<Vec<Var>>>()?;
         let states = concat_tokens(&tape, &states.iter().collect::<Vec<_>>())?;

@@ -1,5 +1,5 @@
 use crate::{Error, Result};
-use hywu_kernels::ops::local_filter::COEFFICIENTS;
+use hywu_kernels::ops::local_filter::{COEFFICIENTS, FEATURES, HIDDEN};
 use serde::{Deserialize, Serialize};
 
 /// Sizes of the mini backbone.
@@ -114,10 +114,11 @@ impl BackboneConfig {
         dense("time_in", w, w, fan_in(w));
         dense("text_pool", w, w, fan_in(w));
         // Zero modulation: every block starts as the identity (adaLN-zero, arXiv 2212.09748 section 3.2).
-        dense("time_out", 6 * w, w, Init::Constant(0.0));
+        dense("time_out", 8 * w, w, Init::Constant(0.0));
         dense("head", 3 * pixels + COEFFICIENTS, w, Init::Constant(0.0));
         all.push(("text_position".into(), vec![self.text_len, w], Init::Normal(0.02)));
         all.push(("norm.weight".into(), vec![w], Init::Constant(1.0)));
+        all.push(("pixel_in.weight".into(), vec![HIDDEN, FEATURES], fan_in(FEATURES)));
         let text = (0..self.text_layers).map(|i| format!("text.layers.{i}"));
         for (i, name) in text.chain((0..self.layers).map(|i| format!("model.layers.{i}"))).enumerate() {
             for (path, n) in [

@@ -8,7 +8,7 @@ use hywu_kernels::{
             slice_channels, slice_tokens,
         },
         embedding::embedding,
-        local_filter::{FEATURES, local_filter, pixel_features},
+        local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
         loss::weighted_mse,
         noise::noise_window,
         patchify::{patchify, unpatchify},
@@ -167,14 +167,19 @@ fn a_filter_per_patch() {
     let features = random(2, &[2, 3, 4 * FEATURES]);
     let fixed = widen(&features);
     check_gradients(
-        &[random(1, &[2, 3, 3 * FEATURES])],
-        |t, v| local_filter(t, &v[0], &features),
-        move |v| oracle::local_filter(&v[0], &fixed, 4, FEATURES),
-        200,
+        &[random(1, &[2, 3, COEFFICIENTS]), random(3, &[2, 3, 4 * HIDDEN])],
+        |t, v| local_filter(t, &v[0], &features, &v[1]),
+        move |v| oracle::local_filter(&v[0], &fixed, &v[1], 4, FEATURES, HIDDEN),
+        400,
         1e-5,
     );
-    let coef = Var::constant(random(1, &[2, 3, 5]));
-    assert!(local_filter(&Tape::inference(), &coef, &features).is_err());
+    let constant = |shape: &[usize]| Var::constant(random(1, shape));
+    let (coef, hidden) = (constant(&[2, 3, COEFFICIENTS]), constant(&[2, 3, 4 * HIDDEN]));
+    let wrong = constant(&[2, 3, 5]);
+    let fails = |coef, hidden| local_filter(&Tape::inference(), coef, &features, hidden).is_err();
+    assert!(fails(&wrong, &hidden));
+    assert!(fails(&coef, &wrong));
+    assert!(!fails(&coef, &hidden));
 }
 
 #[test]

@@ -142,7 +142,8 @@ fn kernel(e: hywu_diffusion::Error) -> hywu_kernels::Error {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let threads: usize = std::env::args().nth(1).map_or(Ok(2), |n| n.parse())?;
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    // The main thread is one of the workers: handing every call to another thread costs more than a small op.
+    rayon::ThreadPoolBuilder::new().num_threads(threads).use_current_thread().build_global()?;
     let mut rows = Vec::new();
     let mut row = |name: String, ms: f64| rows.push(format!("  \"{name}\": {ms:.4}"));
     let linears = [

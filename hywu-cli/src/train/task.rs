@@ -99,7 +99,8 @@ impl Task {
     ) -> Result<()> {
         if let (Kind::Backbone, Self::Backbone(backbone)) = (kind, self) {
             let encoder = TextEncoder::bundled(backbone.config.text_len)?;
-            let skills = EditData::skills(&config.data.skills)?;
+            // All that a generator may be taught later can be told apart from the start.
+            let skills = EditData::skills(&[])?;
             learn_instructions(backbone, &encoder, &skills, config.text_steps, config.seed, progress)?;
         }
         Ok(())

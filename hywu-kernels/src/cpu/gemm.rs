@@ -1,5 +1,6 @@
-//! f32 matrix product on packed panels. Every element of C is summed over k in one order that depends on k alone, so a row's result
-//! is the same wherever it stands, whatever the other rows and the number of threads.
+//! f32 matrix product on packed panels, with a low-rank term per group of rows as further steps of the same sum. Every element of
+//! C is summed over k in one order that depends on k alone, so a row's result is the same wherever it stands, whatever the other
+//! rows and the number of threads.
 
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -23,20 +24,33 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Depth of a packed panel: a B panel of it stays in the first-level cache.
-const DEPTH: usize = 256;
+/// Depth of a packed panel: a panel of A and one of B stay in the second-level cache, and C is passed over once for as much of k.
+const DEPTH: usize = 512;
 /// Multiply-adds below which a second thread costs more than it brings.
 const PARALLEL: usize = 1 << 18;
 
-/// A micro-kernel: `tile` += a panel of `mr` rows times one of `nr` columns; both packed, k-major.
+/// Packed panels of A and B, k-major, and their depth.
+type Step = (usize, *const f32, *const f32);
+
+/// Where a micro-kernel's tile of C stands: its first element, elements from row to row, and rows to write.
+#[derive(Clone, Copy)]
+struct Place {
+    c: *mut f32,
+    stride: usize,
+    rows: usize,
+    /// Add to what is there.
+    add: bool,
+}
+
+/// A micro-kernel: sums the steps for a tile of `mr` rows and `nr` columns.
 #[derive(Clone, Copy)]
 struct Kernel {
     mr: usize,
     nr: usize,
-    run: unsafe fn(k: usize, a: *const f32, b: *const f32, tile: *mut f32),
+    run: unsafe fn(steps: &[Step], place: Place),
 }
 
-/// Largest tile of all kernels.
+/// Widest tile of all kernels.
 const MAX_TILE: usize = 12 * 32;
 
 fn kernel() -> Kernel {
@@ -62,171 +76,371 @@ pub(crate) fn simd_level() -> &'static str {
 }
 
 /// # Safety
-/// `a` holds k * 4, `b` k * 8 and `tile` 32 elements.
-unsafe fn portable(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
+/// Every step's panels hold depth * 4 and depth * 8 elements; the place has `rows` <= 4 rows of 8 elements.
+unsafe fn portable(steps: &[Step], place: Place) {
     let mut sum = [[0.0f32; 8]; 4];
-    // SAFETY: the caller's contract gives the lengths.
-    let (a, b) = unsafe { (std::slice::from_raw_parts(a, k * 4), std::slice::from_raw_parts(b, k * 8)) };
-    for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(8)) {
-        for i in 0..4 {
-            for j in 0..8 {
-                sum[i][j] += a[i] * b[j];
+    for &(k, a, b) in steps {
+        // SAFETY: the caller's contract gives the lengths.
+        let (a, b) = unsafe { (std::slice::from_raw_parts(a, k * 4), std::slice::from_raw_parts(b, k * 8)) };
+        for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(8)) {
+            for i in 0..4 {
+                for j in 0..8 {
+                    sum[i][j] += a[i] * b[j];
+                }
             }
         }
     }
-    // SAFETY: as above.
-    let tile = unsafe { std::slice::from_raw_parts_mut(tile, 32) };
-    tile.iter_mut().zip(sum.as_flattened()).for_each(|(t, s)| *t = *s);
+    for (i, sum) in sum.iter().take(place.rows).enumerate() {
+        // SAFETY: as above.
+        let c = unsafe { std::slice::from_raw_parts_mut(place.c.add(i * place.stride), 8) };
+        match place.add {
+            true => c.iter_mut().zip(sum).for_each(|(c, s)| *c += s),
+            false => c.copy_from_slice(sum),
+        }
+    }
 }
 
 /// # Safety
-/// AVX2 and FMA are there; `a` holds k * 6, `b` k * 16 and `tile` 96 elements.
+/// AVX2 and FMA are there; every step's panels hold depth * 6 and depth * 16 elements; the place has `rows` <= 6 rows of 16.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
+unsafe fn avx2(steps: &[Step], place: Place) {
     use std::arch::x86_64::{
-        _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+        _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
     };
     let mut sum = [[_mm256_setzero_ps(); 2]; 6];
-    for p in 0..k {
-        // SAFETY: p < k, and the caller's contract gives the lengths.
-        unsafe {
-            let (b0, b1) = (_mm256_loadu_ps(b.add(p * 16)), _mm256_loadu_ps(b.add(p * 16 + 8)));
-            for (i, s) in sum.iter_mut().enumerate() {
-                let x = _mm256_set1_ps(*a.add(p * 6 + i));
-                s[0] = _mm256_fmadd_ps(x, b0, s[0]);
-                s[1] = _mm256_fmadd_ps(x, b1, s[1]);
+    for &(k, a, b) in steps {
+        for p in 0..k {
+            // SAFETY: p < k, and the caller's contract gives the lengths.
+            unsafe {
+                let (b0, b1) = (_mm256_loadu_ps(b.add(p * 16)), _mm256_loadu_ps(b.add(p * 16 + 8)));
+                for (i, s) in sum.iter_mut().enumerate() {
+                    let x = _mm256_set1_ps(*a.add(p * 6 + i));
+                    s[0] = _mm256_fmadd_ps(x, b0, s[0]);
+                    s[1] = _mm256_fmadd_ps(x, b1, s[1]);
+                }
             }
         }
     }
     for (i, s) in sum.iter().enumerate() {
-        // SAFETY: i < 6, and the tile holds 6 * 16 elements.
-        unsafe {
-            _mm256_storeu_ps(tile.add(i * 16), s[0]);
-            _mm256_storeu_ps(tile.add(i * 16 + 8), s[1]);
+        if i < place.rows {
+            // SAFETY: row i of the place holds 16 elements.
+            unsafe {
+                let c = place.c.add(i * place.stride);
+                for (j, s) in s.iter().enumerate() {
+                    let c = c.add(j * 8);
+                    let s = if place.add { _mm256_add_ps(_mm256_loadu_ps(c), *s) } else { *s };
+                    _mm256_storeu_ps(c, s);
+                }
+            }
         }
     }
 }
 
 /// # Safety
-/// AVX-512F is there; `a` holds k * 12, `b` k * 32 and `tile` 384 elements.
+/// AVX-512F is there; every step's panels hold depth * 12 and depth * 32 elements; the place has `rows` <= 12 rows of 32.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
+unsafe fn avx512(steps: &[Step], place: Place) {
     use std::arch::x86_64::{
-        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+        _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
     };
     let mut sum = [[_mm512_setzero_ps(); 2]; 12];
-    for p in 0..k {
-        // SAFETY: p < k, and the caller's contract gives the lengths.
-        unsafe {
-            let (b0, b1) = (_mm512_loadu_ps(b.add(p * 32)), _mm512_loadu_ps(b.add(p * 32 + 16)));
-            for (i, s) in sum.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*a.add(p * 12 + i));
-                s[0] = _mm512_fmadd_ps(x, b0, s[0]);
-                s[1] = _mm512_fmadd_ps(x, b1, s[1]);
+    for &(k, a, b) in steps {
+        for p in 0..k {
+            // SAFETY: p < k, and the caller's contract gives the lengths.
+            unsafe {
+                let (b0, b1) = (_mm512_loadu_ps(b.add(p * 32)), _mm512_loadu_ps(b.add(p * 32 + 16)));
+                for (i, s) in sum.iter_mut().enumerate() {
+                    let x = _mm512_set1_ps(*a.add(p * 12 + i));
+                    s[0] = _mm512_fmadd_ps(x, b0, s[0]);
+                    s[1] = _mm512_fmadd_ps(x, b1, s[1]);
+                }
             }
         }
     }
     for (i, s) in sum.iter().enumerate() {
-        // SAFETY: i < 12, and the tile holds 12 * 32 elements.
-        unsafe {
-            _mm512_storeu_ps(tile.add(i * 32), s[0]);
-            _mm512_storeu_ps(tile.add(i * 32 + 16), s[1]);
+        if i < place.rows {
+            // SAFETY: row i of the place holds 32 elements.
+            unsafe {
+                let c = place.c.add(i * place.stride);
+                for (j, s) in s.iter().enumerate() {
+                    let c = c.add(j * 16);
+                    let s = if place.add { _mm512_add_ps(_mm512_loadu_ps(c), *s) } else { *s };
+                    _mm512_storeu_ps(c, s);
+                }
+            }
         }
     }
 }
 
+/// Panels of A, of the low-rank term's left factor, of B, of the low-rank term's right factor.
+type Buffers = [Vec<f32>; 4];
+
 thread_local! {
-    static PACKED: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static PACKED: RefCell<Buffers> = const { RefCell::new([Vec::new(), Vec::new(), Vec::new(), Vec::new()]) };
 }
 
-/// Packs `count` vectors from `first` on, `depth` elements each from `p0` on, k-major in a panel of `width`; zeros beyond.
+/// Takes a buffer of this thread, with room for `n` elements; [`give`] brings it back.
+fn take(buffer: usize, n: usize) -> Vec<f32> {
+    let mut taken = PACKED.with_borrow_mut(|p| std::mem::take(&mut p[buffer]));
+    taken.resize(n, 0.0);
+    taken
+}
+
+fn give(buffer: usize, taken: Vec<f32>) {
+    PACKED.with_borrow_mut(|p| p[buffer] = taken);
+}
+
+/// Side of the squares that [`pack`] turns.
+const SQUARE: usize = 8;
+
+/// `to[j * to_row + i] = from[i * from_row + j]` for i and j below [`SQUARE`].
+fn transpose(from: &[f32], from_row: usize, to: &mut [f32], to_row: usize) {
+    const LAST: usize = SQUARE - 1;
+    assert!(from.len() > LAST * from_row + LAST && to.len() > LAST * to_row + LAST, "transpose: too short");
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx") {
+        // SAFETY: AVX is there, and the lengths are checked.
+        unsafe { transpose_avx(from.as_ptr(), from_row, to.as_mut_ptr(), to_row) };
+        return;
+    }
+    for (i, j) in (0..SQUARE).flat_map(|i| (0..SQUARE).map(move |j| (i, j))) {
+        to[j * to_row + i] = from[i * from_row + j];
+    }
+}
+
+/// # Safety
+/// AVX is there; both sides hold eight rows of eight elements.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx")]
+unsafe fn transpose_avx(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+    use std::arch::x86_64::{
+        __m256, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps,
+        _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    };
+    let mut rows = [_mm256_setzero_ps(); 8];
+    for (i, row) in rows.iter_mut().enumerate() {
+        // SAFETY: i < 8, and the caller's contract gives the lengths.
+        *row = unsafe { _mm256_loadu_ps(from.add(i * from_row)) };
+    }
+    // Pairs of rows, then fours, then all eight.
+    let mut pairs = [_mm256_setzero_ps(); 8];
+    for i in (0..8).step_by(2) {
+        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    let four = |a: __m256, b: __m256| [_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xee>(a, b)];
+    let upper = [four(pairs[0], pairs[2]), four(pairs[1], pairs[3])];
+    let lower = [four(pairs[4], pairs[6]), four(pairs[5], pairs[7])];
+    for j in 0..4 {
+        let (a, b) = (upper[j / 2][j % 2], lower[j / 2][j % 2]);
+        // SAFETY: j + 4 < 8, and the caller's contract gives the lengths.
+        unsafe {
+            _mm256_storeu_ps(to.add(j * to_row), _mm256_permute2f128_ps::<0x20>(a, b));
+            _mm256_storeu_ps(to.add((j + 4) * to_row), _mm256_permute2f128_ps::<0x31>(a, b));
+        }
+    }
+}
+
+/// Packs `count` vectors from `first` on, elements from `p0` on, k-major in a panel of `width`; zeros beyond.
 fn pack(panel: &mut [f32], width: usize, x: Matrix<'_>, first: usize, count: usize, p0: usize) {
+    let at = |i: usize, p: usize| (first + i) * x.row + (p0 + p) * x.column;
+    if x.column == 1 && x.row != 1 {
+        // Each vector lies in one piece: read along it, in squares.
+        for (s, square) in panel.chunks_mut(SQUARE * width).enumerate() {
+            let depth = square.len() / width;
+            if count < width {
+                square.fill(0.0);
+            }
+            let mut i = 0;
+            while depth == SQUARE && i + SQUARE <= count {
+                let start = at(i, s * SQUARE);
+                transpose(
+                    &x.data[start..start + (SQUARE - 1) * x.row + SQUARE],
+                    x.row,
+                    &mut square[i..],
+                    width,
+                );
+                i += SQUARE;
+            }
+            for i in i..count {
+                let start = at(i, s * SQUARE);
+                let vector = &x.data[start..start + depth];
+                square[i..].iter_mut().step_by(width).zip(vector).for_each(|(o, v)| *o = *v);
+            }
+        }
+        return;
+    }
     for (p, out) in panel.chunks_exact_mut(width).enumerate() {
-        let start = first * x.row + (p0 + p) * x.column;
         let (full, rest) = out.split_at_mut(count);
-        for (i, o) in full.iter_mut().enumerate() {
-            *o = x.data[start + i * x.row];
+        let start = at(0, p);
+        match x.row {
+            1 => full.copy_from_slice(&x.data[start..start + count]),
+            row => full.iter_mut().zip(x.data[start..].iter().step_by(row)).for_each(|(o, v)| *o = *v),
         }
         rest.fill(0.0);
     }
 }
 
+/// A low-rank term: rows in `adapters` equal groups, group g gets S_g [rows, rank] B_g^T with B_g [n, rank].
+#[derive(Clone, Copy)]
+pub(crate) struct LowRank<'a> {
+    pub adapters: usize,
+    pub rank: usize,
+    /// [m, rank], row-major.
+    pub s: &'a [f32],
+    /// [adapters, n, rank], row-major.
+    pub b: &'a [f32],
+}
+
 /// C [m, n] (row-major) = A [m, k] B [k, n], or += when `accumulate`.
 pub(crate) fn gemm(dims: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, c: &mut [f32], accumulate: bool) {
+    gemm_low_rank(dims, a, b, None, c, accumulate);
+}
+
+/// [`gemm`] and a low-rank term, which is summed after the last of k while the tile of C is in registers.
+pub(crate) fn gemm_low_rank(
+    dims: [usize; 3],
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    low_rank: Option<LowRank<'_>>,
+    c: &mut [f32],
+    accumulate: bool,
+) {
     let [m, n, k] = dims;
     assert_eq!(c.len(), m * n, "gemm: C has another size than m x n");
     if m * n == 0 {
         return;
     }
-    if !accumulate {
-        c.fill(0.0);
-    }
     if k == 0 {
+        assert!(low_rank.is_none(), "gemm: a low-rank term of nothing");
+        if !accumulate {
+            c.fill(0.0);
+        }
         return;
     }
     let last = |x: Matrix<'_>, rows: usize, columns: usize| (rows - 1) * x.row + (columns - 1) * x.column;
     assert!(last(a, m, k) < a.data.len() && last(b, k, n) < b.data.len(), "gemm: an operand is too short");
+    let groups = low_rank.map_or(1, |l| l.adapters);
+    if let Some(l) = low_rank {
+        let fits = l.adapters > 0 && m.is_multiple_of(l.adapters) && l.rank > 0;
+        let lengths = fits && l.s.len() == m * l.rank && l.b.len() == l.adapters * n * l.rank;
+        assert!(lengths, "gemm: the low-rank term has other sizes");
+    }
     let kernel = kernel();
     let columns = Matrix { data: b.data, row: b.column, column: b.row };
     let parallel = m.saturating_mul(n).saturating_mul(k) > PARALLEL && rayon::current_num_threads() > 1;
-    // Whole panels of rows a task, several tasks a thread.
-    let panels = m.div_ceil(kernel.mr);
-    let rows = kernel.mr * panels.div_ceil(4 * rayon::current_num_threads()).clamp(1, 8);
-    let mut packed = PACKED.with_borrow_mut(|p| std::mem::take(&mut p[1]));
-    for p0 in (0..k).step_by(DEPTH) {
-        let depth = DEPTH.min(k - p0);
-        let size = kernel.nr * depth;
-        packed.resize(n.div_ceil(kernel.nr) * size, 0.0);
-        let pack_b = |(j, panel): (usize, &mut [f32])| {
+    // Whole panels of rows a task, several tasks a thread; none holds rows of two groups.
+    let rows_of_group = m / groups;
+    let panels = rows_of_group.div_ceil(kernel.mr);
+    let rows =
+        kernel.mr * (panels * groups).div_ceil(4 * rayon::current_num_threads()).clamp(1, 8.min(panels));
+    let side = n.div_ceil(kernel.nr) * kernel.nr;
+    let pack_columns = |panels: &mut [f32], depth: usize, x: Matrix<'_>, p0: usize| {
+        let one = |(j, panel): (usize, &mut [f32])| {
             let first = j * kernel.nr;
-            pack(panel, kernel.nr, columns, first, kernel.nr.min(n - first), p0);
+            pack(panel, kernel.nr, x, first, kernel.nr.min(n - first), p0);
         };
         match parallel {
-            true => packed.par_chunks_mut(size).enumerate().for_each(pack_b),
-            false => packed.chunks_mut(size).enumerate().for_each(pack_b),
+            true => panels.par_chunks_mut(kernel.nr * depth).enumerate().for_each(one),
+            false => panels.chunks_mut(kernel.nr * depth).enumerate().for_each(one),
         }
-        let task = |(t, c): (usize, &mut [f32])| block(kernel, a, t * rows, &packed, c, n, p0, depth);
+    };
+    let mut packed = take(2, side * DEPTH.min(k));
+    let mut packed_low = take(3, low_rank.map_or(0, |l| l.adapters * side * l.rank));
+    if let Some(l) = low_rank {
+        let all = packed_low.chunks_mut(side * l.rank).zip(l.b.chunks(n * l.rank));
+        all.for_each(|(panels, b)| pack_columns(panels, l.rank, Matrix::rows(b, l.rank), 0));
+    }
+    for p0 in (0..k).step_by(DEPTH) {
+        let depth = DEPTH.min(k - p0);
+        packed.truncate(side * depth);
+        pack_columns(&mut packed, depth, columns, p0);
+        let whole = Whole { kernel, a, b: &packed, n, p0, depth, add: accumulate || p0 > 0 };
+        let at_end = low_rank.filter(|_| p0 + depth == k);
+        let group = |(g, c): (usize, &mut [f32])| {
+            let term = at_end.map(|l| (l, &packed_low[g * side * l.rank..(g + 1) * side * l.rank]));
+            let task = |(t, c): (usize, &mut [f32])| block(whole, g * rows_of_group + t * rows, term, c);
+            match parallel {
+                true => c.par_chunks_mut(rows * n).enumerate().for_each(task),
+                false => c.chunks_mut(rows * n).enumerate().for_each(task),
+            }
+        };
         match parallel {
-            true => c.par_chunks_mut(rows * n).enumerate().for_each(task),
-            false => c.chunks_mut(rows * n).enumerate().for_each(task),
+            true => c.par_chunks_mut(rows_of_group * n).enumerate().for_each(group),
+            false => c.chunks_mut(rows_of_group * n).enumerate().for_each(group),
         }
     }
-    PACKED.with_borrow_mut(|p| p[1] = packed);
+    give(2, packed);
+    give(3, packed_low);
 }
 
-/// Rows of C from `first` on, all columns, `depth` of k from `p0` on.
-#[allow(clippy::too_many_arguments)]
-fn block(
+/// What all tasks of a pass over k share.
+#[derive(Clone, Copy)]
+struct Whole<'a> {
     kernel: Kernel,
-    a: Matrix<'_>,
-    first: usize,
-    b: &[f32],
-    c: &mut [f32],
+    a: Matrix<'a>,
+    /// Packed panels of `depth` of k from `p0` on.
+    b: &'a [f32],
     n: usize,
     p0: usize,
     depth: usize,
-) {
-    let Kernel { mr, nr, run } = kernel;
+    add: bool,
+}
+
+/// Rows of C from `first` on, all columns; a low-rank term comes with its packed right factor.
+fn block(whole: Whole<'_>, first: usize, low_rank: Option<(LowRank<'_>, &[f32])>, c: &mut [f32]) {
+    let Whole { kernel: Kernel { mr, nr, run }, a, b, n, p0, depth, add } = whole;
     let m = c.len() / n;
-    let mut packed = PACKED.with_borrow_mut(|p| std::mem::take(&mut p[0]));
-    packed.resize(m.div_ceil(mr) * mr * depth, 0.0);
-    for (i, panel) in packed.chunks_mut(mr * depth).enumerate() {
-        pack(panel, mr, a, first + i * mr, mr.min(m - i * mr), p0);
+    let pack_rows = |panels: &mut [f32], depth: usize, x: Matrix<'_>, p0: usize| {
+        for (i, panel) in panels.chunks_mut(mr * depth).enumerate() {
+            pack(panel, mr, x, first + i * mr, mr.min(m - i * mr), p0);
+        }
+    };
+    let side = m.div_ceil(mr) * mr;
+    let mut packed = take(0, side * depth);
+    pack_rows(&mut packed, depth, a, p0);
+    let (rank, low_b) = low_rank.map_or((0, &[][..]), |(l, b)| (l.rank, b));
+    let mut packed_low = take(1, side * rank);
+    if let Some((l, _)) = low_rank {
+        pack_rows(&mut packed_low, rank, Matrix::rows(l.s, rank), 0);
     }
     let mut tile = [0.0f32; MAX_TILE];
-    for (j, b) in b.chunks_exact(nr * depth).enumerate() {
+    for j in 0..n.div_ceil(nr) {
         let wide = nr.min(n - j * nr);
-        for (i, a) in packed.chunks_exact(mr * depth).enumerate() {
-            // SAFETY: the kernel was chosen for this processor; the panels hold depth * mr and depth * nr elements, the tile
-            // at least mr * nr.
-            unsafe { run(depth, a.as_ptr(), b.as_ptr(), tile.as_mut_ptr()) };
-            for (r, line) in tile.chunks_exact(nr).take(mr.min(m - i * mr)).enumerate() {
-                let at = (i * mr + r) * n + j * nr;
-                c[at..at + wide].iter_mut().zip(line).for_each(|(c, t)| *c += t);
+        for i in 0..side / mr {
+            let rows = mr.min(m - i * mr);
+            let panel = |a: &[f32], b: &[f32], depth: usize| -> Step {
+                (
+                    depth,
+                    a[i * mr * depth..][..mr * depth].as_ptr(),
+                    b[j * nr * depth..][..nr * depth].as_ptr(),
+                )
+            };
+            let steps = [panel(&packed, b, depth), panel(&packed_low, low_b, rank)];
+            let steps = &steps[..1 + usize::from(rank > 0)];
+            let at = i * mr * n + j * nr;
+            if wide == nr {
+                let c = &mut c[at..at + (rows - 1) * n + nr];
+                let place = Place { c: c.as_mut_ptr(), stride: n, rows, add };
+                // SAFETY: the kernel was chosen for this processor; `panel` has checked the panels' lengths, and `c` holds
+                // `rows` rows of nr elements, n apart.
+                unsafe { run(steps, place) };
+                continue;
+            }
+            let place = Place { c: tile.as_mut_ptr(), stride: nr, rows, add: false };
+            // SAFETY: as above; the tile holds at least mr * nr elements.
+            unsafe { run(steps, place) };
+            for (r, line) in tile.chunks_exact(nr).take(rows).enumerate() {
+                let c = &mut c[at + r * n..][..wide];
+                match add {
+                    true => c.iter_mut().zip(line).for_each(|(c, t)| *c += t),
+                    false => c.copy_from_slice(&line[..wide]),
+                }
             }
         }
     }
-    PACKED.with_borrow_mut(|p| p[0] = packed);
+    give(0, packed);
+    give(1, packed_low);
 }

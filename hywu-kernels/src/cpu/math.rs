@@ -1,4 +1,4 @@
-//! Elementary functions that vectorise.
+//! Small functions that vectorise.
 
 /// e^x to about 2e-7 relative; 0 below -104, infinite above 89, NaN for NaN.
 #[inline(always)]
@@ -20,6 +20,20 @@ pub(crate) fn exp(x: f32) -> f32 {
     let half = n as i32 / 2;
     let power = |k: i32| f32::from_bits(((k + 127) as u32) << 23);
     p * power(half) * power(n as i32 - half)
+}
+
+/// Sum of products in eight lanes, in one fixed order.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 8];
+    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
+    let rest: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a8.zip(b8) {
+        for i in 0..8 {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]

@@ -4,14 +4,16 @@
 //! an a trous wavelet transform with the B3 spline), the strength of edges, the patch's mean, and its place in the patch. A patch's
 //! coefficients mix them to three channels. Blurring, sharpening or brightening is then a matter of a few coefficients.
 
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{Error, Result, Tape, Tensor, Var, cpu::math::dot};
 use rayon::prelude::*;
 
 /// Features of a pixel: [1, rgb, rgb^2, rg gb br, three smooth levels of rgb, edge, patch mean of rgb, x * (1, rgb), y * (1, rgb)],
 /// x and y in -1..1 over the patch.
 pub const FEATURES: usize = 31;
-/// Coefficients of a patch.
-pub const COEFFICIENTS: usize = 3 * FEATURES;
+/// Width of the hidden layer.
+pub const HIDDEN: usize = 32;
+/// Coefficients of a patch: see [`local_filter`].
+pub const COEFFICIENTS: usize = 3 * FEATURES + 3 * HIDDEN + HIDDEN;
 /// The B3 spline.
 const SPLINE: [f32; 5] = [1.0 / 16.0, 4.0 / 16.0, 6.0 / 16.0, 4.0 / 16.0, 1.0 / 16.0];
 /// Weights of R, G, B in luma (ITU-R BT.601).
@@ -127,14 +129,16 @@ fn patch_means(rgb: &[f32], h: usize, w: usize, p: usize) -> Vec<f32> {
     sums
 }
 
-/// y[patch, pixel, c] = sum_k coef[patch, c, k] * features[patch, pixel, k].
+/// y[patch, pixel, c] = sum_k linear[patch, c, k] * features[patch, pixel, k]
+///                    + sum_j mix[patch, c, j] * relu(hidden[patch, pixel, j] + shift[patch, j]).
 ///
-/// `coef` [batch, tokens, 3 * FEATURES] (c-major), `features` [batch, tokens, pixels * FEATURES] (constant): those of
-/// [`pixel_features`], patchified -> [batch, tokens, pixels * 3].
+/// `coef` [batch, tokens, [`COEFFICIENTS`]]: of each patch linear [3, [`FEATURES`]], mix [3, [`HIDDEN`]] and shift [[`HIDDEN`]].
+/// `features` [batch, tokens, pixels * FEATURES] (constant): those of [`pixel_features`], patchified. `hidden` [batch, tokens,
+/// pixels * HIDDEN]: a projection of them that all patches share. -> [batch, tokens, pixels * 3].
 ///
 /// # Errors
 /// Shapes that don't agree.
-pub fn local_filter(tape: &Tape, coef: &Var, features: &Tensor) -> Result<Var> {
+pub fn local_filter(tape: &Tape, coef: &Var, features: &Tensor, hidden: &Var) -> Result<Var> {
     const OP: &str = "local_filter";
     let &[batch, tokens, n] = features.shape() else {
         return Err(Error::shape(OP, "features", features.shape(), "[batch, tokens, pixels * features]"));
@@ -143,34 +147,87 @@ pub fn local_filter(tape: &Tape, coef: &Var, features: &Tensor) -> Result<Var> {
         let expected = format!("[batch, tokens, pixels * {FEATURES}]");
         return Err(Error::shape(OP, "features", features.shape(), expected));
     }
-    if coef.shape() != [batch, tokens, COEFFICIENTS] {
-        let expected = format!("[{batch}, {tokens}, {COEFFICIENTS}]");
-        return Err(Error::shape(OP, "coef", coef.shape(), expected));
-    }
     let pixels = n / FEATURES;
+    for (what, var, each) in [("coef", coef, COEFFICIENTS), ("hidden", hidden, pixels * HIDDEN)] {
+        if var.shape() != [batch, tokens, each] {
+            let expected = format!("[{batch}, {tokens}, {each}]");
+            return Err(Error::shape(OP, what, var.shape(), expected));
+        }
+    }
     let out = Tensor::build(&[batch, tokens, 3 * pixels], |out| {
         let work = out.par_chunks_mut(3 * pixels).zip(features.data().par_chunks(n));
-        work.zip(coef.value().data().par_chunks(COEFFICIENTS)).for_each(|((out, features), coef)| {
-            for (o, f) in out.chunks_exact_mut(3).zip(features.chunks_exact(FEATURES)) {
-                for (o, row) in o.iter_mut().zip(coef.chunks_exact(FEATURES)) {
-                    *o = row.iter().zip(f).map(|(c, f)| c * f).sum();
+        let patches = coef
+            .value()
+            .data()
+            .par_chunks(COEFFICIENTS)
+            .zip(hidden.value().data().par_chunks(pixels * HIDDEN));
+        work.zip(patches).for_each(|((out, features), (coef, hidden))| {
+            let Coefficients { linear, mix, shift } = Coefficients::of(coef);
+            let inputs = features.chunks_exact(FEATURES).zip(hidden.chunks_exact(HIDDEN));
+            for (out, (features, hidden)) in out.chunks_exact_mut(3).zip(inputs) {
+                let mut active = [0.0; HIDDEN];
+                (active.iter_mut().zip(hidden).zip(shift)).for_each(|((a, h), s)| *a = (h + s).max(0.0));
+                let rows = linear.chunks_exact(FEATURES).zip(mix.chunks_exact(HIDDEN));
+                for (out, (linear, mix)) in out.iter_mut().zip(rows) {
+                    *out = dot(linear, features) + dot(mix, &active);
                 }
             }
         });
     });
-    let (coef_, features) = (coef.clone(), features.clone());
-    Ok(tape.push(out, &[coef], move |grad, grads| {
-        let dcoef = Tensor::build(coef_.shape(), |out| {
-            let work = out.par_chunks_mut(COEFFICIENTS).zip(features.data().par_chunks(n));
-            work.zip(grad.data().par_chunks(3 * pixels)).for_each(|((out, features), grad)| {
-                out.fill(0.0);
-                for (d, f) in grad.chunks_exact(3).zip(features.chunks_exact(FEATURES)) {
-                    for (row, d) in out.chunks_exact_mut(FEATURES).zip(d) {
-                        row.iter_mut().zip(f).for_each(|(o, f)| *o += d * f);
+    let (coef_, hidden_, features) = (coef.clone(), hidden.clone(), features.clone());
+    Ok(tape.push(out, &[coef, hidden], move |grad, grads| {
+        let mut dhidden = Tensor::zeros(hidden_.shape());
+        let dcoef = Tensor::build(coef_.shape(), |dcoef| {
+            let out =
+                dcoef.par_chunks_mut(COEFFICIENTS).zip(dhidden.data_mut().par_chunks_mut(pixels * HIDDEN));
+            let given = coef_.value().data().par_chunks(COEFFICIENTS).zip(features.data().par_chunks(n));
+            let patches = given.zip(hidden_.value().data().par_chunks(pixels * HIDDEN));
+            out.zip(patches).zip(grad.data().par_chunks(3 * pixels)).for_each(
+                |(((dcoef, dhidden), ((coef, features), hidden)), grad)| {
+                    let Coefficients { mix, shift, .. } = Coefficients::of(coef);
+                    dcoef.fill(0.0);
+                    let (dlinear, rest) = dcoef.split_at_mut(3 * FEATURES);
+                    let (dmix, dshift) = rest.split_at_mut(3 * HIDDEN);
+                    let inputs = features.chunks_exact(FEATURES).zip(hidden.chunks_exact(HIDDEN));
+                    let pixels = dhidden.chunks_exact_mut(HIDDEN).zip(inputs);
+                    for (d, (dhidden, (features, hidden))) in grad.chunks_exact(3).zip(pixels) {
+                        let mut active = [0.0; HIDDEN];
+                        (active.iter_mut().zip(hidden).zip(shift))
+                            .for_each(|((a, h), s)| *a = (h + s).max(0.0));
+                        for (c, d) in d.iter().enumerate() {
+                            add_scaled(&mut dlinear[c * FEATURES..][..FEATURES], *d, features);
+                            add_scaled(&mut dmix[c * HIDDEN..][..HIDDEN], *d, &active);
+                            add_scaled(dhidden, *d, &mix[c * HIDDEN..][..HIDDEN]);
+                        }
+                        for ((dhidden, active), dshift) in dhidden.iter_mut().zip(active).zip(&mut *dshift) {
+                            *dhidden = if active > 0.0 { *dhidden } else { 0.0 };
+                            *dshift += *dhidden;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
-        grads.accumulate(&coef_, dcoef)
+        grads.accumulate(&coef_, dcoef)?;
+        grads.accumulate(&hidden_, dhidden)
     }))
+}
+
+/// The parts of a patch's coefficients.
+struct Coefficients<'a> {
+    linear: &'a [f32],
+    mix: &'a [f32],
+    shift: &'a [f32],
+}
+
+impl<'a> Coefficients<'a> {
+    fn of(coef: &'a [f32]) -> Self {
+        let (linear, rest) = coef.split_at(3 * FEATURES);
+        let (mix, shift) = rest.split_at(3 * HIDDEN);
+        Self { linear, mix, shift }
+    }
+}
+
+/// y += k * x.
+fn add_scaled(y: &mut [f32], k: f32, x: &[f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += k * x);
 }

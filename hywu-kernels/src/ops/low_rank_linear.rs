@@ -2,12 +2,14 @@
 
 use crate::{
     Error, LoraVar, Result, Tape, Tensor, Var,
-    cpu::gemm::{Matrix, gemm},
+    cpu::gemm::{LowRank, Matrix, gemm, gemm_low_rank},
     ops::elementwise::column_sums,
 };
 use rayon::prelude::*;
 
 const OP: &str = "low_rank_linear";
+/// Elements that one parallel task copies.
+const CHUNK: usize = 1 << 14;
 
 /// The sizes of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,42 +80,31 @@ pub fn low_rank_linear(
     let mut shape = x.shape().to_vec();
     shape[x.shape().len() - 1] = s.outer;
     let (xd, wd) = (x.value().data(), weight.value().data());
-    // S = X A^T, kept for the backward pass.
-    let mut shrunk = None;
-    let out = Tensor::build(&shape, |out| {
-        match bias {
-            Some(b) => out.par_chunks_mut(s.outer).for_each(|row| row.copy_from_slice(b.value().data())),
-            None => out.fill(0.0),
-        }
-        gemm(
-            [s.rows, s.outer, s.inner],
-            Matrix::rows(xd, s.inner),
-            Matrix::transposed(wd, s.inner),
-            out,
-            true,
-        );
-        if let (Some(lora), Some((adapters, rank))) = (lora, s.lora) {
-            let n = s.rows / adapters;
-            let scaled = Tensor::build(&[s.rows, rank], |shrunk| {
-                let work = shrunk.par_chunks_mut(n * rank).zip(xd.par_chunks(n * s.inner));
-                work.zip(lora.a.value().data().par_chunks(rank * s.inner)).for_each(|((shrunk, x), a)| {
-                    gemm(
-                        [n, rank, s.inner],
-                        Matrix::rows(x, s.inner),
-                        Matrix::transposed(a, s.inner),
-                        shrunk,
-                        false,
-                    );
-                    shrunk.iter_mut().for_each(|v| *v *= lora.scale);
-                });
+    // scale * S = scale * X A^T, kept for the backward pass.
+    let shrunk = lora.zip(s.lora).map(|(lora, (adapters, rank))| {
+        let n = s.rows / adapters;
+        Tensor::build(&[s.rows, rank], |shrunk| {
+            let work = shrunk.par_chunks_mut(n * rank).zip(xd.par_chunks(n * s.inner));
+            work.zip(lora.a.value().data().par_chunks(rank * s.inner)).for_each(|((shrunk, x), a)| {
+                let (x, a) = (Matrix::rows(x, s.inner), Matrix::transposed(a, s.inner));
+                gemm([n, rank, s.inner], x, a, shrunk, false);
+                shrunk.iter_mut().for_each(|v| *v *= lora.scale);
             });
-            let work = out.par_chunks_mut(n * s.outer).zip(scaled.data().par_chunks(n * rank));
-            work.zip(lora.b.value().data().par_chunks(s.outer * rank)).for_each(|((out, shrunk), b)| {
-                gemm([n, s.outer, rank], Matrix::rows(shrunk, rank), Matrix::transposed(b, rank), out, true);
-            });
-            shrunk = Some(scaled);
-        }
+        })
     });
+    let out =
+        Tensor::build(&shape, |out| {
+            if let Some(b) = bias {
+                let rows = out.par_chunks_mut(s.outer).with_min_len(CHUNK.div_ceil(s.outer));
+                rows.for_each(|row| row.copy_from_slice(b.value().data()));
+            }
+            // [X | S] [W | B]^T: the update is a few more steps of the same sum.
+            let term = lora.zip(s.lora).zip(shrunk.as_ref()).map(|((lora, (adapters, rank)), shrunk)| {
+                LowRank { adapters, rank, s: shrunk.data(), b: lora.b.value().data() }
+            });
+            let (x, w) = (Matrix::rows(xd, s.inner), Matrix::transposed(wd, s.inner));
+            gemm_low_rank([s.rows, s.outer, s.inner], x, w, term, out, bias.is_some());
+        });
     let inputs: Vec<&Var> =
         [x, weight].into_iter().chain(bias).chain(lora.iter().flat_map(|l| [&l.a, &l.b])).collect();
     let (x_, w_, b_, l_) = (x.clone(), weight.clone(), bias.cloned(), lora.cloned());

@@ -1,6 +1,6 @@
 //! RMSNorm over the last axis (arXiv 1910.07467), with an optional modulation per batch entry (adaLN, arXiv 2212.09748).
 
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{Error, Result, Tape, Tensor, Var, cpu::math::dot};
 use rayon::prelude::*;
 
 /// Per-batch-entry modulation: y = norm * (1 + scale) + shift.
@@ -146,17 +146,4 @@ impl Norm {
         });
         [dx, dw, dscale, dshift]
     }
-}
-
-/// Sum of products in eight lanes, in one fixed order.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 8];
-    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a8.zip(b8) {
-        for i in 0..8 {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    lanes.iter().sum::<f32>() + rest
 }

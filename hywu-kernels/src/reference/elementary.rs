@@ -36,12 +36,22 @@ pub fn weighted_mse(pred: &[f64], target: &[f64], weight: &[f64]) -> f64 {
     (0..pred.len()).map(|i| weight[i / each] * (pred[i] - target[i]).powi(2)).sum::<f64>() / pred.len() as f64
 }
 
-/// One filter per patch of `pixels` pixels with `n` features; see [`crate::ops::local_filter`].
-pub fn local_filter(coef: &[f64], features: &[f64], pixels: usize, n: usize) -> Vec<f64> {
+/// One filter per patch of `pixels` pixels with `n` features and `m` hidden channels; see [`crate::ops::local_filter`].
+pub fn local_filter(
+    coef: &[f64],
+    features: &[f64],
+    hidden: &[f64],
+    pixels: usize,
+    n: usize,
+    m: usize,
+) -> Vec<f64> {
     let mut out = Vec::with_capacity(features.len() / n * 3);
-    for (i, f) in features.chunks(n).enumerate() {
-        for row in coef[i / pixels * 3 * n..][..3 * n].chunks(n) {
-            out.push(row.iter().zip(f).map(|(c, f)| c * f).sum());
+    for (i, (f, h)) in features.chunks(n).zip(hidden.chunks(m)).enumerate() {
+        let coef = &coef[i / pixels * (3 * n + 4 * m)..];
+        for c in 0..3 {
+            let linear: f64 = (0..n).map(|k| coef[c * n + k] * f[k]).sum();
+            let active = |j: usize| (h[j] + coef[3 * n + 3 * m + j]).max(0.0);
+            out.push(linear + (0..m).map(|j| coef[3 * n + c * m + j] * active(j)).sum::<f64>());
         }
     }
     out
