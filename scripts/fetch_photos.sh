@@ -3,6 +3,7 @@
 #
 #     scripts/fetch_photos.sh [photos]
 #
+# (ukui-wallpapers, a package of the same kind, has drawings only.) It
 # makes photos/train (37 photographs), photos/heldout (6, never trained on) and photos/LICENSES.md. Needs apt-get, dpkg-deb
 # and python3 with pip (Debian or Ubuntu). The photographs keep their own licences and stay out of the repository.
 set -euo pipefail
@@ -15,7 +16,7 @@ debian="plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20
 chmod 777 "$work"
 (cd "$work" && apt-get download -q $debian)
 for package in "$work"/*.deb; do dpkg-deb -x "$package" "$work/root"; done
-python3 -m pip download -q --no-deps --only-binary=:all: -d "$work/wheels" scikit-image scikit-learn
+python3 -m pip download -q --no-deps --only-binary=:all: -d "$work/wheels" scikit-image==0.26.0 scikit-learn==1.9.1
 for wheel in "$work"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$work/wheel"; done
 
 mkdir -p "$out/train" "$out/heldout"

@@ -50,12 +50,12 @@ impl Default for EvalOptions {
 pub struct SkillReport {
     /// The skill.
     pub skill: &'static str,
-    /// PSNR of the edit against the true edit, dB.
-    pub psnr: f64,
+    /// PSNR of the edit against the true edit, dB; absent when all edits are perfect.
+    pub psnr: Option<f64>,
     /// SSIM of the edit against the true edit.
     pub ssim: f64,
-    /// Steps of the error across tile borders over those elsewhere: 1 when no border shows.
-    pub seam: f64,
+    /// Steps of the error across tile borders over those elsewhere: 1 when no border shows; absent when there is one tile only.
+    pub seam: Option<f64>,
     /// PSNR of doing nothing; absent when nothing is right.
     pub noop_psnr: Option<f64>,
     /// Held-out phrasings that were taken for this skill.
@@ -74,15 +74,17 @@ pub struct Sample {
     pub instruction: String,
 }
 
-/// Measures a model on photos, skill by skill. `seen` gets every finished skill and, per skill, one sample.
+/// Measures a model on photos, skill by skill. `seen` gets every finished skill with one sample of it; `stop` is asked at every
+/// step of every edit.
 ///
 /// # Errors
-/// No photos, or [`hywu_diffusion::Error::Interrupted`] when `seen` says so.
+/// No photos, those of `seen`, or [`hywu_diffusion::Error::Interrupted`] when `stop` says so.
 pub fn evaluate(
     editor: &Editor,
     photos: &[Picture],
     options: &EvalOptions,
-    seen: &mut dyn FnMut(&SkillReport, Sample) -> ControlFlow<()>,
+    stop: &dyn Fn() -> bool,
+    seen: &mut dyn FnMut(&SkillReport, Sample) -> Result<()>,
 ) -> Result<Vec<SkillReport>> {
     if photos.is_empty() {
         bail!("no photos to measure with");
@@ -90,12 +92,8 @@ pub fn evaluate(
     let photos: Vec<Picture> = photos.iter().map(|p| square(p, options.side)).collect();
     let SampleOptions { tile, overlap, .. } = options.edit.sample;
     let tiling = Tiling::new(options.side, options.side, tile, overlap);
-    let ends = tiling.layouts[0]
-        .at
-        .iter()
-        .flat_map(|at| [at.x, at.x + tiling.size])
-        .map(|x| x.saturating_sub(Tiling::MARGIN));
-    let borders: Vec<usize> = ends.filter(|x| (1..options.side).contains(x)).collect();
+    // A square's borders are the same down and across.
+    let borders = tiling.borders(options.side);
     let mut reports = Vec::new();
     for (place, &index) in options.skills.iter().enumerate() {
         let skill = &SKILLS[index];
@@ -106,12 +104,15 @@ pub fn evaluate(
             let mut random = Philox::new(options.seed).stream((index * 1024 + i) as u64);
             let Example { source, target, instruction, .. } =
                 skill.example(photo, Phrasing::HeldOut(i), &mut random);
-            let mut go = |_: usize, _: usize| ControlFlow::Continue(());
+            let mut go = |_: usize, _: usize| match stop() {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            };
             let edit = editor.edit(&source, &instruction, None, &options.edit, &mut go)?.picture;
             quality.push(psnr(&edit, &target));
             similar.push(ssim(&edit, &target));
             noop.push(psnr(&source, &target));
-            seams.push(seam(&edit, &target, &borders));
+            seams.extend(seam(&edit, &target, &borders, &borders));
             if i == place % photos.len() {
                 sample = Some(Sample { pictures: [source, edit, target], instruction });
             }
@@ -119,6 +120,9 @@ pub fn evaluate(
         let mut taken_for = Vec::new();
         let (mut right, mut asked) = (0, 0);
         for (i, photo) in photos.iter().take(ROUTED).enumerate() {
+            if stop() {
+                return Err(hywu_diffusion::Error::Interrupted.into());
+            }
             let seed = options.seed + 1 + i as u64;
             for found in route(editor.model(), skill, photo, options, seed)? {
                 asked += 1;
@@ -129,28 +133,27 @@ pub fn evaluate(
                 }
             }
         }
-        let noop_psnr = mean(&noop);
         let report = SkillReport {
             skill: skill.name,
             psnr: mean(&quality),
-            ssim: mean(&similar),
+            ssim: mean(&similar).unwrap_or(f64::NAN),
             seam: mean(&seams),
-            noop_psnr: noop_psnr.is_finite().then_some(noop_psnr),
+            noop_psnr: mean(&noop),
             right,
             asked,
             taken_for,
         };
         let Some(sample) = sample else { bail!("no photos to measure with") };
-        if seen(&report, sample).is_break() {
-            return Err(hywu_diffusion::Error::Interrupted.into());
-        }
+        seen(&report, sample)?;
         reports.push(report);
     }
     Ok(reports)
 }
 
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+/// Mean of the finite values, where there are any: the PSNR of equal pictures is infinite.
+fn mean(values: &[f64]) -> Option<f64> {
+    let finite: Vec<f64> = values.iter().copied().filter(|v| v.is_finite()).collect();
+    (!finite.is_empty()).then(|| finite.iter().sum::<f64>() / finite.len() as f64)
 }
 
 /// The middle square of a photo at this side.

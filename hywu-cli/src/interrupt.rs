@@ -1,4 +1,4 @@
-//! Ctrl-C: the first one asks the running work to stop at its next step, which then ends with exit code 130.
+//! Ctrl-C in long work: the first one asks it to stop at its next step; it then ends with exit code 130.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -13,6 +13,8 @@ mod commands {
     pub mod train;
 }
 mod interrupt;
+mod output;
+mod values;
 
 /// Instance-specific weight generation for photo editing
 #[derive(Parser)]
@@ -35,7 +37,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    let result = interrupt::install().and_then(|()| start_workers()).and_then(|()| run(command));
+    let result = start_workers().and_then(|()| run(command));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if matches!(e.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)) => {
@@ -43,8 +45,7 @@ fn main() -> ExitCode {
             ExitCode::from(130)
         }
         Err(e) => {
-            // One line, whatever the cause says.
-            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
+            output::complain(&e);
             ExitCode::FAILURE
         }
     }

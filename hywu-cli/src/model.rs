@@ -138,6 +138,9 @@ impl Model {
                 "the generator reads conditions of width {reads}; the backbone's have {has}"
             );
         }
+        if let Memory::Static(adapter) = &memory {
+            adapter.check(&backbone.adapter_spec(1, 1.0)).context("the shared adapter")?;
+        }
         let text = TextEncoder::bundled(backbone.config.text_len)?;
         let mut weights: Vec<&hywu_kernels::ParamSet> = vec![&backbone.params];
         if let Memory::Functional(generator) = &memory {
@@ -145,7 +148,15 @@ impl Model {
         }
         let words =
             weights.iter().flat_map(|p| p.iter()).flat_map(|(_, t)| t.data().iter().map(|v| v.to_bits()));
-        let hash = format!("{:016x}", fnv1a(words));
+        let shared: Vec<f32> = match &memory {
+            Memory::Static(adapter) => (adapter.modules.values())
+                .flat_map(|m| m.lora_a.iter().chain(&m.lora_b))
+                .chain([&adapter.scale])
+                .copied()
+                .collect(),
+            Memory::None | Memory::Functional(_) => Vec::new(),
+        };
+        let hash = format!("{:016x}", fnv1a(words.chain(shared.iter().map(|v| v.to_bits()))));
         Ok(Self { backbone, memory, text, info, hash })
     }
 

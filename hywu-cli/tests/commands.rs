@@ -121,3 +121,43 @@ fn completions_name_the_commands() {
             .stdout(contains("generate").and(contains("inspect")));
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn a_closed_or_full_standard_output_is_no_panic() {
+    let program = assert_cmd::cargo::cargo_bin("hywu");
+    let shell = |script: String| Command::new("sh").arg("-c").arg(script).assert();
+    let file = golden("tiny-dense").join("model.safetensors");
+    for call in [format!("inspect {file:?}"), "info".into(), "completions bash".into()] {
+        // `head` goes away after a line; the program's own exit code is what counts.
+        let closed = format!("{{ {program:?} {call}; echo code $? >&2; }} | head -n 1");
+        shell(closed).stderr(contains("code 0")).stderr(contains("panicked").not());
+        if Path::new("/dev/full").exists() {
+            let full = shell(format!("{program:?} {call} > /dev/full")).code(1);
+            full.stderr(contains("error: standard output")).stderr(contains("panicked").not());
+        }
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_no_generated_adapter() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (folder, output) = (golden("tiny-dense"), dir.path().join("out.safetensors"));
+    let condition = folder.join("condition.safetensors");
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 1; exec {:?} generate --checkpoint {folder:?} --condition {condition:?} --output {output:?}",
+        assert_cmd::cargo::cargo_bin("hywu")
+    );
+    Command::new("sh").arg("-c").arg(script).assert().code(1).stderr(contains("out.safetensors"));
+    assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 0);
+}
+
+#[test]
+fn a_mistyped_output_folder_is_told_before_any_work() {
+    let folder = golden("tiny-dense");
+    generate(&folder, &folder.join("condition.safetensors"), Path::new("/no/such/x.safetensors"))
+        .assert()
+        .code(1)
+        .stderr(contains("/no/such"));
+}

@@ -1,6 +1,8 @@
 //! `hywu edit` from the outside: real pictures in, pictures out, and every kind of bad input.
 
 use assert_cmd::Command;
+use hywu::model::Model;
+use hywu_core::{Adapter, Dtype};
 use predicates::{prelude::*, str::contains};
 use std::{
     fs,
@@ -25,9 +27,16 @@ fn photo(dir: &Path, name: &str, width: u32, height: u32) -> PathBuf {
     path
 }
 
-fn edit(input: &Path, instruction: &str, output: &Path) -> Command {
+fn edit_as(input: &Path, instruction: &str, output: &Path) -> Command {
     let mut command = hywu();
-    command.arg("edit").arg(input).arg(instruction).arg("-o").arg(output).args(["--steps", "2"]);
+    command.arg("edit").arg(input).arg(instruction).arg("-o").arg(output);
+    command
+}
+
+/// In as few steps as do where the quality does not matter.
+fn edit(input: &Path, instruction: &str, output: &Path) -> Command {
+    let mut command = edit_as(input, instruction, output);
+    command.args(["--steps", "2"]);
     command
 }
 
@@ -59,7 +68,7 @@ fn difference(a: &Path, b: &Path) -> f64 {
 fn edits_a_photo_as_told() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (input, output) = (photo(dir.path(), "in.png", 128, 96), dir.path().join("out.png"));
-    edit(&input, "make it black and white", &output).args(["--steps", "4"]).assert().success();
+    edit_as(&input, "make it black and white", &output).assert().success();
     let grey = image::open(&output).expect("a picture").to_rgb8();
     assert_eq!(grey.dimensions(), (128, 96));
     // Black and white: the three channels of a pixel are (nearly) the same, and the picture is still there.
@@ -109,15 +118,25 @@ fn strength_zero_is_the_backbone_alone() {
     let input = photo(dir.path(), "in.png", 72, 64);
     let (a, b, adapter) =
         (dir.path().join("a.png"), dir.path().join("b.png"), dir.path().join("x.safetensors"));
-    edit(&input, "deblur the photo", &a).arg("--save-adapter").arg(&adapter).assert().success();
-    edit(&input, "deblur the photo", &a).args(["--strength", "0"]).assert().success();
-    edit(&input, "deblur the photo", &b)
+    let pixels = |p: &Path| image::open(p).expect("a picture").to_rgb8().into_raw();
+    edit(&input, "fix the white balance", &a).arg("--save-adapter").arg(&adapter).assert().success();
+    let full = pixels(&a);
+    // A model folder without its generator is the backbone alone.
+    let model = dir.path().join("model");
+    Model::bundled().expect("in the binary").save(&model, Dtype::F32).expect("writable");
+    fs::remove_dir_all(model.join("generator")).expect("written");
+    edit(&input, "fix the white balance", &b).arg("--model").arg(&model).assert().success();
+    let alone = pixels(&b);
+    assert_ne!(full, alone);
+    edit(&input, "fix the white balance", &a).args(["--strength", "0"]).assert().success();
+    assert_eq!(pixels(&a), alone);
+    edit(&input, "fix the white balance", &a)
         .args(["--strength", "0"])
         .arg("--adapter")
         .arg(&adapter)
         .assert()
         .success();
-    assert_eq!(fs::read(&a).expect("written"), fs::read(&b).expect("written"));
+    assert_eq!(pixels(&a), alone);
 }
 
 #[test]
@@ -170,10 +189,16 @@ fn bad_pictures_give_one_line() {
     fs::write(&text, "I am not a picture").expect("writable");
     fails(edit(&text, "brighter", &out), dir.path(), "text.png");
 
-    let whole = fs::read(sample("astronaut.png")).expect("the sample");
-    let cut = dir.path().join("cut.png");
-    fs::write(&cut, &whole[..whole.len() / 2]).expect("writable");
-    fails(edit(&cut, "brighter", &out), dir.path(), "cut.png");
+    for name in ["cut.png", "cut.jpg", "cut.webp"] {
+        let cut = photo(dir.path(), name, 200, 150);
+        let whole = fs::read(&cut).expect("written");
+        for part in [3, 5] {
+            fs::write(&cut, &whole[..whole.len() * part / 6]).expect("writable");
+            fails(edit(&cut, "brighter", &out), dir.path(), name);
+        }
+    }
+    #[cfg(unix)]
+    fails(edit(Path::new("/dev/null"), "brighter", &out), dir.path(), "not a PNG");
 
     // A valid PNG signature and a header of 60,000 x 60,000 pixels.
     let huge = dir.path().join("huge.png");
@@ -183,7 +208,7 @@ fn bad_pictures_give_one_line() {
     header.extend([8, 2, 0, 0, 0]);
     let crc = crc32(&header[12..]);
     header.extend(crc.to_be_bytes());
-    header.extend(b"\0\0\0\0IEND\xaeB`\x82");
+    header.extend(b"\0\0\0\0IDAT\x35\xaf\x06\x1e\0\0\0\0IEND\xaeB`\x82");
     fs::write(&huge, header).expect("writable");
     fails(edit(&huge, "brighter", &out), dir.path(), "60000");
 }
@@ -208,14 +233,28 @@ fn bad_arguments_say_what_would_be_right() {
     fails(edit(&input, "brighter", &dir.path().join("out.gif")), dir.path(), "png");
     fails(edit(&input, "brighter", &dir.path().join("none/out.png")), dir.path(), "none");
     fails(edit(&input, "brighter", &input), dir.path(), "same file");
+    fails(with(&["--compare", input.to_str().expect("UTF-8")]), dir.path(), "same file");
+    fails(with(&["--save-adapter", input.to_str().expect("UTF-8")]), dir.path(), "same file");
+    fails(with(&["--compare", out.to_str().expect("UTF-8")]), dir.path(), "same file");
+    fails(with(&["--save-adapter", "/no/such/folder/x.safetensors"]), dir.path(), "/no/such/folder");
     fails(with(&["--model", "/no/such/model"]), dir.path(), "/no/such/model");
     fails(with(&["--device", "cuda"]), dir.path(), "no CUDA");
-    fails(with(&["--device", "tpu"]), dir.path(), "tpu");
-    fails(with(&["--strength", "nan"]), dir.path(), "strength");
-    fails(with(&["--tile", "13"]), dir.path(), "tile");
     fails(with(&["--adapter", "/no/such/adapter"]), dir.path(), "/no/such/adapter");
 
     // Wrong usage: exit code 2.
+    for (args, message) in [
+        (["--device", "tpu"], "auto, cpu, cuda"),
+        (["--strength", "nan"], "finite"),
+        (["--tile", "13"], "multiple of 8"),
+        (["--steps", "0"], "1..=1000"),
+        (["--steps", "many"], "--steps"),
+    ] {
+        edit_as(&input, "brighter", &out).args(args).assert().code(2).stderr(contains(message));
+    }
+    with(&["--strength", "0", "--save-adapter", "x.safetensors"])
+        .assert()
+        .code(2)
+        .stderr(contains("no adapter"));
     hywu().args(["edit", "only-one"]).assert().code(2);
     hywu().arg("edit").arg(&input).arg("brighter").assert().code(2).stderr(contains("--output"));
     hywu().arg("edit").arg(&input).arg(&input).args(["brighter", "-o"]).arg(&out).assert().code(2);
@@ -264,11 +303,18 @@ fn bad_adapters_are_refused_by_name() {
     // The same adapter with one module renamed: both sets are told.
     let other = dir.path().join("other.safetensors");
     let mut renamed = bytes;
-    let text = String::from_utf8_lossy(&renamed[8..header]).into_owned();
-    let at = 8 + text.find("0.mlp.down_proj").expect("a module of layer 0");
-    renamed[at..at + 15].copy_from_slice(b"0.mlp.town_proj");
+    let text = String::from_utf8_lossy(&renamed[8..header]).replace("0.mlp.down_proj", "0.mlp.town_proj");
+    renamed[8..header].copy_from_slice(text.as_bytes());
     fs::write(&other, renamed).expect("writable");
     fails(with(&other), dir.path(), "town_proj");
+
+    // And one of another shape.
+    let wrong = dir.path().join("wrong.safetensors");
+    let mut adapter = Adapter::load(&adapter).expect("written");
+    let pair = adapter.modules.get_mut("model.layers.0.self_attn.o_proj").expect("a module");
+    pair.lora_a = ndarray::Array3::zeros((1, 8, 7)).into_dyn();
+    adapter.save(&wrong).expect("writable");
+    fails(with(&wrong), dir.path(), "[1, 8, 7]");
 }
 
 #[cfg(unix)]

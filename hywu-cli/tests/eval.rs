@@ -57,18 +57,38 @@ fn bad_calls_say_what_is_wrong() {
         eval().args(args).assert().code(1).stderr(contains(message)).stderr(contains("panicked").not());
     };
     fails(&["--skills", "levitate"], "levitate");
-    fails(&["--steps", "0"], "steps");
+    eval().args(["--steps", "0"]).assert().code(2).stderr(contains("1..=1000"));
     fails(&["--model", "/no/such"], "/no/such");
     fails(&["--sheet", "/no/such/sheet.png"], "/no/such");
     hywu().args(["eval", "--side", "8"]).assert().code(1).stderr(contains("--side"));
     hywu().args(["eval", "--photos", "/no/such"]).assert().code(1).stderr(contains("/no/such"));
 }
 
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_measurement_with_130() {
+    use std::process::{Command as Process, Stdio};
+    let mut child = Process::new(assert_cmd::cargo::cargo_bin("hywu"))
+        .args(["eval", "--side", "512", "--steps", "100", "--photos"])
+        .arg(samples())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the binary starts");
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    Process::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    let start = std::time::Instant::now();
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    assert!(start.elapsed().as_secs() < 10, "it took {:?} to stop", start.elapsed());
+}
+
 #[test]
 fn info_tells_version_devices_and_the_model() {
     let text = hywu().arg("info").assert().success();
     let text = String::from_utf8_lossy(&text.get_output().stdout).into_owned();
-    for part in [env!("CARGO_PKG_VERSION"), "cpu", "cuda", "hywu-mini", "MIT OR Apache-2.0", "photographs"] {
+    for part in
+        [env!("CARGO_PKG_VERSION"), "cpu", "cuda", "hywu-mini", "MIT OR Apache-2.0", "photographs", "MiniLM"]
+    {
         assert!(text.contains(part), "{part} in {text}");
     }
     let json = hywu().args(["info", "--json"]).assert().success();

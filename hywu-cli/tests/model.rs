@@ -68,11 +68,17 @@ fn damaged_folders_are_refused_by_name() {
             let at = b.len() - 64;
             b[at..].fill(0xff);
         });
-        refused(file);
+        refused("holds NaN");
         write();
         fs::remove_file(model.join(file)).expect("written");
         refused(file.rsplit('/').next().expect("a name"));
     }
+    spoil("backbone.safetensors", |b| {
+        let (from, to) = (b"[576,192]", b"[192,576]");
+        let at = b.windows(from.len()).position(|w| w == from).expect("a projection");
+        b[at..at + to.len()].copy_from_slice(to);
+    });
+    refused("[192, 576]");
     write();
     fs::write(model.join("lora.safetensors"), "x").expect("writable");
     refused("one is expected");
@@ -84,5 +90,5 @@ fn damaged_folders_are_refused_by_name() {
     refused("x_proj");
     fs::write(&config, text.replace("\"rank\":8", "\"rank\":0").replace("\"rank\": 8", "\"rank\": 0"))
         .expect("writable");
-    refused("rank is 0");
+    refused("rank 0 must be");
 }

@@ -109,8 +109,10 @@ fn a_killed_run_goes_on_bit_for_bit() {
         let config = config(dir.path(), 21, (kind != Kind::Backbone).then_some(&start));
         let (whole, cut) = (dir.path().join(kind.name()), dir.path().join(format!("{}-cut", kind.name())));
         train(kind, &config, &whole, false, u64::MAX).expect("a run");
-        // Stopped after 13 steps, then "killed" after 17: the state is older than the log.
-        let stopped = train(kind, &config, &cut, false, 13).expect_err("stopped");
+        // "Killed" before the first checkpoint, stopped after 13 steps, "killed" after 17: the state is older than the log.
+        train(kind, &config, &cut, false, 4).expect_err("stopped");
+        fs::remove_file(cut.join("state.safetensors")).expect("a checkpoint");
+        let stopped = train(kind, &config, &cut, true, 13).expect_err("stopped");
         assert!(matches!(stopped.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)), "{stopped:#}");
         let old = fs::read(cut.join("state.safetensors")).expect("a checkpoint");
         train(kind, &config, &cut, true, 17).expect_err("stopped");
@@ -141,6 +143,54 @@ fn a_killed_run_goes_on_bit_for_bit() {
             Kind::Backbone | Kind::Full => assert!(matches!(memory, Memory::None)),
         }
     }
+}
+
+/// A folder with one photo only.
+fn other_photos(dir: &Path) -> PathBuf {
+    let folder = dir.join("other");
+    fs::create_dir(&folder).expect("writable");
+    fs::copy(photos().join("coffee.png"), folder.join("coffee.png")).expect("writable");
+    folder
+}
+
+#[test]
+fn a_run_goes_on_only_from_the_model_that_it_started_from() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let start = backbone(dir.path()).join("model");
+    let (config, out) = (config(dir.path(), 6, Some(&start)), dir.path().join("run"));
+    train(Kind::Generator, &config, &out, false, 3).expect_err("stopped");
+    let other = Model::load(&start).expect("a model");
+    let mut changed = other.backbone.clone();
+    changed.params.iter_mut().for_each(|(_, t)| t.data_mut()[0] += 0.5);
+    let changed = Model::assemble(changed, Memory::None, other.info).expect("a model");
+    changed.save(&start, hywu_core::Dtype::F32).expect("writable");
+    let refused = train(Kind::Generator, &config, &out, true, u64::MAX).expect_err("another model");
+    assert!(refused.to_string().contains("another model"), "{refused:#}");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_training_with_130_and_a_checkpoint() {
+    use std::process::{Command as Process, Stdio};
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (config, out) = (config(dir.path(), 1_000_000, None), dir.path().join("run"));
+    let mut child = Process::new(assert_cmd::cargo::cargo_bin("hywu"))
+        .args(["train", "backbone", "--config"])
+        .arg(&config)
+        .arg("--photos")
+        .arg(photos())
+        .arg("--out")
+        .arg(&out)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the binary starts");
+    while !out.join("state.safetensors").exists() {
+        assert!(child.try_wait().expect("a child").is_none(), "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    Process::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    hywu_core::Checkpoint::open(out.join("state.safetensors")).expect("whole");
 }
 
 #[test]
@@ -192,6 +242,7 @@ fn bad_runs_are_refused_by_name() {
         "backbone",
     );
     refused("backbone", &with("seed = 5", "seed = 6"), &photos, &done, &["--resume"], "another config");
+    refused("backbone", &good, &other_photos(dir.path()), &done, &["--resume"], "other photos");
     let state = done.join("state.safetensors");
     let whole = fs::read(&state).expect("written");
     fs::write(&state, &whole[..whole.len() / 2]).expect("writable");

@@ -1,18 +1,23 @@
 use crate::{Error, Result};
-use std::{io::Write, path::Path};
+use std::{
+    io::{ErrorKind, Write},
+    path::{Path, PathBuf},
+};
 
-/// Writes a file whole or not at all: into a temporary file in the same folder, synced, then renamed.
+/// Writes a file whole or not at all: into a temporary file in the same folder, synced, then renamed. A symbolic link stays and
+/// the file that it points to is written.
 ///
 /// # Errors
-/// [`Error::Io`] with the path when the folder is missing, not writable or the disk is full; what stood at
-/// `path` before is then untouched.
+/// [`Error::Io`] with the path when something other than a regular file stands there (a folder, a device such as /dev/null), when
+/// the folder is missing, not writable or the disk is full; what stood at `path` before is then untouched.
 pub fn write_atomic(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
     let path = path.as_ref();
     let fail = |e| Error::io(path, e);
-    let folder = match path.parent() {
+    let place = place(path).map_err(fail)?;
+    let folder = match place.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
@@ -26,6 +31,24 @@ pub fn write_atomic(
     write(&mut buffered).map_err(fail)?;
     let file = buffered.into_inner().map_err(|e| fail(e.into_error()))?;
     file.as_file().sync_all().map_err(fail)?;
-    file.persist(path).map_err(|e| fail(e.error))?;
+    file.persist(&place).map_err(|e| fail(e.error))?;
     Ok(())
+}
+
+/// The file to replace: renaming acts on a link itself, and over a device it would succeed.
+fn place(path: &Path) -> std::io::Result<PathBuf> {
+    match std::fs::metadata(path) {
+        Ok(there) if !there.is_file() => {
+            let what = "there is something other than a regular file, which is not replaced";
+            return Err(std::io::Error::new(ErrorKind::InvalidInput, what));
+        }
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    // Link by link, as the last one may point to a file that is yet to be made. Circles were refused above.
+    let mut place = path.to_owned();
+    while let Ok(target) = std::fs::read_link(&place) {
+        place = place.parent().unwrap_or(Path::new("")).join(target);
+    }
+    Ok(place)
 }

@@ -1,4 +1,8 @@
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Display,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -40,4 +44,19 @@ impl Error {
     pub fn checkpoint(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
         Self::Checkpoint { path: path.as_ref().to_owned(), what: what.into() }
     }
+}
+
+/// Checks a number of a config; NaN is outside every range.
+///
+/// # Errors
+/// [`Error::Config`] with the field, its value and the range.
+pub fn check_range<T: PartialOrd + Display>(
+    field: impl Display,
+    value: T,
+    range: RangeInclusive<T>,
+) -> Result<()> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(Error::Config(format!("{field} {value} must be from {} to {}", range.start(), range.end())))
 }

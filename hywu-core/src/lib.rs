@@ -15,6 +15,6 @@ mod spec;
 pub use adapter::{Adapter, Lora};
 pub use atomic::write_atomic;
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
-pub use error::{Error, Result};
+pub use error::{Error, Result, check_range};
 pub use rng::{Philox, RandomStream};
 pub use spec::{AdapterSpec, Module, Parameter, ParameterKind};

@@ -1,4 +1,4 @@
-use crate::{Error, Result};
+use crate::{Error, Result, check_range};
 use serde::{Deserialize, Serialize};
 
 /// Which modules of a backbone get a low-rank update: the ordered `pg_mapping` of a generator's `config.json`,
@@ -50,7 +50,23 @@ pub struct Parameter {
     pub shape: Vec<usize>,
 }
 
+/// Widest input or output of a module.
+const MAX_WIDTH: usize = 1 << 20;
+const MAX_EXPERTS: usize = 4096;
+const MAX_MODULES: usize = 1024;
+const MAX_ALPHA: f32 = 65536.0;
+/// Most scalars of one parameter; fits a usize of 32 bits.
+const MAX_SCALARS: u64 = 1 << 31;
+/// Longest prefix or module path, in bytes.
+const MAX_NAME: usize = 256;
+
+// All limits lie far above any published model. Below them no product of sizes overflows.
 impl AdapterSpec {
+    /// Most backbone layers.
+    pub const MAX_LAYERS: usize = 1024;
+    /// Largest rank.
+    pub const MAX_RANK: usize = 1024;
+
     /// alpha / rank.
     pub fn scale(&self) -> f32 {
         self.alpha / self.rank as f32
@@ -59,7 +75,7 @@ impl AdapterSpec {
     /// Reads an ordered `pg_mapping` object (FORMAT.md section 1); JSON order is kept.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] for zero rank, zero widths, unknown entry types, duplicate paths.
+    /// [`crate::Error::Config`] for numbers out of range, unknown entry types, duplicate paths.
     pub fn from_mapping(
         prefix: &str,
         layers: usize,
@@ -106,35 +122,34 @@ impl AdapterSpec {
     /// Checks every number; called by the readers.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] that names the module and the value.
+    /// [`crate::Error::Config`] that names the module, the value and its range.
     pub fn validate(&self) -> Result<()> {
         let bad = |what: String| Err(Error::Config(what));
-        if self.rank == 0 || self.layers == 0 {
-            return bad(format!(
-                "rank {} and number of layers {} must be at least 1",
-                self.rank, self.layers
-            ));
-        }
-        if !self.alpha.is_finite() {
-            return bad(format!("alpha {} is not finite", self.alpha));
-        }
+        check_range("rank", self.rank, 1..=Self::MAX_RANK)?;
+        check_range("number of layers", self.layers, 1..=Self::MAX_LAYERS)?;
+        check_range("alpha", self.alpha, 0.0..=MAX_ALPHA)?;
+        check_range("length of prefix", self.prefix.len(), 0..=MAX_NAME)?;
         if self.modules.is_empty() {
             return bad("pg_mapping names no module".into());
         }
+        check_range("number of modules in pg_mapping", self.modules.len(), 1..=MAX_MODULES)?;
         for (i, m) in self.modules.iter().enumerate() {
+            check_range("length of a module path", m.path.len(), 0..=MAX_NAME)?;
             if m.path.is_empty() || m.path.contains("lora_A") || m.path.contains("lora_B") {
                 return bad(format!("module path `{}` is empty or holds lora_A or lora_B", m.path));
             }
             if self.modules[..i].iter().any(|o| o.path == m.path) {
                 return bad(format!("module `{}` is listed twice", m.path));
             }
-            if m.in_dim == 0 || m.out_dim == 0 || m.experts == Some(0) {
-                let experts = m.experts.map_or(String::new(), |e| format!(" with {e} experts"));
-                return bad(format!(
-                    "module `{}` is {} -> {}{experts}; all must be at least 1",
-                    m.path, m.in_dim, m.out_dim
-                ));
-            }
+            let check =
+                |field, value, max| check_range(format!("module `{}`: {field}", m.path), value, 1..=max);
+            let experts = m.experts.unwrap_or(1);
+            check("lora_A_dim", m.in_dim, MAX_WIDTH)?;
+            check("lora_B_dim", m.out_dim, MAX_WIDTH)?;
+            check("num_experts", experts, MAX_EXPERTS)?;
+            let scalars = [experts, self.rank, m.in_dim.max(m.out_dim)].map(|x| x as u64).iter().product();
+            let field = format!("module `{}`: num_experts x rank x lora_A_dim or lora_B_dim", m.path);
+            check_range(field, scalars, 1..=MAX_SCALARS)?;
         }
         Ok(())
     }
@@ -174,7 +189,7 @@ impl Parameter {
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
-    /// Parameter tokens of `area` = rank * token_dim scalars it takes.
+    /// Parameter tokens of `area` = rank * token_dim >= 1 scalars it takes.
     pub fn tokens(&self, area: usize) -> usize {
         self.numel().div_ceil(area)
     }

@@ -103,14 +103,31 @@ fn shards_stay_in_their_folder_and_agree_with_the_index() {
     refused(&inner, "none.safetensors");
     index("one.safetensors");
     refused(&inner, "`b`");
-    #[cfg(unix)]
-    {
-        std::os::unix::fs::symlink("../outside.safetensors", inner.join("link.safetensors")).expect("a link");
-        index("link.safetensors");
-        refused(&inner, "link.safetensors");
-    }
+    index(r"..\\outside.safetensors");
+    refused(&inner, "leaves the folder");
     fs::write(inner.join("model.safetensors.index.json"), "{").expect("writable");
     refused(&inner, "index");
+}
+
+/// As a Hugging Face cache has them: snapshots/<revision>/<file> -> ../../blobs/<hash>.
+#[cfg(unix)]
+#[test]
+fn shards_may_be_links() {
+    use std::os::unix::fs::symlink;
+    let dir = folder();
+    let (blobs, snapshot) = (dir.path().join("blobs"), dir.path().join("snapshots/main"));
+    fs::create_dir(&blobs).expect("writable");
+    fs::create_dir_all(&snapshot).expect("writable");
+    for (name, hash, file) in [("a", "0a", "one.safetensors"), ("b", "0b", "two.safetensors")] {
+        TensorWriter::new().add(name, &[1], &[1.0], Dtype::F32).write(blobs.join(hash)).expect("writable");
+        symlink(format!("../../blobs/{hash}"), snapshot.join(file)).expect("a link");
+    }
+    let index = r#"{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}"#;
+    fs::write(blobs.join("0c"), index).expect("writable");
+    symlink("../../blobs/0c", snapshot.join("model.safetensors.index.json")).expect("a link");
+    assert_eq!(Checkpoint::open(&snapshot).expect("readable").names(), ["a", "b"]);
+    fs::remove_file(blobs.join("0b")).expect("writable");
+    refused(&snapshot, "two.safetensors");
 }
 
 #[test]
@@ -126,6 +143,48 @@ fn a_failed_write_leaves_the_old_file() {
     assert_eq!(fs::read(&file).expect("readable"), b"old");
     assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 1);
     assert!(write_atomic(dir.path().join("none/x"), |_| Ok(())).is_err());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_stays_and_its_target_is_written() {
+    use std::os::unix::fs::symlink;
+    let dir = folder();
+    fs::create_dir(dir.path().join("real")).expect("writable");
+    let target = dir.path().join("real/x");
+    fs::write(&target, "old").expect("writable");
+    symlink("real/x", dir.path().join("one")).expect("a link");
+    symlink(dir.path().join("one"), dir.path().join("two")).expect("a link");
+    // The first write finds the file, the second only links.
+    for text in ["new", "newer"] {
+        write_atomic(dir.path().join("two"), |w| w.write_all(text.as_bytes())).expect("writable");
+        assert_eq!(fs::read_to_string(&target).expect("written"), text);
+        assert!(dir.path().join("one").is_symlink() && dir.path().join("two").is_symlink());
+        assert!(!target.is_symlink());
+        fs::remove_file(&target).expect("writable");
+    }
+    symlink("circle", dir.path().join("circle")).expect("a link");
+    assert!(write_atomic(dir.path().join("circle"), |_| Ok(())).is_err());
+}
+
+/// A socket stands for /dev/null here, which a failing test would replace.
+#[cfg(unix)]
+#[test]
+fn only_regular_files_are_replaced() {
+    use std::os::unix::fs::{FileTypeExt, symlink};
+    let dir = folder();
+    let (socket, link, inner) =
+        (dir.path().join("socket"), dir.path().join("link"), dir.path().join("folder"));
+    let _bound = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+    symlink("socket", &link).expect("a link");
+    fs::create_dir(&inner).expect("writable");
+    for path in [&socket, &link, &inner] {
+        let e = write_atomic(path, |_| panic!("not reached")).expect_err("refused").to_string();
+        assert!(e.contains(path.to_str().expect("text")) && e.contains("regular file"), "{e}");
+    }
+    assert!(fs::symlink_metadata(&socket).expect("there").file_type().is_socket());
+    assert!(link.is_symlink());
+    assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 3);
 }
 
 fn mapping(text: &str) -> Result<AdapterSpec, String> {
@@ -177,6 +236,40 @@ fn bad_mappings_name_the_entry() {
     let map = serde_json::from_str(r#"{"q": {"lora_A_dim": 1, "lora_B_dim": 1}}"#).expect("JSON");
     let e = AdapterSpec::from_mapping("", 1, 0, 1.0, &map).expect_err("rank 0").to_string();
     assert!(e.contains("rank 0"), "{e}");
+}
+
+/// A config can come from anywhere: products of its numbers must not overflow.
+#[test]
+fn numbers_out_of_range_are_named() {
+    let good = || mapping(r#"{"q": {"lora_A_dim": 4, "lora_B_dim": 6}}"#).expect("a good map");
+    let refused = |message: &str, change: &dyn Fn(&mut AdapterSpec)| {
+        let mut spec = good();
+        change(&mut spec);
+        let e = spec.validate().expect_err(message).to_string();
+        assert!(e.contains(message) && e.contains("must be from"), "{e}");
+    };
+    for big in [0, 1 << 32, usize::MAX] {
+        refused(&format!("rank {big}"), &|s| s.rank = big);
+        refused(&format!("layers {big}"), &|s| s.layers = big);
+        refused(&format!("`q`: lora_A_dim {big}"), &|s| s.modules[0].in_dim = big);
+        refused(&format!("`q`: lora_B_dim {big}"), &|s| s.modules[0].out_dim = big);
+        refused(&format!("`q`: num_experts {big}"), &|s| s.modules[0].experts = Some(big));
+    }
+    for alpha in [-1.0, 1e30, f32::INFINITY, f32::NAN] {
+        refused(&format!("alpha {alpha}"), &|s| s.alpha = alpha);
+    }
+    refused("prefix 1000", &|s| s.prefix = "x".repeat(1000));
+    refused("path 1000", &|s| s.modules[0].path = "x".repeat(1000));
+    refused("modules in pg_mapping 2000", &|s| s.modules = vec![s.modules[0].clone(); 2000]);
+    // Each in its range, but not all together: 2^12 * 2^10 * 2^20.
+    refused("4398046511104", &|s| {
+        s.rank = 1 << 10;
+        (s.modules[0].experts, s.modules[0].out_dim) = (Some(1 << 12), 1 << 20);
+    });
+    let mut large = good();
+    (large.rank, large.modules[0].experts, large.modules[0].in_dim) = (64, Some(256), 8192);
+    large.validate().expect("a large model");
+    assert_eq!(large.parameters()[0].numel(), 64 * 256 * 8192);
 }
 
 #[test]

@@ -197,7 +197,8 @@ impl EditData {
         names.iter().map(find).collect()
     }
 
-    /// Examples of the skills of these names (see [`EditData::skills`]) made from these photos.
+    /// Examples of the skills of these names (see [`EditData::skills`]) made from these photos, and now and then a combination of
+    /// two looks, whichever the skills are.
     ///
     /// # Errors
     /// An unknown skill.

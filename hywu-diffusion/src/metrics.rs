@@ -55,26 +55,33 @@ fn window_mean(x: &[f64], h: usize, w: usize) -> Vec<f64> {
     (0..x.len()).map(|i| along(&rows, h, w, i)).collect()
 }
 
-/// How visible upright borders before the columns `borders` are: the mean step of `result - truth` across them over the mean step
-/// elsewhere. 1 when a border is like any other place.
+/// How visible borders before these columns and rows are: the mean step of `result - truth` across them over the mean step
+/// elsewhere. 1 when a border is like any other place; `None` without a border.
 ///
 /// # Panics
 /// When the sizes differ.
-pub fn seam(result: &Picture, truth: &Picture, borders: &[usize]) -> f64 {
+pub fn seam(result: &Picture, truth: &Picture, columns: &[usize], rows: &[usize]) -> Option<f64> {
     assert_eq!((result.height, result.width), (truth.height, truth.width), "pictures of one size");
     let error: Vec<f64> = result.rgb.iter().zip(&truth.rgb).map(|(a, b)| f64::from(a - b)).collect();
     let (mut at, mut elsewhere) = ((0.0, 0usize), (0.0, 0usize));
-    for row in error.chunks_exact(result.width * 3) {
-        for x in 1..result.width {
-            let sum = if borders.contains(&x) { &mut at } else { &mut elsewhere };
-            for c in 0..3 {
-                sum.0 += (row[x * 3 + c] - row[x * 3 + c - 3]).abs();
-                sum.1 += 1;
+    let line = result.width * 3;
+    // Every value against the one before it, once across and once down.
+    for (borders, back, place) in [(columns, 3, 0), (rows, line, 1)] {
+        for (i, value) in error.iter().enumerate() {
+            let position = [i % line / 3, i / line][place];
+            if position == 0 {
+                continue;
             }
+            let sum = if borders.contains(&position) { &mut at } else { &mut elsewhere };
+            sum.0 += (value - error[i - back]).abs();
+            sum.1 += 1;
         }
     }
-    let (at, elsewhere) = (at.0 / at.1.max(1) as f64, elsewhere.0 / elsewhere.1.max(1) as f64);
-    if at == elsewhere { 1.0 } else { at / elsewhere }
+    if at.1 == 0 || elsewhere.1 == 0 {
+        return None;
+    }
+    let (at, elsewhere) = (at.0 / at.1 as f64, elsewhere.0 / elsewhere.1 as f64);
+    Some(if at == elsewhere { 1.0 } else { at / elsewhere })
 }
 
 #[cfg(test)]
@@ -112,13 +119,20 @@ mod tests {
     fn a_step_at_a_border_is_seen() {
         let truth = picture();
         let noisy = colours(&truth, |c| c.map(|v| v + 0.05 * (v * 91.0).sin()));
-        assert!((seam(&noisy, &truth, &[16, 32]) - 1.0).abs() < 0.25);
+        let ratio = seam(&noisy, &truth, &[16, 32], &[16]).expect("borders");
+        assert!((ratio - 1.0).abs() < 0.25, "{ratio}");
+        assert_eq!(seam(&noisy, &truth, &[], &[]), None);
         let mut stepped = noisy.clone();
         stepped.rgb.chunks_exact_mut(3).enumerate().for_each(|(i, c)| {
             if i % 50 >= 16 {
                 c.iter_mut().for_each(|v| *v += 0.2);
             }
         });
-        assert!(seam(&stepped, &truth, &[16]) > 1.5);
+        assert!(seam(&stepped, &truth, &[16], &[]) > Some(1.5));
+        let turned = |p: &Picture| {
+            let at = |i: usize| p.rgb[((i / 3 % p.height) * p.width + i / 3 / p.height) * 3 + i % 3];
+            Picture::from_rgb(p.width, p.height, (0..p.rgb.len()).map(at).collect())
+        };
+        assert!(seam(&turned(&stepped), &turned(&truth), &[], &[16]) > Some(1.5));
     }
 }

@@ -3,7 +3,7 @@
 use crate::{Error, Picture, Result};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader};
 use std::{
-    io::{Cursor, Write},
+    io::{Cursor, Read, Write},
     path::Path,
 };
 
@@ -12,7 +12,7 @@ const MAX_BYTES: u64 = 512 << 20;
 /// Most pixels a side.
 const MAX_SIDE: u32 = 30_000;
 /// Most pixels at all.
-const MAX_PIXELS: u64 = 200_000_000;
+const MAX_PIXELS: u64 = 100_000_000;
 /// Quality of written JPEG files.
 const JPEG_QUALITY: u8 = 95;
 
@@ -25,7 +25,7 @@ fn image_error(path: &Path, what: impl std::fmt::Display) -> Error {
 ///
 /// # Errors
 /// [`Error::Image`] with the file and the cause: not there, not a picture, damaged, or beyond the limits (512 MiB, 30,000 pixels
-/// a side, 200 megapixels), which are checked before anything is decoded.
+/// a side, 100 megapixels), which are checked before anything is decoded.
 pub fn load_picture(path: impl AsRef<Path>) -> Result<Picture> {
     let path = path.as_ref();
     let fail = |what: String| image_error(path, what);
@@ -36,10 +36,19 @@ pub fn load_picture(path: impl AsRef<Path>) -> Result<Picture> {
     if info.len() > MAX_BYTES {
         return Err(fail(format!("{} bytes; at most {MAX_BYTES} are read", info.len())));
     }
-    let bytes = std::fs::read(path).map_err(|e| fail(e.to_string()))?;
+    // A device or a pipe tells no length.
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|e| fail(e.to_string()))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(fail(format!("endless; at most {MAX_BYTES} bytes are read")));
+    }
     let reader =
         ImageReader::new(Cursor::new(&bytes)).with_guessed_format().map_err(|e| fail(e.to_string()))?;
     match reader.format() {
+        Some(ImageFormat::Jpeg) if is_cut_jpeg(&bytes) => {
+            return Err(fail("damaged picture: the JPEG file ends too early".into()));
+        }
         Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP) => {}
         _ => return Err(fail("not a PNG, JPEG or WebP picture".into())),
     }
@@ -70,6 +79,13 @@ pub fn load_picture(path: impl AsRef<Path>) -> Result<Picture> {
     }
     let rgb = decoded.into_rgb32f().into_raw().into_iter().map(signed).collect();
     Ok(Picture::from_rgb(height, width, rgb))
+}
+
+/// Does the file lack the end marker of its last scan? The decoder fills what is missing with grey.
+fn is_cut_jpeg(bytes: &[u8]) -> bool {
+    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|w| w == marker);
+    // Inside of a scan 0xff is never followed by one of these.
+    last([0xff, 0xd9]) < last([0xff, 0xda])
 }
 
 /// Formats that are written.

@@ -21,6 +21,10 @@ pub struct TextEncoder {
 }
 
 impl TextEncoder {
+    /// Where vocabulary and table come from, and their licence.
+    pub const SOURCE: &str =
+        "word pieces and token table distilled from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)";
+
     /// The encoder in the binary, for instructions of up to `length` tokens.
     ///
     /// # Errors

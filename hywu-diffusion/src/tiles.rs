@@ -111,6 +111,17 @@ impl Tiling {
         }
     }
 
+    /// Columns of the picture, `n` wide, before which a tile of any layout starts or ends.
+    pub fn borders(&self, n: usize) -> Vec<usize> {
+        let tiles = self.layouts.iter().flat_map(|l| &l.at);
+        let ends = tiles.flat_map(|at| [at.x, at.x + self.size]);
+        let mut borders: Vec<usize> =
+            ends.filter_map(|x| x.checked_sub(Self::MARGIN)).filter(|x| (1..n).contains(x)).collect();
+        borders.sort_unstable();
+        borders.dedup();
+        borders
+    }
+
     /// Blends the tiles of a layout, [tiles, size, size, 3], to the part of the canvas that it covers and adds that to `sum`
     /// [height, width, 3], pixel by pixel with the layout's weight. Over all layouts the weights add up to 1 in the picture.
     ///

@@ -1,4 +1,4 @@
-use hywu_core::{AdapterSpec, Error, Result};
+use hywu_core::{AdapterSpec, Error, ParameterKind, Result, check_range};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -62,36 +62,65 @@ const DEFAULT_MAPPING: &str = r#"{
   "w2": {"lora_A_dim": 3072, "lora_B_dim": 4096},
   "w3": {"lora_A_dim": 4096, "lora_B_dim": 3072}}}}"#;
 
+/// Widest token, transformer and condition.
+const MAX_WIDTH: usize = 1 << 16;
+const MAX_BLOCKS: usize = 256;
+/// The widest heads that attention takes.
+const MAX_HEAD: usize = 256;
+/// Most positions N * S (published: 176,512): the rotary tables hold a position as f32, exact up to here.
+const MAX_POSITIONS: u64 = 1 << 24;
+/// Most scalars N * T * r * t that are generated for an instance (published: 0.72 G).
+const MAX_GENERATED: u64 = 1 << 32;
+/// Most weights (published: 8.1 G).
+const MAX_WEIGHTS: u64 = 1 << 36;
+
+/// Derived sizes.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    /// Tokens of a layer: of lora_A, of both.
+    pub a: usize,
+    pub t: usize,
+    /// Positions of a token, of a layer.
+    pub w: usize,
+    pub s: usize,
+    /// Channels of a rank row.
+    pub c: usize,
+}
+
 impl GeneratorConfig {
     /// Parses and checks a `config.json`; the order of `pg_mapping` is kept.
     ///
     /// # Errors
-    /// [`Error::Config`] that names the key and its value.
+    /// [`Error::Config`] that names the key, its value and its range.
     pub fn from_json(text: &[u8]) -> Result<Self> {
         let config: Self =
             serde_json::from_slice(text).map_err(|e| Error::Config(format!("config.json: {e}")))?;
-        config.spec()?;
+        config.weights()?;
         Ok(config)
     }
 
     /// Checks every number and expands the map.
     ///
     /// # Errors
-    /// [`Error::Config`] that names the key and its value.
+    /// [`Error::Config`] that names the key, its value and its range.
     pub fn spec(&self) -> Result<AdapterSpec> {
+        Ok(self.sizes()?.0)
+    }
+
+    pub(crate) fn sizes(&self) -> Result<(AdapterSpec, Shape)> {
         let bad = |what: String| Err(Error::Config(what));
-        for (key, value) in [
-            ("num_base_model_layers", self.num_base_model_layers),
-            ("rank", self.rank),
-            ("token_dim", self.token_dim),
-            ("dim_accumulation", self.dim_accumulation),
-            ("d_model", self.d_model),
-            ("head_dim", self.head_dim),
-            ("input_dim", self.input_dim),
+        for (key, value, max) in [
+            ("num_base_model_layers", self.num_base_model_layers, AdapterSpec::MAX_LAYERS),
+            ("rank", self.rank, AdapterSpec::MAX_RANK),
+            ("token_dim", self.token_dim, MAX_WIDTH),
+            ("output_dim", self.output_dim, MAX_WIDTH),
+            ("dim_accumulation", self.dim_accumulation, AdapterSpec::MAX_RANK),
+            ("d_model", self.d_model, MAX_WIDTH),
+            ("head_dim", self.head_dim, MAX_HEAD),
+            ("num_pg_layers", self.num_pg_layers, MAX_BLOCKS),
+            ("input_dim", self.input_dim, MAX_WIDTH),
         ] {
-            if value == 0 {
-                return bad(format!("{key} is 0; it must be at least 1"));
-            }
+            check_range(key, value, 1..=max)?;
         }
         let (r, a, d, hd) = (self.rank, self.dim_accumulation, self.d_model, self.head_dim);
         if self.output_dim != self.token_dim {
@@ -105,6 +134,76 @@ impl GeneratorConfig {
         }
         let default = || serde_json::from_str(DEFAULT_MAPPING).map_err(|e| Error::Config(e.to_string()));
         let mapping = self.pg_mapping.clone().map_or_else(default, Ok)?;
-        AdapterSpec::from_mapping(&self.prefix, self.num_base_model_layers, r, self.alpha, &mapping)
+        let spec =
+            AdapterSpec::from_mapping(&self.prefix, self.num_base_model_layers, r, self.alpha, &mapping)?;
+        let shape = self.shape(&spec)?;
+        Ok((spec, shape))
     }
+
+    /// Every key and the map lie in their ranges here.
+    fn shape(&self, spec: &AdapterSpec) -> Result<Shape> {
+        let (n, r, acc, width) =
+            (self.num_base_model_layers, self.rank, self.dim_accumulation, self.token_dim);
+        let (area, parameters) = (r * width, spec.parameters());
+        let tokens = |kind| -> u64 {
+            parameters.iter().filter(|p| p.kind == kind).map(|p| p.tokens(area) as u64).sum()
+        };
+        let a = tokens(ParameterKind::LoraA);
+        let t = a + tokens(ParameterKind::LoraB);
+        let w = r / acc;
+        let field =
+            format!("positions (num_base_model_layers {n} x {t} tokens x rank {r} / dim_accumulation {acc})");
+        check_range(field, product([n as u64, t, w as u64]), 1..=MAX_POSITIONS)?;
+        let field = format!(
+            "generated numbers (num_base_model_layers {n} x {t} tokens x rank {r} x token_dim {width})"
+        );
+        check_range(field, product([n as u64, t, area as u64]), 1..=MAX_GENERATED)?;
+        let (a, t) = (a as usize, t as usize);
+        Ok(Shape { a, t, w, s: t * w, c: self.d_model / acc })
+    }
+
+    /// Names and shapes of the weights (FORMAT.md section 2).
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the key, its value and its range.
+    pub fn weights(&self) -> Result<Vec<(String, Vec<usize>)>> {
+        let (_, Shape { t, c, .. }) = self.sizes()?;
+        let (d, p) = (self.d_model, self.output_dim);
+        let mut weights = Vec::new();
+        let mut put = |name: String, shape: &[usize]| weights.push((name, shape.to_vec()));
+        let mut matrix = |name: &str, out: usize, inner: usize| {
+            put(format!("{name}.weight"), &[out, inner]);
+            put(format!("{name}.bias"), &[out]);
+        };
+        matrix("hidden_in", d, self.input_dim);
+        matrix("model.proj_out_A", p, c);
+        matrix("model.proj_out_B", p, c);
+        for i in 0..self.num_pg_layers {
+            for kind in ["self_attn_n", "self_attn_hw", "self_attn_cross"] {
+                for w in ["W_q", "W_k", "W_v", "W_o"] {
+                    matrix(&format!("model.blocks.{i}.{kind}.{w}"), d, d);
+                }
+            }
+            matrix(&format!("model.blocks.{i}.feed_forward.fc1"), 4 * d, d);
+            matrix(&format!("model.blocks.{i}.feed_forward.fc2"), d, 4 * d);
+        }
+        put("model.hw_pos.weight".into(), &[t * self.rank, c]);
+        put("model.layer_pos.weight".into(), &[self.num_base_model_layers, c]);
+        let norms =
+            (0..self.num_pg_layers).flat_map(|i| (1..=4).map(move |n| format!("model.blocks.{i}.norm{n}")));
+        let outside = ["input", "tokens", "final"].map(|n| format!("model.norm_{n}"));
+        for name in outside.into_iter().chain(norms) {
+            put(format!("{name}.weight"), &[d]);
+        }
+        let numel = |shape: &[usize]| product(shape.iter().map(|&x| x as u64));
+        let total = weights.iter().fold(0, |sum: u64, (_, shape)| sum.saturating_add(numel(shape)));
+        let field = format!("weights (d_model {d}, num_pg_layers {})", self.num_pg_layers);
+        check_range(field, total, 1..=MAX_WEIGHTS)?;
+        Ok(weights)
+    }
+}
+
+/// The largest u64 instead of an overflow.
+fn product(factors: impl IntoIterator<Item = u64>) -> u64 {
+    factors.into_iter().fold(1, u64::saturating_mul)
 }

@@ -1,5 +1,5 @@
-use crate::{Error, GeneratorConfig, Result};
-use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, ParameterKind, Philox, TensorWriter, write_atomic};
+use crate::{Error, GeneratorConfig, Result, config::Shape};
+use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, write_atomic};
 use hywu_kernels::{
     Bound, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
@@ -25,19 +25,6 @@ pub struct Generator {
     shape: Shape,
 }
 
-/// Derived sizes.
-#[derive(Clone, Copy)]
-struct Shape {
-    /// Tokens of a layer: of lora_A, of both.
-    a: usize,
-    t: usize,
-    /// Positions of a token, of a layer.
-    w: usize,
-    s: usize,
-    /// Channels of a rank row.
-    c: usize,
-}
-
 /// The rotary tables of one forward pass, (queries, keys) for each kind of attention.
 struct Tables {
     layer: (Rotary, Rotary),
@@ -50,9 +37,10 @@ impl Generator {
     /// in^-1/2, with the widest module's input width for all).
     ///
     /// # Errors
-    /// A bad config.
+    /// A bad config, or one whose weights don't fit in memory.
     pub fn new(config: GeneratorConfig, seed: u64) -> Result<Self> {
-        let mut this = Self::empty(config)?;
+        let params = ParamSet::zeros(&config.weights()?)?;
+        let mut this = Self::with(config, params)?;
         let (spec, c) = (this.spec.clone(), this.shape.c as f32);
         let blocks = this.config.num_pg_layers as f32;
         let widest = spec.modules.iter().map(|m| m.in_dim).max().unwrap_or(1) as f32;
@@ -79,43 +67,9 @@ impl Generator {
         Ok(this)
     }
 
-    fn empty(config: GeneratorConfig) -> Result<Self> {
-        let spec = config.spec()?;
-        let area = config.rank * config.token_dim;
-        let parameters = spec.parameters();
-        let tokens =
-            |kind| parameters.iter().filter(|p| p.kind == kind).map(|p| p.tokens(area)).sum::<usize>();
-        let a = tokens(ParameterKind::LoraA);
-        let t = a + tokens(ParameterKind::LoraB);
-        let w = config.rank / config.dim_accumulation;
-        let (d, c) = (config.d_model, config.d_model / config.dim_accumulation);
-        let mut params = ParamSet::new();
-        let mut put = |name: String, shape: &[usize]| params.insert(name, Tensor::zeros(shape));
-        let mut matrix = |name: &str, out: usize, inner: usize| {
-            put(format!("{name}.weight"), &[out, inner]);
-            put(format!("{name}.bias"), &[out]);
-        };
-        matrix("hidden_in", d, config.input_dim);
-        matrix("model.proj_out_A", config.output_dim, c);
-        matrix("model.proj_out_B", config.output_dim, c);
-        for i in 0..config.num_pg_layers {
-            for kind in ["self_attn_n", "self_attn_hw", "self_attn_cross"] {
-                for w in ["W_q", "W_k", "W_v", "W_o"] {
-                    matrix(&format!("model.blocks.{i}.{kind}.{w}"), d, d);
-                }
-            }
-            matrix(&format!("model.blocks.{i}.feed_forward.fc1"), 4 * d, d);
-            matrix(&format!("model.blocks.{i}.feed_forward.fc2"), d, 4 * d);
-        }
-        put("model.hw_pos.weight".into(), &[t * config.rank, c]);
-        put("model.layer_pos.weight".into(), &[config.num_base_model_layers, c]);
-        let norms =
-            (0..config.num_pg_layers).flat_map(|i| (1..=4).map(move |n| format!("model.blocks.{i}.norm{n}")));
-        let outside = ["input", "tokens", "final"].map(|n| format!("model.norm_{n}"));
-        for name in outside.into_iter().chain(norms) {
-            put(format!("{name}.weight"), &[d]);
-        }
-        Ok(Self { config, params, spec, shape: Shape { a, t, w, s: t * w, c } })
+    fn with(config: GeneratorConfig, params: ParamSet) -> Result<Self> {
+        let (spec, shape) = config.sizes()?;
+        Ok(Self { config, params, spec, shape })
     }
 
     /// Reads a folder with `config.json` and the weights (one file or shards; f32, f16 or bf16).
@@ -134,11 +88,10 @@ impl Generator {
     /// Takes the weights of `checkpoint`.
     ///
     /// # Errors
-    /// A bad config; weights that are missing, unused, of the wrong shape or not finite.
+    /// A bad config; weights that are missing, unused, of the wrong shape, not finite or too large for the memory.
     pub fn from_checkpoint(config: GeneratorConfig, checkpoint: &Checkpoint) -> Result<Self> {
-        let mut this = Self::empty(config)?;
-        this.params.load(checkpoint, "")?;
-        Ok(this)
+        let params = ParamSet::from_checkpoint(&config.weights()?, checkpoint, "")?;
+        Self::with(config, params)
     }
 
     /// Writes `config.json` and `model.safetensors`.

@@ -1,4 +1,4 @@
-//! The published forward pass: recorded results of seven small checkpoints.
+//! The published forward pass: recorded results of small checkpoints.
 
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_generator::{Generator, GeneratorConfig};
@@ -46,9 +46,43 @@ fn six_small_cases() {
     }
 }
 
-/// The seventh (bf16, three shards) is too large to keep here; `HYWU_GOLDEN` names the folder that holds it.
+/// Puts the weights of a case into three shards with an index, its config beside them. Neighbours in the list of names lie in
+/// different shards.
+fn split(case: &str, into: &Path, dtype: Dtype) {
+    let source = Checkpoint::open(folder(case)).expect("a good file");
+    std::fs::copy(folder(case).join("config.json"), into.join("config.json")).expect("a copy");
+    let mut shards = [TensorWriter::new(), TensorWriter::new(), TensorWriter::new()];
+    let mut map = serde_json::Map::new();
+    for (i, name) in source.names().into_iter().enumerate() {
+        let x = source.read(name).expect("there");
+        let data: Vec<f32> = x.iter().copied().collect();
+        shards[i % 3].add(name, x.shape(), &data, dtype);
+        map.insert(name.into(), format!("model-{:05}-of-00003.safetensors", i % 3 + 1).into());
+    }
+    for (i, shard) in shards.iter().enumerate() {
+        shard.write(into.join(format!("model-{:05}-of-00003.safetensors", i + 1))).expect("writable");
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": map}).to_string();
+    std::fs::write(into.join("model.safetensors.index.json"), index).expect("writable");
+}
+
 #[test]
-fn the_sharded_case() {
+fn a_sharded_case() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    split("tiny-moe-padded", dir.path(), Dtype::F32);
+    for file in ["condition.safetensors", "expected.safetensors"] {
+        std::fs::copy(folder("tiny-moe-padded").join(file), dir.path().join(file)).expect("a copy");
+    }
+    check(dir.path());
+    std::fs::remove_file(dir.path().join("model-00002-of-00003.safetensors")).expect("writable");
+    let e = Generator::load(dir.path()).err().expect("a shard is missing").to_string();
+    assert!(e.contains("model-00002-of-00003.safetensors"), "{e}");
+}
+
+/// The published format's own sharded case (bf16, three shards) is too large to keep here; `HYWU_GOLDEN` names the folder that
+/// holds it.
+#[test]
+fn the_large_sharded_case() {
     match std::env::var_os("HYWU_GOLDEN") {
         Some(root) => check(&Path::new(&root).join("sharded")),
         None => println!("SKIPPED: HYWU_GOLDEN is not set"),
@@ -58,30 +92,20 @@ fn the_sharded_case() {
 #[test]
 fn shards_in_bf16_equal_one_file_of_rounded_weights() {
     let dir = tempfile::tempdir().expect("a temporary folder");
+    split("tiny-dense", dir.path(), Dtype::Bf16);
     let source = Checkpoint::open(folder("tiny-dense")).expect("a good file");
-    let config = std::fs::read(folder("tiny-dense").join("config.json")).expect("readable");
-    std::fs::write(dir.path().join("config.json"), &config).expect("writable");
-    let mut shards = [TensorWriter::new(), TensorWriter::new(), TensorWriter::new()];
     let mut whole = TensorWriter::new();
-    let mut map = serde_json::Map::new();
-    for (i, name) in source.names().into_iter().enumerate() {
+    for name in source.names() {
         let x = source.read(name).expect("there");
-        let data: Vec<f32> = x.iter().copied().collect();
-        shards[i % 3].add(name, x.shape(), &data, Dtype::Bf16);
-        let rounded: Vec<f32> = data.iter().map(|v| f32::from_bits(round(v.to_bits()))).collect();
+        let rounded: Vec<f32> = x.iter().map(|v| f32::from_bits(round(v.to_bits()))).collect();
         whole.add(name, x.shape(), &rounded, Dtype::F32);
-        map.insert(name.into(), format!("model-{}.safetensors", i % 3).into());
     }
-    for (i, shard) in shards.iter().enumerate() {
-        shard.write(dir.path().join(format!("model-{i}.safetensors"))).expect("writable");
-    }
-    let index = serde_json::json!({"metadata": {}, "weight_map": map}).to_string();
-    std::fs::write(dir.path().join("model.safetensors.index.json"), index).expect("writable");
     let one = dir.path().join("whole.safetensors");
     whole.write(&one).expect("writable");
     let condition =
         Checkpoint::open(folder("tiny-dense").join("condition.safetensors")).expect("a good file");
     let condition = Tensor::from_array(&condition.read("condition").expect("there"));
+    let config = std::fs::read(dir.path().join("config.json")).expect("readable");
     let config = GeneratorConfig::from_json(&config).expect("a good config");
     let single =
         Generator::from_checkpoint(config, &Checkpoint::open(&one).expect("a good file")).expect("it fits");

@@ -62,6 +62,32 @@ fn activations() {
     );
 }
 
+/// Rows enough for several parallel tasks, the last of them ragged.
+#[test]
+fn more_rows_than_one_task_takes() {
+    const ROWS: usize = 4096 + 257;
+    let silu_all = |v: &[Vec<f64>]| v[0].iter().map(|&x| oracle::silu(x)).collect();
+    check_gradients(&[random(1, &[ROWS, 9])], |t, v| silu(t, &v[0]), silu_all, 6, 1e-5);
+    let pairs = random(2, &[ROWS, 2 * 9]);
+    check_gradients(&[pairs], |t, v| swiglu(t, &v[0]), |v| oracle::swiglu(&v[0], 2 * 9), 6, 1e-5);
+    let (x, y) = (random(3, &[3, ROWS, 9]), random(4, &[3, ROWS, 9]));
+    let per_entry = |seed| random(seed, &[3, 9]);
+    check_gradients(
+        &[x.clone(), y, per_entry(5)],
+        |t, v| gated_residual(t, &v[0], &v[1], &v[2]),
+        |v| oracle::gated_residual(&v[0], &v[1], &v[2], 9),
+        6,
+        1e-5,
+    );
+    check_gradients(
+        &[x, random(6, &[9]), per_entry(7), per_entry(8)],
+        |t, v| rms_norm(t, &v[0], Some(&v[1]), 1e-3, Some(Modulation { scale: &v[2], shift: &v[3] })),
+        |v| oracle::rms_norm(&v[0], 3, &v[1], 1e-3, &v[2], &v[3]),
+        6,
+        2e-5,
+    );
+}
+
 #[test]
 fn sums_and_gates() {
     let (x, y) = (random(1, &[2, 5, 7]), random(2, &[2, 5, 7]));
@@ -135,6 +161,8 @@ fn patches_there_and_back() {
     let order: Vec<f64> = patches.value().data().iter().map(|&v| v.into()).collect();
     let there = random(1, &[2, 16, 24, 3]);
     check_gradients(&[there], |t, v| patchify(t, &v[0], 8), |v| permuted(&v[0], &order), 20, 1e-5);
+    let back = random(2, &[2, 6, 192]);
+    check_gradients(&[back], |t, v| unpatchify(t, &v[0], 8, 16, 24), |v| joined(&v[0]), 60, 1e-5);
 }
 
 /// Patches of a 2 x 16 x 24 x 3 picture, by index arithmetic.
@@ -145,6 +173,15 @@ fn permuted(image: &[f64], like: &[f64]) -> Vec<f64> {
         image[((b * 16 + y) * 24 + x) * 3 + e % 3]
     };
     (0..like.len()).map(at).collect()
+}
+
+/// The 2 x 16 x 24 x 3 picture of patches, by index arithmetic.
+fn joined(patches: &[f64]) -> Vec<f64> {
+    let at = |i: usize| {
+        let (b, y, x, c) = (i / 1152, i / 72 % 16, i / 3 % 24, i % 3);
+        patches[(b * 6 + y / 8 * 3 + x / 8) * 192 + (y % 8 * 8 + x % 8) * 3 + c]
+    };
+    (0..patches.len()).map(at).collect()
 }
 
 #[test]

@@ -11,6 +11,11 @@ use proptest::prelude::*;
 
 const EDGES: [usize; 10] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129];
 
+/// Columns of x around the 512 that the matrix product sums in one pass, each with several ranks.
+fn depths() -> impl Iterator<Item = (usize, usize)> {
+    [511, 512, 513, 1030].into_iter().flat_map(|inner| [1, 7, 16].map(|rank| (inner, rank)))
+}
+
 struct Case {
     x: Tensor,
     w: Tensor,
@@ -62,6 +67,18 @@ fn tile_edges_match_the_oracle() {
     Case::new(2, 70, 513, 129, 2, 64).check();
 }
 
+/// Whatever is left of k for the last pass, the low-rank term belongs to that pass alone, and to the rows of its own adapter: groups
+/// of 5, 13 and 29 rows, and of 2 x 7, end inside a tile of any kernel.
+#[test]
+fn the_update_is_added_once_however_deep() {
+    for (inner, rank) in depths() {
+        for tokens in [5, 13, 29] {
+            Case::new(3, tokens, inner, 37, 3, rank).check();
+        }
+        Case::new(6, 7, inner, 70, 3, rank).check();
+    }
+}
+
 #[test]
 fn small_integers_are_exact() {
     let whole = |seed, shape: &[usize]| {
@@ -82,33 +99,44 @@ fn small_integers_are_exact() {
 
 #[test]
 fn gradients_match_finite_differences() {
-    let case = Case::new(4, 5, 19, 23, 2, 3);
-    let s = case.sizes();
-    check_gradients(
-        &[case.x, case.w, case.bias, case.a, case.b],
-        |tape, v| {
-            let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
-            low_rank_linear(tape, &v[0], &v[1], Some(&v[2]), Some(&lora))
-        },
-        |v| oracle(s, &v[0], &v[1], &v[2], &v[3], &v[4], 0.5),
-        60,
-        1e-5,
-    );
+    // The second and third case sum over more than 512 rows and more than 512 columns of y.
+    for (case, samples) in [
+        (Case::new(4, 5, 19, 23, 2, 3), 60),
+        (Case::new(2, 515, 20, 15, 2, 7), 20),
+        (Case::new(2, 8, 20, 515, 2, 7), 20),
+    ] {
+        let s = case.sizes();
+        check_gradients(
+            &[case.x, case.w, case.bias, case.a, case.b],
+            |tape, v| {
+                let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
+                low_rank_linear(tape, &v[0], &v[1], Some(&v[2]), Some(&lora))
+            },
+            |v| oracle(s, &v[0], &v[1], &v[2], &v[3], &v[4], 0.5),
+            samples,
+            1e-5,
+        );
+    }
 }
 
 #[test]
 fn zero_lora_b_is_the_base() {
-    let mut case = Case::new(2, 65, 100, 70, 2, 8);
-    case.b.data_mut().fill(0.0);
     let c = |t: &Tensor| Var::constant(t.clone());
-    let base =
-        linear(&Tape::inference(), &c(&case.x), &c(&case.w), Some(&c(&case.bias))).expect("good shapes");
-    assert_eq!(case.run().data(), base.value().data());
+    for (inner, rank) in depths().chain([(100, 8)]) {
+        let mut case = Case::new(2, 65, inner, 70, 2, rank);
+        case.b.data_mut().fill(0.0);
+        let base =
+            linear(&Tape::inference(), &c(&case.x), &c(&case.w), Some(&c(&case.bias))).expect("good shapes");
+        assert_eq!(case.run().data(), base.value().data(), "{inner} columns, rank {rank}");
+    }
 }
 
 #[test]
 fn permuting_the_batch_permutes_the_rows_bit_for_bit() {
-    let case = Case::new(5, 50, 200, 60, 5, 8);
+    depths().chain([(200, 8)]).for_each(|(inner, rank)| permute(Case::new(5, 50, inner, 60, 5, rank)));
+}
+
+fn permute(case: Case) {
     let swap = |t: &Tensor| {
         let each = t.numel() / 5;
         let mut out = t.clone();
@@ -144,11 +172,16 @@ fn permuting_the_batch_permutes_the_rows_bit_for_bit() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let case = Case::new(3, 200, 300, 90, 1, 8);
-    let with =
-        |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads").install(|| case.run());
-    assert_eq!(with(1).data(), with(2).data());
-    assert_eq!(with(1).data(), with(7).data());
+    let pools =
+        [1, 2, 3, 7].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads"));
+    let deep = depths().map(|(inner, rank)| Case::new(3, 85, inner, 90, 3, rank));
+    for case in deep.chain([Case::new(3, 200, 300, 90, 1, 8)]) {
+        let alone = pools[0].install(|| case.run());
+        for pool in &pools[1..] {
+            let y = pool.install(|| case.run());
+            assert_eq!(y.data(), alone.data(), "{} threads: {:?}", pool.current_num_threads(), case.sizes());
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_kernels::{
     ParamSet, Tensor,
     optim::{AdamW, Optimizer, Schedule, clip_factor, grad_norm},
-    testing::random,
+    testing::{assert_close, random, widen},
 };
 
 fn set(values: &[f32]) -> ParamSet {
@@ -39,6 +39,60 @@ fn the_first_step_follows_the_formula() {
         (w[0] - (2.0 * 0.999 - 0.01)).abs() < 1e-6 && (w[1] - (-4.0 * 0.999 + 0.01)).abs() < 1e-6,
         "{w:?}"
     );
+}
+
+/// Weights of more than one parallel task: clipping, moments, decay, correction of the bias and average as a plain loop has them.
+#[test]
+fn many_weights_follow_the_formulas() {
+    const STEPS: u64 = 4;
+    let shapes = [&[3, 7001][..], &[20_011], &[5, 1]];
+    let mut params = ParamSet::new();
+    for (i, shape) in shapes.into_iter().enumerate() {
+        params.insert(i.to_string(), random(i as u64, shape));
+    }
+    let schedule = Schedule { warmup: 2, total: 10, peak: 0.05, floor: 0.001 };
+    let mut optimizer = Optimizer::new(&params, schedule, 0.1, 1.5, Some(0.3));
+    let start: Vec<Vec<f64>> = params.iter().map(|(_, p)| widen(p)).collect();
+    let (mut weights, mut average) = (start.clone(), start.clone());
+    let mut moments: Vec<Vec<[f64; 2]>> = start.iter().map(|p| vec![[0.0; 2]; p.len()]).collect();
+    let [beta1, beta2] = [optimizer.adamw.beta1, optimizer.adamw.beta2].map(f64::from);
+    for step in 0..STEPS {
+        let grads: Vec<Tensor> =
+            (shapes.iter().enumerate()).map(|(i, s)| random(10 + 3 * step + i as u64, s)).collect();
+        optimizer.step(&mut params, &grads).expect("finite");
+        let lr = f64::from(schedule.lr(step));
+        let square: f64 = grads.iter().flat_map(widen).map(|g| g * g).sum();
+        let clip = 1.5 / square.sqrt();
+        let n = (step + 1) as f64;
+        let [correct1, correct2] = [beta1, beta2].map(|b| 1.0 - b.powf(n));
+        let ema = f64::from(0.3f32).min((1.0 + n) / (10.0 + n));
+        for (i, grad) in grads.iter().enumerate() {
+            let decay = if shapes[i].len() == 2 { 1.0 - lr * 0.1 } else { 1.0 };
+            for (j, g) in widen(grad).into_iter().enumerate() {
+                let (w, e, [m, v]) = (&mut weights[i][j], &mut average[i][j], &mut moments[i][j]);
+                let g = g * clip;
+                *m = beta1 * *m + (1.0 - beta1) * g;
+                *v = beta2 * *v + (1.0 - beta2) * g * g;
+                *w = *w * decay - lr * (*m / correct1) / ((*v / correct2).sqrt() + 1e-8);
+                *e += (1.0 - ema) * (*w - *e);
+            }
+        }
+    }
+    // What changed, not the weights, whose size would hide a wrong step.
+    let change = |set: &ParamSet| -> Vec<f32> {
+        let all = set.iter().zip(&start);
+        all.flat_map(|((_, p), s)| widen(p).into_iter().zip(s).map(|(p, s)| (p - s) as f32)).collect()
+    };
+    let expected = |after: &[Vec<f64>]| -> Vec<f64> {
+        let all = after.iter().flatten().zip(start.iter().flatten());
+        all.map(|(p, s)| p - s).collect()
+    };
+    assert_close(&change(&params), &expected(&weights), 1e-5);
+    assert_close(&change(optimizer.averaged(&params)), &expected(&average), 1e-5);
+    let moment = |k: usize| moments.iter().flatten().map(|m| m[k]).collect::<Vec<f64>>();
+    assert_close(&optimizer.adamw.m, &moment(0), 1e-5);
+    assert_close(&optimizer.adamw.v, &moment(1), 1e-5);
+    assert_eq!(optimizer.adamw.step, STEPS);
 }
 
 #[test]

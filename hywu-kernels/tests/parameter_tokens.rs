@@ -3,7 +3,10 @@
 use hywu_core::{AdapterSpec, Module};
 use hywu_kernels::{
     Tape, Var,
-    ops::parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
+    ops::{
+        elementwise::concat_tokens,
+        parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
+    },
     testing::{check_gradients, random},
 };
 use proptest::prelude::*;
@@ -107,4 +110,33 @@ fn gradients_of_cut_tokens() {
     // Layer 1, after the two tokens of x: 18 numbers.
     let oracle = |v: &[Vec<f64>]| v[1].chunks(80).flat_map(|entry| entry[56..74].to_vec()).collect();
     check_gradients(&inputs, last, oracle, 400, 1e-5);
+}
+
+/// Every parameter at once, so that each adds its own part to the gradient of the tokens.
+#[test]
+fn gradients_of_all_modules_and_experts() {
+    let module =
+        |path: &str, in_dim, out_dim, experts| Module { path: path.into(), in_dim, out_dim, experts };
+    let modules = vec![module("x", 7, 5, None), module("e", 3, 4, Some(3)), module("y", 3, 9, None)];
+    let spec = AdapterSpec { prefix: "l.".into(), layers: 2, rank: 2, alpha: 1.0, modules };
+    // 4 channels: a token holds 8 numbers. lora_a takes 2 + 3 + 1 tokens, lora_b 2 + 3 + 3.
+    let inputs = [random(1, &[2, 2, 6, 2, 4]), random(2, &[2, 2, 8, 2, 4])];
+    let all = |t: &Tape, v: &[Var]| {
+        let vars = detokenise(t, &spec, &v[0], &v[1])?;
+        let experts = vars.get("l.1.e").expect("there");
+        assert_eq!((experts.a.shape(), experts.b.shape()), (&[2, 3, 2, 3][..], &[2, 3, 4, 2][..]));
+        let flat = |x: &Var| x.reshape(&[2, x.value().numel() / 2, 1]);
+        let parts = vars.modules.values().flat_map(|pair| [flat(&pair.a), flat(&pair.b)]);
+        let parts = parts.collect::<hywu_kernels::Result<Vec<Var>>>()?;
+        concat_tokens(t, &parts.iter().collect::<Vec<_>>())
+    };
+    // Where lora_a and lora_b of x, e and y lie in a layer's 48 and 64 numbers.
+    let places = [(0..14, 0..10), (16..34, 16..40), (40..46, 40..58)];
+    let oracle = |v: &[Vec<f64>]| {
+        let layer = |a: &[f64], b: &[f64]| -> Vec<f64> {
+            places.iter().flat_map(|(at_a, at_b)| [&a[at_a.clone()], &b[at_b.clone()]].concat()).collect()
+        };
+        v[0].chunks(48).zip(v[1].chunks(64)).flat_map(|(a, b)| layer(a, b)).collect()
+    };
+    check_gradients(&inputs, all, oracle, 400, 1e-5);
 }

@@ -1,4 +1,5 @@
-//! This project's side of the CPU comparison with PyTorch: prints `{"threads": n, "ms": {case: median milliseconds}}`.
+//! This project's side of the CPU comparison with PyTorch: prints `{"threads": n, "parameters": those of the backbone,
+//! "ms": {case: median milliseconds}}`.
 //! `benches/peer/torch_peer.py` runs the same cases; `benches/peer/compare_cpu.py` runs both in turn.
 
 use hywu_diffusion::{Backbone, BackboneConfig};
@@ -92,10 +93,13 @@ fn attention_ms([b, t, h, d]: [usize; 4]) -> Result<(f64, f64)> {
     Ok((forward, train))
 }
 
+fn new_backbone() -> Result<Backbone, hywu_diffusion::Error> {
+    Backbone::new(BackboneConfig::default(), scaled(1, &[1000, 64], 1.0), 0)
+}
+
 /// One call of the backbone on `batch` tiles of `size` pixels, with adapters of that rank per tile, or a whole training step.
 fn backbone_ms(batch: usize, size: usize, rank: Option<usize>, train: bool) -> Result<f64, Box<dyn Error>> {
-    let table = scaled(1, &[1000, 64], 1.0);
-    let mut backbone = Backbone::new(BackboneConfig::default(), table, 0)?;
+    let mut backbone = new_backbone()?;
     let ids: Vec<u32> = (0..batch * backbone.config.text_len).map(|i| (i * 37 % 1000) as u32).collect();
     let picture = |seed, channels| scaled(seed, &[batch, size, size, channels], 1.0);
     let (x_t, source, position, target) = (picture(2, 3), picture(3, 3), picture(4, 2), picture(5, 3));
@@ -167,6 +171,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     row("backbone/forward b32 64px r8".into(), backbone_ms(32, 64, Some(8), false)?);
     row("backbone/forward b8 128px".into(), backbone_ms(8, 128, None, false)?);
     row("backbone/train step b32 64px".into(), backbone_ms(32, 64, None, true)?);
-    println!("{{\"threads\": {threads}, \"ms\": {{\n{}\n}}}}", rows.join(",\n"));
+    let parameters = new_backbone()?.params.numel();
+    let cases = rows.join(",\n");
+    println!("{{\"threads\": {threads}, \"parameters\": {parameters}, \"ms\": {{\n{cases}\n}}}}");
     Ok(())
 }

@@ -11,6 +11,7 @@ pub struct CompletionsArgs {
 
 /// Runs `hywu completions`.
 pub fn run(args: &CompletionsArgs) -> Result<()> {
-    clap_complete::generate(args.shell, &mut crate::Cli::command(), "hywu", &mut std::io::stdout());
-    Ok(())
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut crate::Cli::command(), "hywu", &mut script);
+    crate::output::write(&script)
 }

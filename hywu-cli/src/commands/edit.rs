@@ -1,8 +1,12 @@
-use crate::interrupt;
+use crate::{
+    interrupt,
+    output::{complain, say},
+    values,
+};
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, error::ErrorKind};
 use hywu::{
-    model::Model,
+    model::{Memory, Model},
     pipeline::{Edit, EditOptions, Editor},
 };
 use hywu_core::Adapter;
@@ -11,6 +15,7 @@ use hywu_kernels::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     collections::HashSet,
+    ffi::OsString,
     io::IsTerminal,
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -21,7 +26,7 @@ use std::{
 pub struct EditArgs {
     /// One or more pictures (PNG, JPEG, WebP), then the instruction
     #[arg(required = true, num_args = 2.., value_names = ["INPUT", "INSTRUCTION"])]
-    inputs_and_instruction: Vec<String>,
+    inputs_and_instruction: Vec<OsString>,
     /// Write the edited picture here (.png, .jpg, .webp)
     #[arg(
         short,
@@ -38,17 +43,17 @@ pub struct EditArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Sampling steps
-    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N")]
+    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N", value_parser = values::steps())]
     steps: usize,
     /// Sampling method
     #[arg(long, value_enum, default_value = "euler")]
     sampler: SamplerArg,
     /// Factor on the adapter; 0 is the backbone's own output
-    #[arg(long, default_value_t = 1.0, value_name = "F", allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, value_name = "F", allow_negative_numbers = true, value_parser = values::finite)]
     strength: f32,
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
-    device: String,
+    device: Device,
     /// The model: `bundled`, or a model folder
     #[arg(long, default_value = "bundled", value_name = "bundled|DIR")]
     model: String,
@@ -62,7 +67,7 @@ pub struct EditArgs {
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
     /// Side of the square tiles in pixels, a multiple of 8
-    #[arg(long, value_name = "N", default_value_t = SampleOptions::default().tile)]
+    #[arg(long, value_name = "N", default_value_t = SampleOptions::default().tile, value_parser = values::tile)]
     tile: usize,
     /// No progress, no messages but errors
     #[arg(long)]
@@ -86,8 +91,11 @@ fn usage(message: impl std::fmt::Display) -> ! {
 }
 
 impl EditArgs {
-    /// Input -> output, every output checked before any work.
-    fn plan(&self, inputs: &[String]) -> Result<Vec<(PathBuf, PathBuf)>> {
+    /// Options that don't go together end the process.
+    fn check_usage(&self, inputs: &[OsString]) {
+        if self.save_adapter.is_some() && self.adapter.is_none() && self.strength == 0.0 {
+            usage("--save-adapter: at --strength 0 no adapter is generated");
+        }
         if inputs.len() > 1 {
             for (name, given) in [
                 ("--output", self.output.is_some()),
@@ -102,8 +110,11 @@ impl EditArgs {
                 }
             }
         }
+    }
+
+    /// Input -> output, every file to write checked before any work.
+    fn plan(&self, inputs: &[OsString]) -> Result<Vec<(PathBuf, PathBuf)>> {
         let mut plan = Vec::new();
-        let mut seen = HashSet::new();
         for input in inputs {
             let input = PathBuf::from(input);
             let output = match (&self.output, &self.output_dir) {
@@ -118,25 +129,28 @@ impl EditArgs {
                 }
                 (None, None) => usage("--output or --output-dir is needed"),
             };
-            if !seen.insert(output.clone()) {
-                bail!("{}: two pictures would be written to this file", output.display());
-            }
             plan.push((input, output));
         }
         if let Some(dir) = &self.output_dir {
             std::fs::create_dir_all(dir)
                 .with_context(|| format!("{}: can't make the folder", dir.display()))?;
         }
-        for (input, output) in &plan {
+        for output in plan.iter().map(|(_, output)| output).chain(&self.compare) {
             check_output(output)?;
-            if let (Ok(a), Ok(b)) = (input.canonicalize(), output.canonicalize())
-                && a == b
-            {
-                bail!("{}: input and output are the same file", input.display());
+        }
+        if let Some(file) = &self.save_adapter {
+            let folder = file.parent().filter(|p| !p.as_os_str().is_empty());
+            if file.is_dir() || folder.is_some_and(|f| !f.is_dir()) {
+                bail!("{}: no file can be written here", file.display());
             }
         }
-        if let Some(file) = &self.compare {
-            check_output(file)?;
+        // Nothing is written over what is read, nor twice.
+        let mut taken: HashSet<PathBuf> = plan.iter().map(|(input, _)| same_file(input)).collect();
+        taken.extend(self.adapter.iter().map(|file| same_file(file)));
+        for file in plan.iter().map(|(_, output)| output).chain(&self.compare).chain(&self.save_adapter) {
+            if !taken.insert(same_file(file)) {
+                bail!("{}: this would be written over the same file of this call", file.display());
+            }
         }
         Ok(plan)
     }
@@ -153,16 +167,27 @@ impl EditArgs {
     }
 }
 
+/// One name for a file, whether it is there already or not.
+fn same_file(path: &Path) -> PathBuf {
+    let beside = || {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some(folder.canonicalize().ok()?.join(path.file_name()?))
+    };
+    path.canonicalize().ok().or_else(beside).unwrap_or_else(|| path.to_owned())
+}
+
 /// Runs `hywu edit`.
 pub fn run(mut args: EditArgs) -> Result<()> {
     // clap guarantees two or more.
     let Some(instruction) = args.inputs_and_instruction.pop() else { usage("an instruction is needed") };
+    let Ok(instruction) = instruction.into_string() else { usage("the instruction is not UTF-8 text") };
     let inputs = std::mem::take(&mut args.inputs_and_instruction);
+    args.check_usage(&inputs);
     if instruction.trim().is_empty() {
         bail!("the instruction is empty; say what to change, for example \"make it warmer\"");
     }
-    args.device.parse::<Device>()?.check()?;
-    let plan = args.plan(&inputs)?;
+    args.device.check()?;
+    interrupt::install()?;
     let options = args.options();
     options.sample.validate()?;
     let model = Model::named(&args.model)?;
@@ -170,6 +195,10 @@ pub fn run(mut args: EditArgs) -> Result<()> {
         Some(file) => Some(Adapter::load(file)?),
         None => None,
     };
+    if args.save_adapter.is_some() && adapter.is_none() && matches!(model.memory, Memory::None) {
+        bail!("--save-adapter: the model {} generates no adapters, it is a backbone only", args.model);
+    }
+    let plan = args.plan(&inputs)?;
     let editor = Editor::new(model);
     let mut failed = 0;
     for (input, output) in &plan {
@@ -178,7 +207,7 @@ pub fn run(mut args: EditArgs) -> Result<()> {
             Ok(()) => {}
             // With several pictures a bad one does not cost the others.
             Err(e) if plan.len() > 1 && !interrupt::requested() => {
-                eprintln!("error: {e:#}");
+                complain(&e);
                 failed += 1;
             }
             Err(e) => return Err(e),
@@ -216,19 +245,14 @@ fn edit_one(
         ("hywu:strength".to_owned(), args.strength.to_string()),
         ("hywu:model".to_owned(), format!("{} {}", editor.model().info.name, editor.model().hash)),
     ];
-    if let Some(file) = &args.save_adapter {
-        let adapter = edit
-            .adapter
-            .as_ref()
-            .context("there is no adapter to save: at --strength 0 none is generated")?;
-        adapter.save(file)?;
-    }
     save_picture(output, &edit.picture, &text)?;
     if let Some(file) = &args.compare {
         save_picture(file, &Picture::side_by_side(&picture, &edit.picture), &text)?;
     }
-    report(args, input, output, instruction, &edit);
-    Ok(())
+    if let (Some(file), Some(adapter)) = (&args.save_adapter, &edit.adapter) {
+        adapter.save(file)?;
+    }
+    report(args, input, output, instruction, &edit)
 }
 
 fn progress_bar(quiet: bool, name: &str) -> ProgressBar {
@@ -240,16 +264,16 @@ fn progress_bar(quiet: bool, name: &str) -> ProgressBar {
     ProgressBar::new(1).with_style(style).with_message(name.to_owned())
 }
 
-fn report(args: &EditArgs, input: &Path, output: &Path, instruction: &str, edit: &Edit) {
+fn report(args: &EditArgs, input: &Path, output: &Path, instruction: &str, edit: &Edit) -> Result<()> {
     let (generating, sampling) = (edit.generating.as_secs_f64(), edit.sampling.as_secs_f64());
     if args.json {
         let line = serde_json::json!({
-            "input": input, "output": output, "instruction": instruction,
+            "input": input.to_string_lossy(), "output": output.to_string_lossy(), "instruction": instruction,
             "width": edit.picture.width, "height": edit.picture.height,
             "seed": args.seed, "steps": args.steps, "strength": args.strength,
             "generating_s": generating, "sampling_s": sampling, "mean_change": edit.change,
         });
-        println!("{line}");
+        say(line)?;
     } else if !args.quiet {
         eprintln!(
             "{}: {}x{}, mean change {:.1}/255, adapter {generating:.2} s, sampling {sampling:.2} s",
@@ -259,4 +283,5 @@ fn report(args: &EditArgs, input: &Path, output: &Path, instruction: &str, edit:
             edit.change
         );
     }
+    Ok(())
 }

@@ -1,13 +1,13 @@
-use crate::interrupt;
+use crate::{interrupt, output::say, values};
 use anyhow::{Result, bail};
 use clap::Args;
 use hywu::{
-    eval::{EvalOptions, SkillReport, evaluate},
+    eval::{EvalOptions, Sample, SkillReport, evaluate},
     model::Model,
     pipeline::{EditOptions, Editor},
 };
 use hywu_diffusion::{Picture, SampleOptions, check_output, load_picture, save_picture, skills::Skill};
-use std::{ops::ControlFlow, path::PathBuf};
+use std::path::PathBuf;
 
 /// Measure a model on photos and phrasings that it was not trained on
 #[derive(Args, Debug)]
@@ -28,13 +28,13 @@ pub struct EvalArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Sampling steps
-    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N")]
+    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N", value_parser = values::steps())]
     steps: usize,
     /// Side of the square tiles in pixels, a multiple of 8
     #[arg(long, value_name = "N", default_value_t = SampleOptions::default().tile)]
     tile: usize,
     /// Factor on the adapter; 0 measures the backbone alone
-    #[arg(long, default_value_t = 1.0, value_name = "F", allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, value_name = "F", allow_negative_numbers = true, value_parser = values::finite)]
     strength: f32,
     /// Print JSON instead of a table
     #[arg(long)]
@@ -51,6 +51,7 @@ const THUMB: usize = 128;
 
 /// Runs `hywu eval`.
 pub fn run(args: &EvalArgs) -> Result<()> {
+    interrupt::install()?;
     if let Some(file) = &args.sheet {
         check_output(file)?;
     }
@@ -84,28 +85,26 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let editor = Editor::new(Model::named(&args.model)?);
     let mut triples = Vec::new();
     if !args.json {
-        println!("| skill | PSNR | SSIM | no-op PSNR | gain | seam | right skill | others taken for |");
-        println!("|---|---|---|---|---|---|---|---|");
+        say("| skill | PSNR | SSIM | no-op PSNR | gain | seam | right skill | others taken for |")?;
+        say("|---|---|---|---|---|---|---|---|")?;
     }
-    let reports = evaluate(&editor, &photos, &options, &mut |report, sample| {
-        if !args.json {
-            println!("{}", row(report));
-        }
+    let mut finished = |report: &SkillReport, sample: Sample| {
         if args.sheet.is_some() {
             triples.push(sample.pictures);
         }
-        if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+        if args.json { Ok(()) } else { say(row(report)) }
+    };
+    let reports = evaluate(&editor, &photos, &options, &interrupt::requested, &mut finished)?;
     let (right, asked) = reports.iter().fold((0, 0), |(r, a), s| (r + s.right, a + s.asked));
     if args.json {
         let whole = serde_json::json!({
-            "model": editor.model().info.name, "hash": editor.model().hash, "photos": files, "side": args.side,
+            "model": editor.model().info.name, "hash": editor.model().hash, "photos": files.iter().map(|f| f.to_string_lossy()).collect::<Vec<_>>(), "side": args.side,
             "seed": args.seed, "steps": args.steps, "strength": args.strength, "right": right, "asked": asked,
             "skills": reports,
         });
-        println!("{}", serde_json::to_string_pretty(&whole)?);
+        say(serde_json::to_string_pretty(&whole)?)?;
     } else {
-        println!("\n{right} of {asked} held-out phrasings were taken for the right skill.");
+        say(format_args!("\n{right} of {asked} held-out phrasings were taken for the right skill."))?;
     }
     if let Some(file) = &args.sheet {
         save_picture(file, &sheet(&triples), &[])?;
@@ -114,16 +113,18 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 }
 
 fn row(r: &SkillReport) -> String {
-    let noop = r.noop_psnr.map_or("-".into(), |v| format!("{v:.1}"));
-    let gain = r.noop_psnr.map_or("-".into(), |v| format!("{:+.1}", r.psnr - v));
+    let number = |v: Option<f64>, digits: usize| v.map_or("-".into(), |v| format!("{v:.digits$}"));
+    let gain = r.psnr.zip(r.noop_psnr).map_or("-".into(), |(edit, noop)| format!("{:+.1}", edit - noop));
     let mut others: Vec<&str> = r.taken_for.clone();
+    others.sort_unstable();
     others.dedup();
     format!(
-        "| {} | {:.1} | {:.3} | {noop} | {gain} | {:.2} | {}/{} | {} |",
+        "| {} | {} | {:.3} | {} | {gain} | {} | {}/{} | {} |",
         r.skill,
-        r.psnr,
+        number(r.psnr, 1),
         r.ssim,
-        r.seam,
+        number(r.noop_psnr, 1),
+        number(r.seam, 2),
         r.right,
         r.asked,
         others.join(", ")

@@ -1,4 +1,4 @@
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use hywu_core::Checkpoint;
 use hywu_generator::Generator;
@@ -19,7 +19,7 @@ pub struct GenerateArgs {
     output: PathBuf,
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
-    device: String,
+    device: Device,
     /// No messages but errors
     #[arg(long)]
     quiet: bool,
@@ -27,7 +27,12 @@ pub struct GenerateArgs {
 
 /// Runs `hywu generate`.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    args.device.parse::<Device>()?.check()?;
+    args.device.check()?;
+    // A mistyped folder should not cost a long run.
+    let folder = args.output.parent().filter(|p| !p.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|f| !f.is_dir()) {
+        bail!("{}: the folder {} does not exist", args.output.display(), folder.display());
+    }
     let file = Checkpoint::open(&args.condition)?;
     let condition = file.read("condition").context("the condition file needs a tensor named `condition`")?;
     let generator = Generator::load(&args.checkpoint)?;

@@ -1,6 +1,8 @@
+use crate::output::say;
 use anyhow::Result;
 use clap::Args;
 use hywu::model::{Memory, Model};
+use hywu_diffusion::TextEncoder;
 use hywu_kernels::Device;
 
 /// Show the version, the devices and the bundled model
@@ -25,24 +27,27 @@ pub fn run(args: &InfoArgs) -> Result<()> {
         Memory::Functional(generator) => generator.params.numel(),
         Memory::None | Memory::Static(_) => 0,
     };
+    let text = TextEncoder::SOURCE;
     if args.json {
         let whole = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"), "target": std::env::consts::ARCH, "simd": simd, "threads": threads,
             "devices": ["cpu"], "cuda": cuda,
-            "model": {"hash": model.hash, "backbone_parameters": backbone, "generator_parameters": generator, "info": model.info},
+            "model": {
+                "hash": model.hash, "backbone_parameters": backbone, "generator_parameters": generator,
+                "info": model.info, "text": text,
+            },
         });
-        println!("{}", serde_json::to_string_pretty(&whole)?);
-        return Ok(());
+        return say(serde_json::to_string_pretty(&whole)?);
     }
-    println!("hywu {}", env!("CARGO_PKG_VERSION"));
-    println!("build      {} {}", std::env::consts::ARCH, std::env::consts::OS);
-    println!("devices    cpu ({threads} threads, {simd})");
-    println!("cuda       {cuda}");
-    println!("model      {} {}", model.info.name, model.hash);
-    println!("           backbone {backbone} parameters, generator {generator}");
-    println!("           licence {}", model.info.licence);
+    say(format_args!("hywu {}", env!("CARGO_PKG_VERSION")))?;
+    say(format_args!("build      {} {}", std::env::consts::ARCH, std::env::consts::OS))?;
+    say(format_args!("devices    cpu ({threads} threads, {simd})"))?;
+    say(format_args!("cuda       {cuda}"))?;
+    say(format_args!("model      {} {}", model.info.name, model.hash))?;
+    say(format_args!("           backbone {backbone} parameters, generator {generator}"))?;
+    say(format_args!("           licence {}", model.info.licence))?;
     for source in &model.info.data_sources {
-        println!("           trained on {source}");
+        say(format_args!("           trained on {source}"))?;
     }
-    Ok(())
+    say(format_args!("           text: {text}"))
 }

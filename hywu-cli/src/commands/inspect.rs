@@ -1,3 +1,4 @@
+use crate::output::say;
 use anyhow::Result;
 use clap::Args;
 use hywu_core::Checkpoint;
@@ -48,25 +49,27 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         let layers: Vec<_> =
             layers.iter().map(|(name, norm)| serde_json::json!({"layer": name, "norm": norm})).collect();
         let whole = serde_json::json!({
-            "file": args.file, "metadata": checkpoint.metadata(), "values": values, "tensors": tensors, "layers": layers,
+            "file": args.file.to_string_lossy(), "metadata": checkpoint.metadata(), "values": values, "tensors": tensors, "layers": layers,
         });
-        println!("{}", serde_json::to_string_pretty(&whole)?);
-        return Ok(());
+        return say(serde_json::to_string_pretty(&whole)?);
     }
-    println!("{}: {} tensors, {values} values", args.file.display(), rows.len());
+    say(format_args!("{}: {} tensors, {values} values", args.file.display(), rows.len()))?;
     for (key, value) in checkpoint.metadata() {
-        println!("  {key}: {value}");
+        say(format_args!("  {key}: {value}"))?;
     }
     let width = rows.iter().map(|r| r.name.len()).max().unwrap_or(0);
-    println!("\n{:width$}  {:>18}  {:>5}  {:>12}  {:>10}", "tensor", "shape", "dtype", "norm", "rms");
+    say(format_args!(
+        "\n{:width$}  {:>18}  {:>5}  {:>12}  {:>10}",
+        "tensor", "shape", "dtype", "norm", "rms"
+    ))?;
     for r in &rows {
         let shape = format!("{:?}", r.shape);
-        println!("{:width$}  {shape:>18}  {:>5}  {:12.5}  {:10.6}", r.name, r.dtype, r.norm, r.rms);
+        say(format_args!("{:width$}  {shape:>18}  {:>5}  {:12.5}  {:10.6}", r.name, r.dtype, r.norm, r.rms))?;
     }
     if !layers.is_empty() {
-        println!("\n{:width$}  {:>12}", "layer", "norm");
+        say(format_args!("\n{:width$}  {:>12}", "layer", "norm"))?;
         for (name, norm) in layers {
-            println!("{name:width$}  {norm:12.5}");
+            say(format_args!("{name:width$}  {norm:12.5}"))?;
         }
     }
     Ok(())

@@ -45,6 +45,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         KindArg::Lora => Kind::Lora,
         KindArg::Full => Kind::Full,
     };
+    interrupt::install()?;
     let mut run = Run::open(kind, &args.config, &args.photos, &args.out, args.resume)?;
     eprintln!("{}: {} parameters", kind.name(), run.task().params().numel());
     let bar = if std::io::stderr().is_terminal() {

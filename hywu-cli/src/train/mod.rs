@@ -48,10 +48,13 @@ pub struct Run {
     out: PathBuf,
     /// The model that the run started from.
     parent: ModelInfo,
+    /// What the run depends on beside its config, in words.
+    given: String,
 }
 
 impl Run {
-    /// Starts a run in the folder `out`, or goes on with the one that is there.
+    /// Starts a run in the folder `out`, or goes on with the one that is there: from its last checkpoint, or from the start where
+    /// it was stopped before the first.
     ///
     /// # Errors
     /// Photos, a config or a model to start from that can't be used; a folder that holds a run already, when it is not to be
@@ -62,23 +65,30 @@ impl Run {
         if !resume && state.exists() {
             bail!("{}: there is a run already; --resume goes on with it", state.display());
         }
-        if resume && !state.exists() {
-            bail!("{}: no such file; there is no run to resume", state.display());
+        let known = out.join(CONFIG);
+        if resume && !known.exists() {
+            bail!("{}: no such file; there is no run to resume", known.display());
+        }
+        if resume && !state.exists() && TrainConfig::read(&known)? != config {
+            bail!("{}: the run was started with another config", known.display());
         }
         let task = Task::new(kind, &config)?;
         let parent = match &config.start_from {
             Some(folder) => ModelInfo::read(folder)?,
             None => ModelInfo::default(),
         };
+        let photos = PhotoSet::open(photos)?;
+        let given = format!("photos {:?}, start {}", photos.names, task.fingerprint());
         let optimizer = optimizer(&task, &config);
         let text = TextEncoder::bundled(task.text_len())?;
-        let data = EditData::new(PhotoSet::open(photos)?, &config.data.skills, text, config.seed)?;
+        let data = EditData::new(photos, &config.data.skills, text, config.seed)?;
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         let log = Log::new(out);
-        let mut run = Self { kind, config, data, task, optimizer, log, out: out.into(), parent };
-        if resume {
+        let mut run = Self { kind, config, data, task, optimizer, log, out: out.into(), parent, given };
+        if state.exists() {
             run.restore(&state)?;
         } else {
+            run.log.truncate(0)?;
             let text = toml::to_string(&run.config)?;
             hywu_core::write_atomic(out.join(CONFIG), |w| w.write_all(text.as_bytes()))?;
         }
@@ -142,6 +152,7 @@ impl Run {
         self.optimizer.store(&mut writer);
         writer.meta("kind", self.kind.name());
         writer.meta("config", toml::to_string(&self.config)?);
+        writer.meta("given", &self.given);
         writer.meta("window", serde_json::to_string(&self.log.window)?);
         writer.write(self.out.join(STATE))?;
         let o = &self.config;
@@ -182,6 +193,12 @@ impl Run {
             "{}: the run was started with another config; its own is {}",
             state.display(),
             self.out.join(CONFIG).display()
+        );
+        ensure!(
+            *meta("given")? == self.given,
+            "{}: the run was started with other photos or from another model: {}",
+            state.display(),
+            meta("given")?
         );
         let window: Window =
             serde_json::from_str(meta("window")?).with_context(|| state.display().to_string())?;

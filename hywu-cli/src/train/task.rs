@@ -1,7 +1,7 @@
 //! What is trained: the backbone, a generator, one shared adapter, or everything.
 
 use super::config::TrainConfig;
-use crate::model::{Memory, Model, ModelInfo};
+use crate::model::{Memory, Model, ModelInfo, fnv1a};
 use anyhow::{Context, Result, bail};
 use hywu_core::Philox;
 use hywu_diffusion::{
@@ -113,6 +113,16 @@ impl Task {
             Self::Generator(generator, _) => &generator.params,
             Self::Lora(params, _) => params,
         }
+    }
+
+    /// Tells the weights that the run starts from and those that stay frozen from others.
+    pub fn fingerprint(&self) -> String {
+        let frozen = match self {
+            Self::Backbone(_) => None,
+            Self::Generator(_, downstream) | Self::Lora(_, downstream) => Some(&downstream.backbone.params),
+        };
+        let all = frozen.into_iter().chain([self.params()]).flat_map(|p| p.iter());
+        format!("{:016x}", fnv1a(all.flat_map(|(_, t)| t.data().iter().map(|v| v.to_bits()))))
     }
 
     /// The weights that are trained, for writing.

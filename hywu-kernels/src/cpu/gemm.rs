@@ -53,17 +53,20 @@ struct Kernel {
 /// Widest tile of all kernels.
 const MAX_TILE: usize = 12 * 32;
 
-fn kernel() -> Kernel {
+/// What this processor can run, the fastest last.
+fn kernels() -> impl Iterator<Item = Kernel> {
+    let mut all = [Some(Kernel { mr: 4, nr: 8, run: portable }), None, None];
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f") {
-            return Kernel { mr: 12, nr: 32, run: avx512 };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return Kernel { mr: 6, nr: 16, run: avx2 };
-        }
+        let wide = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        all[1] = wide.then_some(Kernel { mr: 6, nr: 16, run: avx2 });
+        all[2] = is_x86_feature_detected!("avx512f").then_some(Kernel { mr: 12, nr: 32, run: avx512 });
     }
-    Kernel { mr: 4, nr: 8, run: portable }
+    all.into_iter().flatten()
+}
+
+fn kernel() -> Kernel {
+    kernels().last().unwrap_or(Kernel { mr: 4, nr: 8, run: portable })
 }
 
 /// The instruction set that the matrix product uses here.
@@ -308,6 +311,18 @@ pub(crate) fn gemm_low_rank(
     c: &mut [f32],
     accumulate: bool,
 ) {
+    gemm_with(kernel(), dims, a, b, low_rank, c, accumulate);
+}
+
+fn gemm_with(
+    kernel: Kernel,
+    dims: [usize; 3],
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    low_rank: Option<LowRank<'_>>,
+    c: &mut [f32],
+    accumulate: bool,
+) {
     let [m, n, k] = dims;
     assert_eq!(c.len(), m * n, "gemm: C has another size than m x n");
     if m * n == 0 {
@@ -328,7 +343,6 @@ pub(crate) fn gemm_low_rank(
         let lengths = fits && l.s.len() == m * l.rank && l.b.len() == l.adapters * n * l.rank;
         assert!(lengths, "gemm: the low-rank term has other sizes");
     }
-    let kernel = kernel();
     let columns = Matrix { data: b.data, row: b.column, column: b.row };
     let parallel = m.saturating_mul(n).saturating_mul(k) > PARALLEL && rayon::current_num_threads() > 1;
     // Whole panels of rows a task, several tasks a thread; none holds rows of two groups.
@@ -443,4 +457,44 @@ fn block(whole: Whole<'_>, first: usize, low_rank: Option<(LowRank<'_>, &[f32])>
     }
     give(0, packed);
     give(1, packed_low);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, random, widen};
+
+    /// Every micro-kernel against plain sums, from every order in memory, with and without a low-rank term.
+    #[test]
+    fn every_instruction_set_gives_the_product() {
+        for (m, n, k) in [(1, 1, 1), (13, 33, 17), (24, 64, 8), (30, 31, DEPTH + 5)] {
+            let (adapters, rank) = (if m % 2 == 0 { 2 } else { 1 }, 3);
+            let [a, b, c] = [&[m, k], &[k, n], &[m, n]].map(|shape| random(m as u64, shape));
+            let (s, low) = (random(5, &[m, rank]), random(6, &[adapters, n, rank]));
+            let [wa, wb, wc, ws, wlow] = [&a, &b, &c, &s, &low].map(widen);
+            let expected = |i: usize, j: usize, with: bool| {
+                let full: f64 = (0..k).map(|p| wa[i * k + p] * wb[p * n + j]).sum();
+                let group = i / (m / adapters);
+                let update = (0..rank).map(|p| ws[i * rank + p] * wlow[(group * n + j) * rank + p]);
+                wc[i * n + j] + full + if with { update.sum() } else { 0.0 }
+            };
+            let turned = |x: &[f32], rows: usize, columns: usize| -> Vec<f32> {
+                (0..rows * columns).map(|i| x[i % rows * columns + i / rows]).collect()
+            };
+            let (at, bt) = (turned(a.data(), m, k), turned(b.data(), k, n));
+            let orders = [
+                (Matrix::rows(a.data(), k), Matrix::rows(b.data(), n)),
+                (Matrix::transposed(&at, m), Matrix::transposed(&bt, k)),
+            ];
+            for (kernel, (a, b)) in kernels().flat_map(|kernel| orders.map(|order| (kernel, order))) {
+                for with in [false, true] {
+                    let term = LowRank { adapters, rank, s: s.data(), b: low.data() };
+                    let mut got = c.data().to_vec();
+                    gemm_with(kernel, [m, n, k], a, b, with.then_some(term), &mut got, true);
+                    let all: Vec<f64> = (0..m * n).map(|i| expected(i / n, i % n, with)).collect();
+                    assert_close(&got, &all, 1e-5);
+                }
+            }
+        }
+    }
 }
