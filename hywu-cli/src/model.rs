@@ -56,7 +56,7 @@ pub enum Memory {
     /// One adapter for every instance (a plain LoRA).
     Static(Adapter),
     /// A generator writes one for each instance.
-    Functional(Generator),
+    Functional(Box<Generator>),
 }
 
 /// A loaded model.
@@ -83,7 +83,7 @@ impl Model {
         let backbone = Checkpoint::from_static("bundled backbone", bundled::BACKBONE)?;
         let generator = Checkpoint::from_static("bundled generator", bundled::GENERATOR)?;
         let config = GeneratorConfig::from_json(bundled::GENERATOR_CONFIG)?;
-        let memory = Memory::Functional(Generator::from_checkpoint(config, &generator)?);
+        let memory = Memory::Functional(Box::new(Generator::from_checkpoint(config, &generator)?));
         Self::assemble(Backbone::load(&backbone, TextEncoder::table()?)?, memory, info)
     }
 
@@ -109,7 +109,7 @@ impl Model {
         let (generator, lora) = (folder.join(GENERATOR), folder.join(LORA));
         let memory = match (generator.is_dir(), lora.is_file()) {
             (true, true) => bail!("{}: both {GENERATOR}/ and {LORA}; one is expected", folder.display()),
-            (true, false) => Memory::Functional(Generator::load(generator)?),
+            (true, false) => Memory::Functional(Box::new(Generator::load(generator)?)),
             (false, true) => Memory::Static(Adapter::load(lora)?),
             (false, false) => Memory::None,
         };

@@ -242,7 +242,7 @@ fn a_step_at_every_border_of_patches_does_not_show() {
             for i in 0..tiling.size * tiling.size {
                 let y = (at.y + i / tiling.size - margin[0]) / 8;
                 let x = (at.x + i % tiling.size - margin[1]) / 8;
-                tiles.extend([if (y + x) % 2 == 0 { 1.0f32 } else { -1.0 }; 3]);
+                tiles.extend([if (y + x).is_multiple_of(2) { 1.0f32 } else { -1.0 }; 3]);
             }
         }
         tiling.add(layout, &tiles, &mut sum).unwrap();

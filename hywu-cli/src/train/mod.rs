@@ -127,12 +127,12 @@ impl Run {
             let done = step + 1;
             self.log.window.add(&stats);
             let mean = self.log.window.loss();
-            if done % self.config.log_every == 0 || done == steps {
+            if done.is_multiple_of(self.config.log_every) || done == steps {
                 self.log.row(done, &stats.step, rate)?;
             }
             let stop =
                 progress(Progress { step: done, steps, loss: mean, samples_per_second: rate }).is_break();
-            if done % self.config.checkpoint_every == 0 || done == steps || stop {
+            if done.is_multiple_of(self.config.checkpoint_every) || done == steps || stop {
                 self.checkpoint()?;
             }
             if stop && done < steps {

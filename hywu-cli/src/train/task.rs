@@ -184,7 +184,7 @@ impl Task {
             Self::Generator(generator, downstream) => {
                 let mut trained = Generator::new(generator.config.clone(), 0)?;
                 trained.params = params.clone();
-                (downstream.backbone.clone(), Memory::Functional(trained))
+                (downstream.backbone.clone(), Memory::Functional(Box::new(trained)))
             }
             Self::Lora(_, downstream) => {
                 let tape = Tape::inference();
