@@ -186,6 +186,8 @@ class Mini(nn.Module):
         self.norm, self.head = RmsNorm(width), nn.Linear(width, 3 * p * p + COEFFICIENTS)
         self.pixel_in = nn.Linear(FEATURES, HIDDEN, bias=False)
         half = width // 2
+        # Only the condition uses these; they count as parameters on the other side.
+        self.condition_mean, self.condition_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.ones(width))
         self.register_buffer("frequencies", 1000 * 10000 ** (-torch.arange(half) / half))
         # Made once for each size of picture.
         self.turns = functools.cache(self.turns)

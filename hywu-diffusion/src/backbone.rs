@@ -434,7 +434,8 @@ impl Backbone {
         Ok(unpatchify(tape, &add(tape, &change, &source)?, p, height, width)?)
     }
 
-    /// What the generator reads: the backbone's own last hidden states over each view and the text, [instances, 1, length, width].
+    /// What the generator reads: the backbone's own last hidden states over each view and the text, [instances, 1, length, width],
+    /// every channel with the mean and the scale of [`Backbone::calibrate`].
     ///
     /// `views` are [`BackboneConfig::views`] pictures [instances, height, width, 3] each, shown as a whole picture at t = 0 with
     /// x_t = 0; their token sequences follow one another. `ids` [instances * text_len].
@@ -442,6 +443,47 @@ impl Backbone {
     /// # Errors
     /// A wrong number of views, or shapes that don't fit.
     pub fn condition(&self, views: &[&Tensor], ids: &[u32]) -> Result<Tensor> {
+        let mut states = self.states(views, ids)?;
+        let (mean, scale) = (self.params.get("condition.mean")?, self.params.get("condition.scale")?);
+        for token in states.data_mut().chunks_exact_mut(self.config.width) {
+            token.iter_mut().zip(mean.data()).zip(scale.data()).for_each(|((v, m), s)| *v = (*v - m) * s);
+        }
+        Ok(states)
+    }
+
+    /// Measures the mean and the deviation of every channel of the condition over these examples (arguments as
+    /// [`Backbone::condition`]), so that it comes out with mean 0 and deviation 1. A transformer's residual stream has a few channels
+    /// that are a hundred times as large as the rest and hardly vary ("Massive activations", arXiv 2402.17762); they would drown
+    /// in the generator's first norm what tells instances apart.
+    ///
+    /// # Errors
+    /// As [`Backbone::condition`].
+    pub fn calibrate(&mut self, views: &[&Tensor], ids: &[u32]) -> Result<()> {
+        let states = self.states(views, ids)?;
+        let width = self.config.width;
+        let count = (states.numel() / width) as f64;
+        let (mut mean, mut square) = (vec![0.0f64; width], vec![0.0f64; width]);
+        for token in states.data().chunks_exact(width) {
+            for (v, (m, s)) in token.iter().zip(mean.iter_mut().zip(&mut square)) {
+                *m += f64::from(*v) / count;
+                *s += f64::from(*v) * f64::from(*v) / count;
+            }
+        }
+        for (name, tensor) in self.params.iter_mut() {
+            let values = mean.iter().zip(&square).zip(tensor.data_mut());
+            match name {
+                "condition.mean" => values.for_each(|((m, _), out)| *out = *m as f32),
+                "condition.scale" => values.for_each(|((m, s), out)| {
+                    *out = (1.0 / (s - m * m).max(1e-12).sqrt()) as f32;
+                }),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The condition as the blocks leave it.
+    fn states(&self, views: &[&Tensor], ids: &[u32]) -> Result<Tensor> {
         let wanted = self.config.views();
         if views.len() != wanted {
             return Err(Error::Invalid(format!("the condition reads {wanted} views, got {}", views.len())));

@@ -25,3 +25,10 @@ pub struct EditBatch {
     /// Seed of the step's noise.
     pub seed: u64,
 }
+
+impl EditBatch {
+    /// The first `count` views of [`crate::Backbone::condition`].
+    pub fn views(&self, count: usize) -> Vec<&Tensor> {
+        [&self.thumbnail, &self.detail].into_iter().take(count).collect()
+    }
+}

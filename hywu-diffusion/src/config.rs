@@ -118,6 +118,9 @@ impl BackboneConfig {
         dense("head", 3 * pixels + COEFFICIENTS, w, Init::Constant(0.0));
         all.push(("text_position".into(), vec![self.text_len, w], Init::Normal(0.02)));
         all.push(("norm.weight".into(), vec![w], Init::Constant(1.0)));
+        // Set by `Backbone::calibrate`; no loss depends on them.
+        all.push(("condition.mean".into(), vec![w], Init::Constant(0.0)));
+        all.push(("condition.scale".into(), vec![w], Init::Constant(1.0)));
         all.push(("pixel_in.weight".into(), vec![HIDDEN, FEATURES], fan_in(FEATURES)));
         let text = (0..self.text_layers).map(|i| format!("text.layers.{i}"));
         for (i, name) in text.chain((0..self.layers).map(|i| format!("model.layers.{i}"))).enumerate() {

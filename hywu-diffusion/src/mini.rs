@@ -29,9 +29,8 @@ impl Downstream for MiniDownstream {
     }
 
     fn condition(&self, batch: &EditBatch) -> hywu_kernels::Result<Tensor> {
-        let views = [&batch.thumbnail, &batch.detail];
-        let views = &views[..self.backbone.config.views()];
-        self.backbone.condition(views, &batch.text).map_err(kernel_error)
+        let views = batch.views(self.backbone.config.views());
+        self.backbone.condition(&views, &batch.text).map_err(kernel_error)
     }
 
     fn loss(&self, tape: &Tape, batch: &EditBatch, adapters: &LoraVars) -> hywu_kernels::Result<Var> {

@@ -155,6 +155,30 @@ fn the_thread_count_changes_no_bit() {
 }
 
 #[test]
+fn a_calibrated_condition_has_mean_0_and_deviation_1_in_every_channel() {
+    let mut backbone = backbone();
+    let views = [random(1, &[6, 64, 64, 3]), random(2, &[6, 64, 64, 3])];
+    let (views, ids) = ([&views[0], &views[1]], ids(6 * backbone.config.text_len));
+    let x = inputs(1, 16, 24);
+    let before = predict(&backbone, &x, 1, &LoraVars::none());
+    // Calibrating once more changes nothing: it measures the states, not the condition.
+    backbone.calibrate(&views, &ids).unwrap();
+    let once = backbone.condition(&views, &ids).unwrap();
+    backbone.calibrate(&views, &ids).unwrap();
+    let condition = backbone.condition(&views, &ids).unwrap();
+    assert_eq!(once.data(), condition.data());
+    let width = backbone.config.width;
+    for channel in 0..width {
+        let values = || condition.data().iter().skip(channel).step_by(width).map(|v| f64::from(*v));
+        let count = (condition.numel() / width) as f64;
+        let mean = values().sum::<f64>() / count;
+        let deviation = (values().map(|v| (v - mean).powi(2)).sum::<f64>() / count).sqrt();
+        assert!(mean.abs() < 1e-3 && (deviation - 1.0).abs() < 1e-3, "{channel}: {mean} {deviation}");
+    }
+    assert_eq!(before.data(), predict(&backbone, &x, 1, &LoraVars::none()).data());
+}
+
+#[test]
 fn the_condition_reads_thumbnail_detail_and_text() {
     let backbone = backbone();
     let source = picture(90, 200);

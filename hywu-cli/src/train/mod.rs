@@ -10,7 +10,7 @@ pub use task::{Kind, Task};
 use crate::model::ModelInfo;
 use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
-use hywu_diffusion::{EditData, Error, PhotoSet, TextEncoder};
+use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
 use hywu_kernels::optim::Optimizer;
 use log::{Log, Window};
 use std::{
@@ -22,6 +22,9 @@ use std::{
 const STATE: &str = "state.safetensors";
 const CONFIG: &str = "config.toml";
 const WEIGHTS: &str = "weights.";
+/// Examples that a backbone's condition is calibrated on, and the step, beyond all others, that draws them.
+const CALIBRATED: usize = 64;
+const CALIBRATION: u64 = 1 << 40;
 
 /// How far a run is.
 #[derive(Clone, Copy, Debug)]
@@ -168,7 +171,9 @@ impl Run {
                 info.data_sources.push(source.clone());
             }
         }
-        let model = self.task.model(self.optimizer.averaged(self.task.params()), info)?;
+        let shape = BatchShape { instances: CALIBRATED, crops: 1, ..self.config.data.shape(0) };
+        let examples = self.data.batch(CALIBRATION, shape)?;
+        let model = self.task.model(self.optimizer.averaged(self.task.params()), info, &examples)?;
         model.save(self.out.join("model"), o.save_as.into())?;
         self.log.plot(self.kind.name())
     }

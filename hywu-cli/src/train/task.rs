@@ -172,14 +172,16 @@ impl Task {
         Ok(TrainStats { loss, step: optimizer.step(params, &taken)? })
     }
 
-    /// The model with these trained weights.
+    /// The model with these trained weights; a trained backbone's condition is calibrated on `examples`.
     ///
     /// # Errors
     /// None in practice: the weights are the task's own.
-    pub fn model(&self, params: &ParamSet, info: ModelInfo) -> Result<Model> {
+    pub fn model(&self, params: &ParamSet, info: ModelInfo, examples: &EditBatch) -> Result<Model> {
         let (backbone, memory) = match self {
             Self::Backbone(backbone) => {
-                (Backbone { params: params.clone(), ..backbone.as_ref().clone() }, Memory::None)
+                let mut trained = Backbone { params: params.clone(), ..backbone.as_ref().clone() };
+                trained.calibrate(&examples.views(trained.config.views()), &examples.text)?;
+                (trained, Memory::None)
             }
             Self::Generator(generator, downstream) => {
                 let mut trained = Generator::new(generator.config.clone(), 0)?;
