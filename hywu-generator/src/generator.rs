@@ -55,7 +55,8 @@ impl Generator {
                 n if n.contains("proj_out_B") => 0.0,
                 "model.proj_out_A.weight" => (c * widest).powf(-0.5),
                 n if n.ends_with(".bias") => 0.0,
-                n if n.contains("_pos") => 1.0,
+                // A norm follows, so the size is free; small codes learn faster.
+                n if n.contains("_pos") => 0.1,
                 // The ends of residual branches start small, so that depth does not blow up the sum.
                 n if n.contains("W_o") || n.contains("fc2") => (fan_in * 4.0 * blocks).powf(-0.5),
                 _ => fan_in.powf(-0.5),
