@@ -1,20 +1,32 @@
-//! Values on the command line: a bad one is wrong usage (exit code 2), told with what would be right.
+//! Values on the command line: a bad one is wrong usage (exit code 2), told with what would be right. The limits are those of
+//! [`SampleOptions::validate`].
 
-use clap::builder::{RangedU64ValueParser, TypedValueParser};
+use hywu_diffusion::SampleOptions;
 
 /// Sampling steps.
-pub fn steps() -> impl TypedValueParser<Value = usize> {
-    RangedU64ValueParser::<usize>::new().range(1..=1000)
+pub fn steps(text: &str) -> Result<usize, String> {
+    let steps = number(text)?;
+    valid(&SampleOptions { steps, ..SampleOptions::default() })?;
+    Ok(steps)
 }
 
 /// Side of a tile in pixels.
 pub fn tile(text: &str) -> Result<usize, String> {
-    let tile = text.parse().ok().filter(|n: &usize| (8..=512).contains(n) && n.is_multiple_of(8));
-    tile.ok_or_else(|| "a tile's side is a multiple of 8 in 8..=512".into())
+    let tile = number(text)?;
+    valid(&SampleOptions::default().with_tile(tile))?;
+    Ok(tile)
 }
 
 /// A number, not infinite.
 pub fn finite(text: &str) -> Result<f32, String> {
     let number = text.parse().ok().filter(|f: &f32| f.is_finite());
     number.ok_or_else(|| "a finite number is expected".into())
+}
+
+fn number(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| "a whole number is expected".into())
+}
+
+fn valid(options: &SampleOptions) -> Result<(), String> {
+    options.validate().map_err(|e| e.to_string())
 }

@@ -34,8 +34,9 @@ const CONFIG_KEY: &str = "backbone";
 /// and predicts the clean edited picture (x-prediction as in arXiv 2511.13720).
 ///
 /// A patch of [x_t | source | position] is one token, the text tokens stand in the same sequence. Blocks are pre-norm
-/// attention and SwiGLU; one embedding of timestep and instruction modulates all of them, with a learnt offset per block (adaLN-single,
-/// PixArt-alpha, arXiv 2310.00426 section 2.3), and the norm before the head. The prediction is `source + local filter of the source + residual`.
+/// attention and SwiGLU; one embedding of timestep and instruction modulates all of them, with a learnt offset per block
+/// (adaLN-single, PixArt-alpha, arXiv 2310.00426 section 2.3), and the norm before the head. The prediction is `source + local
+/// filter of the source + residual`.
 #[derive(Clone)]
 pub struct Backbone {
     /// Sizes.
@@ -287,8 +288,8 @@ impl Backbone {
         }
     }
 
-    /// The shared modulation [batch, 8 * width] (six parts for the blocks, two for the head) of the timesteps and of the instructions' meaning as a whole, the mean of the
-    /// text tokens (as in arXiv 2403.03206 section 4).
+    /// The shared modulation [batch, 8 * width] (six parts for the blocks, two for the head) of the timesteps and of the
+    /// instructions' meaning as a whole, the mean of the text tokens (as in arXiv 2403.03206 section 4).
     fn modulation(&self, call: &Call<'_>, t: &[f32], text: &Var) -> Result<Var> {
         let Call { tape, bound, .. } = *call;
         let project = |x: &Var, name: &str| {

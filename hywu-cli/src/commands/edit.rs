@@ -43,7 +43,7 @@ pub struct EditArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Sampling steps
-    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N", value_parser = values::steps())]
+    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N", value_parser = values::steps)]
     steps: usize,
     /// Sampling method
     #[arg(long, value_enum, default_value = "euler")]

@@ -28,7 +28,7 @@ pub struct EvalArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Sampling steps
-    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N", value_parser = values::steps())]
+    #[arg(long, default_value_t = SampleOptions::default().steps, value_name = "N", value_parser = values::steps)]
     steps: usize,
     /// Side of the square tiles in pixels, a multiple of 8
     #[arg(long, value_name = "N", default_value_t = SampleOptions::default().tile)]

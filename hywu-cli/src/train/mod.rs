@@ -172,8 +172,8 @@ impl Run {
             }
         }
         let shape = BatchShape { instances: CALIBRATED, crops: 1, ..self.config.data.shape(0) };
-        let examples = self.data.batch(CALIBRATION, shape)?;
-        let model = self.task.model(self.optimizer.averaged(self.task.params()), info, &examples)?;
+        let examples = || self.data.batch(CALIBRATION, shape);
+        let model = self.task.model(self.optimizer.averaged(self.task.params()), info, examples)?;
         model.save(self.out.join("model"), o.save_as.into())?;
         self.log.plot(self.kind.name())
     }

@@ -172,14 +172,21 @@ impl Task {
         Ok(TrainStats { loss, step: optimizer.step(params, &taken)? })
     }
 
-    /// The model with these trained weights; a trained backbone's condition is calibrated on `examples`.
+    /// The model with these trained weights; a trained backbone's condition is calibrated on `examples`,
+    /// which are drawn for it alone.
     ///
     /// # Errors
     /// None in practice: the weights are the task's own.
-    pub fn model(&self, params: &ParamSet, info: ModelInfo, examples: &EditBatch) -> Result<Model> {
+    pub fn model(
+        &self,
+        params: &ParamSet,
+        info: ModelInfo,
+        examples: impl FnOnce() -> hywu_diffusion::Result<EditBatch>,
+    ) -> Result<Model> {
         let (backbone, memory) = match self {
             Self::Backbone(backbone) => {
                 let mut trained = Backbone { params: params.clone(), ..backbone.as_ref().clone() };
+                let examples = examples()?;
                 trained.calibrate(&examples.views(trained.config.views()), &examples.text)?;
                 (trained, Memory::None)
             }

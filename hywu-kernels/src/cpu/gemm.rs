@@ -53,9 +53,12 @@ struct Kernel {
 /// Widest tile of all kernels.
 const MAX_TILE: usize = 12 * 32;
 
+/// Runs everywhere.
+const PORTABLE: Kernel = Kernel { mr: 4, nr: 8, run: portable };
+
 /// What this processor can run, the fastest last.
 fn kernels() -> impl Iterator<Item = Kernel> {
-    let mut all = [Some(Kernel { mr: 4, nr: 8, run: portable }), None, None];
+    let mut all = [Some(PORTABLE), None, None];
     #[cfg(target_arch = "x86_64")]
     {
         let wide = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -66,7 +69,7 @@ fn kernels() -> impl Iterator<Item = Kernel> {
 }
 
 fn kernel() -> Kernel {
-    kernels().last().unwrap_or(Kernel { mr: 4, nr: 8, run: portable })
+    kernels().last().unwrap_or(PORTABLE)
 }
 
 /// The instruction set that the matrix product uses here.
