@@ -60,7 +60,7 @@ fn a_zero_lora_b_or_strength_changes_no_bit() {
     let source = picture(70, 100);
     let base = edit(&backbone, &source, &LoraVars::none(), &steps(2));
     let zero = adapters(&backbone, 1, 0.0);
-    let real = adapters(&backbone, 1, 0.1).to_adapter(1.0);
+    let real = adapters(&backbone, 1, 0.1).to_adapter(1.0).expect("on the CPU");
     assert_eq!(base, edit(&backbone, &source, &zero, &steps(2)));
     assert_eq!(base, edit(&backbone, &source, &LoraVars::from_adapter(&real, 0.0), &steps(2)));
     assert_ne!(base, edit(&backbone, &source, &LoraVars::from_adapter(&real, 1.0), &steps(2)));

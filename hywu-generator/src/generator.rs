@@ -122,7 +122,7 @@ impl Generator {
     pub fn generate(&self, condition: &Tensor) -> Result<Adapter> {
         let tape = Tape::inference();
         let bound = self.params.bind(&tape, false);
-        Ok(self.forward(&tape, &bound, condition)?.to_adapter(self.spec.scale()))
+        Ok(self.forward(&tape, &bound, condition)?.to_adapter(self.spec.scale())?)
     }
 
     /// The same on a tape, with the weights as `bound` there (FORMAT.md section 4).

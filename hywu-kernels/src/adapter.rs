@@ -45,13 +45,15 @@ impl LoraVars {
         Self { modules: adapter.modules.iter().map(|(n, l)| (n.clone(), pair(l))).collect() }
     }
     /// Copies to the host; `scale` is alpha / rank.
-    pub fn to_adapter(&self, scale: f32) -> Adapter {
-        let lora = |v: &LoraVar| Lora { lora_a: v.a.value().to_array(), lora_b: v.b.value().to_array() };
-        Adapter {
-            modules: self.modules.iter().map(|(n, v)| (n.clone(), lora(v))).collect(),
-            scale,
-            metadata: Default::default(),
-        }
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn to_adapter(&self, scale: f32) -> Result<Adapter> {
+        let lora = |v: &LoraVar| -> Result<Lora> {
+            Ok(Lora { lora_a: v.a.value().to_array()?, lora_b: v.b.value().to_array()? })
+        };
+        let modules = self.modules.iter().map(|(n, v)| Ok((n.clone(), lora(v)?)));
+        Ok(Adapter { modules: modules.collect::<Result<_>>()?, scale, metadata: Default::default() })
     }
 }
 

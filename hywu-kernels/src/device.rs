@@ -1,4 +1,7 @@
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    cuda::{Event, Gpu, Properties},
+};
 use std::{fmt, str::FromStr};
 
 /// Where tensors live and ops run.
@@ -12,19 +15,59 @@ pub enum Device {
 }
 
 impl Device {
-    /// Checks that the device can be used.
+    /// Opens the device: can it be used?
     ///
     /// # Errors
-    /// [`Error::NotBuiltWithCuda`] for a CUDA device: this build has no CUDA kernels.
+    /// For a CUDA device that this build, driver or machine does not have: what is missing, and what to do.
     pub fn check(self) -> Result<Self> {
-        match self {
-            Self::Cpu => Ok(self),
-            Self::Cuda(_) => Err(Error::NotBuiltWithCuda),
+        if let Self::Cuda(n) = self {
+            Gpu::get(n)?;
         }
+        Ok(self)
     }
     /// The best device that can be used.
     pub fn best() -> Self {
-        Self::Cpu
+        Self::Cuda(0).check().unwrap_or_default()
+    }
+    /// What the device is; none for the CPU.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn properties(self) -> Result<Option<Properties>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(n) => Ok(Some(Gpu::get(n)?.properties().clone())),
+        }
+    }
+    /// Free and total bytes of a CUDA device's memory.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn memory(self) -> Result<Option<(usize, usize)>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(n) => Ok(Some(Gpu::get(n)?.memory_info()?)),
+        }
+    }
+    /// Waits until all work is done; an error of an earlier launch may come out here. The CPU is always done.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn synchronize(self) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            Self::Cuda(n) => Gpu::get(n)?.synchronize(),
+        }
+    }
+    /// Marks this point in a CUDA device's work, for timing.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn event(self) -> Result<Option<Event>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(n) => Ok(Some(Gpu::get(n)?.event()?)),
+        }
     }
 }
 

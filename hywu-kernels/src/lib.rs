@@ -1,11 +1,12 @@
 //! The arithmetic of HY-WU: [`Tensor`]s on a [`Device`], one module per op under [`ops`] with forward and backward, a
 //! small reverse-mode [`Tape`], and naive f64 oracles under [`mod@reference`].
 //!
-//! Every op has one name: `ops/<op>.rs` is its interface, `cpu/<op>.rs` its CPU code, `reference/<op>.rs` its oracle,
-//! `tests/<op>.rs` its tests. Results do not depend on the number of threads nor on the other members of a batch.
+//! Every op has one name: `ops/<op>.rs` is its interface, `cpu/<op>.rs` its CPU code, `cuda/<op>.rs` its launcher,
+//! `kernels-cu/<op>/<op>.cu` its CUDA code, `reference/<op>.rs` its oracle, `tests/<op>.rs` its tests. Results do not depend on the number of threads nor on the other members of a batch.
 
 pub mod adapter;
 mod cpu;
+mod cuda;
 mod device;
 mod error;
 pub mod ops;
@@ -17,6 +18,7 @@ mod tensor;
 pub mod testing;
 
 pub use adapter::{Downstream, LoraVar, LoraVars};
+pub use cuda::{Event, Properties};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use params::{Bound, ParamSet};

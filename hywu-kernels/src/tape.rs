@@ -96,7 +96,7 @@ impl Tape {
         let node = loss.node.ok_or_else(|| Error::invalid("backward", "the loss depends on no leaf"))?;
         let mut nodes = self.nodes.into_inner();
         let mut grads = Gradients { grads: (0..nodes.len()).map(|_| None).collect() };
-        grads.accumulate(loss, Tensor::full(loss.shape(), 1.0))?;
+        grads.accumulate(loss, loss.value.full_like(loss.shape(), 1.0)?)?;
         for i in (0..=node).rev() {
             if let Some(op) = nodes[i].take()
                 && let Some(grad) = grads.grads[i].take()
@@ -128,16 +128,28 @@ impl Gradients {
             return Err(Error::shape("gradient", "contribution", grad.shape(), format!("{:?}", var.shape())));
         }
         match &mut self.grads[i] {
-            Some(sum) => crate::cpu::add_assign(sum.data_mut(), grad.data()),
-            slot => *slot = Some(grad),
+            Some(sum) => sum.add_assign(&grad),
+            slot => {
+                *slot = Some(grad);
+                Ok(())
+            }
         }
-        Ok(())
     }
-    /// Lets `add` write into the gradient of `var` (zeros at first); nothing happens for a constant.
-    pub fn add_into(&mut self, var: &Var, add: impl FnOnce(&mut [f32])) {
-        if let Some(i) = var.node {
-            add(self.grads[i].get_or_insert_with(|| Tensor::zeros(var.shape())).data_mut());
+    /// The gradient of `var` to add to in place (zeros at first), shared with nobody; none for a constant.
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub fn slot(&mut self, var: &Var) -> Result<Option<&mut Tensor>> {
+        let Some(i) = var.node else { return Ok(None) };
+        if self.grads[i].is_none() {
+            self.grads[i] = Some(var.value.zeros_like(var.shape())?);
         }
+        let slot = self.grads[i].as_mut();
+        if let Some(sum) = slot {
+            sum.make_unique()?;
+            return Ok(Some(sum));
+        }
+        Ok(None)
     }
     /// The gradient of a leaf, if the loss depends on it (element order of the leaf; the shape may be another).
     pub fn get(&self, var: &Var) -> Option<&Tensor> {

@@ -1,15 +1,29 @@
-use crate::{Device, Error, Result};
+use crate::{
+    Device, Error, Result,
+    cuda::{self, Gpu, View},
+    ops::{on_device, together},
+};
+use hywu_core::Dtype;
 use std::{
     collections::HashMap,
     fmt,
     sync::{Arc, Mutex},
 };
 
-/// A dense row-major f32 array; cloning shares the storage, writing to a shared one copies it first.
+/// A dense row-major array on a device; cloning shares the storage, writing to a shared one copies it first.
+///
+/// On the CPU elements are f32. On a CUDA device they are f32 or bf16: ops take operands of one dtype, add up in f32 and round their
+/// result to it.
 #[derive(Clone)]
 pub struct Tensor {
     shape: Vec<usize>,
-    storage: Arc<Buffer>,
+    storage: Storage,
+}
+
+#[derive(Clone)]
+enum Storage {
+    Host(Arc<Buffer>),
+    Cuda(View),
 }
 
 /// Host memory that goes back to a pool when dropped: a training step then allocates nothing after the first.
@@ -88,25 +102,28 @@ impl Tensor {
         if shape.iter().product::<usize>() != data.len() {
             return Err(Error::shape("tensor", "data", &[data.len()], format!("{shape:?}")));
         }
-        Ok(Self { shape: shape.to_vec(), storage: Arc::new(Buffer { data }) })
+        Ok(Self::host(shape, Buffer { data }))
+    }
+    fn host(shape: &[usize], buffer: Buffer) -> Self {
+        Self { shape: shape.to_vec(), storage: Storage::Host(Arc::new(buffer)) }
     }
     /// A 0-d tensor.
     pub fn scalar(value: f32) -> Self {
         Self::full(&[], value)
     }
-    /// All zeros.
+    /// All zeros, on the CPU.
     pub fn zeros(shape: &[usize]) -> Self {
         Self::full(shape, 0.0)
     }
-    /// All one value.
+    /// All one value, on the CPU.
     pub fn full(shape: &[usize], value: f32) -> Self {
         Self::build(shape, |out| out.fill(value))
     }
-    /// A new tensor whose every element `fill` writes (it starts with unspecified values, NaN in debug builds).
+    /// A new tensor on the CPU whose every element `fill` writes (it starts with unspecified values, NaN in debug builds).
     pub fn build(shape: &[usize], fill: impl FnOnce(&mut [f32])) -> Self {
         let mut buffer = Buffer::take(shape.iter().product());
         fill(&mut buffer.data);
-        Self { shape: shape.to_vec(), storage: Arc::new(buffer) }
+        Self::host(shape, buffer)
     }
     /// Copies an ndarray.
     pub fn from_array<D: ndarray::Dimension>(array: &ndarray::Array<f32, D>) -> Self {
@@ -117,14 +134,187 @@ impl Tensor {
         })
     }
     /// Copies to an ndarray.
-    pub fn to_array(&self) -> ndarray::ArrayD<f32> {
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn to_array(&self) -> Result<ndarray::ArrayD<f32>> {
         let shape = ndarray::IxDyn(&self.shape);
         // The length is the product of the shape by construction.
-        ndarray::ArrayD::from_shape_vec(shape, self.data().to_vec()).unwrap_or_default()
+        Ok(ndarray::ArrayD::from_shape_vec(shape, self.to_host()?.data().to_vec()).unwrap_or_default())
     }
     /// The device that holds it.
     pub fn device(&self) -> Device {
-        Device::Cpu
+        match &self.storage {
+            Storage::Host(_) => Device::Cpu,
+            Storage::Cuda(view) => Device::Cuda(view.gpu().ordinal()),
+        }
+    }
+    /// Type of the elements: always f32 on the CPU.
+    pub fn dtype(&self) -> Dtype {
+        match &self.storage {
+            Storage::Host(_) => Dtype::F32,
+            Storage::Cuda(view) => view.dtype,
+        }
+    }
+    /// Is it on a CUDA device?
+    pub fn is_cuda(&self) -> bool {
+        self.view().is_some()
+    }
+    /// The same values on a device, rounded to `dtype` where that is a CUDA device (the CPU computes in f32); shares the storage when
+    /// nothing changes.
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory; f16, which is for files only.
+    pub fn to(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        if dtype == Dtype::F16 {
+            return Err(Error::invalid("to", "f16 is a storage format; tensors are f32 or bf16"));
+        }
+        match (&self.storage, device) {
+            (Storage::Host(_), Device::Cpu) => Ok(self.clone()),
+            (Storage::Host(buffer), Device::Cuda(n)) => {
+                let view = View::new(Gpu::get(n)?, buffer.data.len(), Dtype::F32)?;
+                // SAFETY: any f32 is four bytes.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts(buffer.data.as_ptr().cast::<u8>(), 4 * buffer.data.len())
+                };
+                view.gpu().upload(&view.memory, view.start(), bytes)?;
+                Self { shape: self.shape.clone(), storage: Storage::Cuda(view) }.cast(dtype)
+            }
+            (Storage::Cuda(view), Device::Cuda(n)) if view.gpu().ordinal() == n => self.cast(dtype),
+            // Between two devices by way of the host.
+            (Storage::Cuda(_), Device::Cuda(_)) => self.to_host()?.to(device, dtype),
+            (Storage::Cuda(_), Device::Cpu) => {
+                let wide = self.cast(Dtype::F32)?;
+                let Storage::Cuda(view) = &wide.storage else { return Ok(wide) };
+                let mut buffer = Buffer::take(view.len);
+                // SAFETY: any four bytes are an f32; the buffer is that long.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts_mut(buffer.data.as_mut_ptr().cast::<u8>(), 4 * view.len)
+                };
+                view.gpu().download(&view.memory, view.start(), bytes)?;
+                Ok(Self::host(&self.shape, buffer))
+            }
+        }
+    }
+    /// A copy on the CPU, or itself where it is there.
+    ///
+    /// # Errors
+    /// Those of the device: an earlier launch that failed may come out here.
+    pub fn to_host(&self) -> Result<Self> {
+        self.to(Device::Cpu, Dtype::F32)
+    }
+    /// The same values where `other` is, in its dtype.
+    ///
+    /// # Errors
+    /// As [`Tensor::to`].
+    pub fn to_like(&self, other: &Self) -> Result<Self> {
+        self.to(other.device(), other.dtype())
+    }
+    /// The same values in another dtype; nothing changes on the CPU.
+    ///
+    /// # Errors
+    /// As [`Tensor::to`].
+    pub fn cast(&self, dtype: Dtype) -> Result<Self> {
+        if !self.is_cuda() || self.dtype() == dtype {
+            Ok(self.clone())
+        } else {
+            cuda::elementwise::cast(self, dtype)
+        }
+    }
+    /// A tensor of another shape where this one is, with unspecified contents.
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub fn empty_like(&self, shape: &[usize]) -> Result<Self> {
+        self.empty_as(shape, self.dtype())
+    }
+    /// As [`Tensor::empty_like`], in another dtype.
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub(crate) fn empty_as(&self, shape: &[usize], dtype: Dtype) -> Result<Self> {
+        Ok(match &self.storage {
+            Storage::Host(_) => Self::build(shape, |_| {}),
+            Storage::Cuda(view) => {
+                let view = View::new(view.gpu(), shape.iter().product(), dtype)?;
+                Self { shape: shape.to_vec(), storage: Storage::Cuda(view) }
+            }
+        })
+    }
+    /// Zeros of another shape where this one is.
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub fn zeros_like(&self, shape: &[usize]) -> Result<Self> {
+        let mut out = self.empty_like(shape)?;
+        match &mut out.storage {
+            Storage::Host(_) => out.data_mut().fill(0.0),
+            Storage::Cuda(view) => view.gpu().zero(&view.memory, view.start(), view.bytes())?,
+        }
+        Ok(out)
+    }
+    /// All one value, in another shape where this one is.
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub fn full_like(&self, shape: &[usize], value: f32) -> Result<Self> {
+        Self::full(shape, value).to_like(self)
+    }
+    /// The part of an allocation that it is; none on the CPU.
+    pub(crate) fn view(&self) -> Option<&View> {
+        match &self.storage {
+            Storage::Host(_) => None,
+            Storage::Cuda(view) => Some(view),
+        }
+    }
+    /// `shape` from element `start` on, in the same storage; on the CPU a copy.
+    pub(crate) fn part(&self, start: usize, shape: &[usize]) -> Self {
+        let len: usize = shape.iter().product();
+        debug_assert!(start + len <= self.numel());
+        match &self.storage {
+            Storage::Host(buffer) => {
+                Self::build(shape, |out| out.copy_from_slice(&buffer.data[start..start + len]))
+            }
+            Storage::Cuda(view) => {
+                let view = View { offset: view.offset + start, len, ..view.clone() };
+                Self { shape: shape.to_vec(), storage: Storage::Cuda(view) }
+            }
+        }
+    }
+    /// Makes the storage its own, by a copy where others share it; then it may be written in place.
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub(crate) fn make_unique(&mut self) -> Result<()> {
+        let copy = match &self.storage {
+            Storage::Host(_) => return Ok(()),
+            Storage::Cuda(view) if view.unique() => return Ok(()),
+            Storage::Cuda(view) => {
+                let copy = View::new(view.gpu(), view.len, view.dtype)?;
+                view.gpu().copy((&copy.memory, 0), (&view.memory, view.start()), view.bytes())?;
+                copy
+            }
+        };
+        self.storage = Storage::Cuda(copy);
+        Ok(())
+    }
+    /// self += x, of the same number of elements.
+    ///
+    /// # Errors
+    /// Another number of elements, another device or dtype.
+    pub fn add_assign(&mut self, x: &Self) -> Result<()> {
+        if self.numel() != x.numel() {
+            return Err(Error::shape(
+                "add_assign",
+                "x",
+                x.shape(),
+                format!("as many elements as {:?}", self.shape),
+            ));
+        }
+        together("add_assign", &[self, x])?;
+        self.make_unique()?;
+        on_device!(x, elementwise::add_assign(self, x));
+        Ok(())
     }
     /// The shape; empty for a scalar.
     pub fn shape(&self) -> &[usize] {
@@ -136,15 +326,32 @@ impl Tensor {
     }
     /// Number of elements.
     pub fn numel(&self) -> usize {
-        self.storage.data.len()
+        match &self.storage {
+            Storage::Host(buffer) => buffer.data.len(),
+            Storage::Cuda(view) => view.len,
+        }
     }
     /// The elements, row-major.
+    ///
+    /// # Panics
+    /// For a tensor on a CUDA device; see [`Tensor::to_host`].
     pub fn data(&self) -> &[f32] {
-        &self.storage.data
+        match &self.storage {
+            Storage::Host(buffer) => &buffer.data,
+            Storage::Cuda(_) => {
+                panic!("the elements of {self:?} are in device memory; to_host() copies them")
+            }
+        }
     }
     /// The elements for writing; copies first when the storage is shared.
+    ///
+    /// # Panics
+    /// For a tensor on a CUDA device.
     pub fn data_mut(&mut self) -> &mut [f32] {
-        &mut Arc::make_mut(&mut self.storage).data
+        match &mut self.storage {
+            Storage::Host(buffer) => &mut Arc::make_mut(buffer).data,
+            Storage::Cuda(_) => panic!("elements in device memory can't be written from the host"),
+        }
     }
     /// The same elements in another shape.
     ///
@@ -161,31 +368,35 @@ impl Tensor {
         }
         Ok(Self { shape: shape.to_vec(), storage: self.storage.clone() })
     }
-    /// The only element of a tensor of one.
+    /// The only element of a tensor of one; waits for the device.
     ///
     /// # Errors
-    /// [`Error::Shape`] when there is not exactly one.
+    /// [`Error::Shape`] when there is not exactly one; those of the device.
     pub fn item(&self) -> Result<f32> {
-        match self.data() {
+        match self.to_host()?.data() {
             [x] => Ok(*x),
             _ => Err(Error::shape("item", "tensor", &self.shape, "one element")),
         }
     }
     /// Do both share one storage?
     pub fn same_storage(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.storage, &other.storage)
+        match (&self.storage, &other.storage) {
+            (Storage::Host(a), Storage::Host(b)) => Arc::ptr_eq(a, b),
+            (Storage::Cuda(a), Storage::Cuda(b)) => Arc::ptr_eq(&a.memory, &b.memory),
+            _ => false,
+        }
     }
 }
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let data = self.data();
-        write!(
-            f,
-            "Tensor{:?} {:?}{}",
-            self.shape,
-            &data[..data.len().min(8)],
-            if data.len() > 8 { ".." } else { "" }
-        )
+        write!(f, "Tensor{:?} ", self.shape)?;
+        match &self.storage {
+            Storage::Host(buffer) => {
+                let data = &buffer.data;
+                write!(f, "{:?}{}", &data[..data.len().min(8)], if data.len() > 8 { ".." } else { "" })
+            }
+            Storage::Cuda(view) => write!(f, "{:?} on {}", view.dtype, self.device()),
+        }
     }
 }

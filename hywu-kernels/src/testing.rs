@@ -1,7 +1,9 @@
-//! Helpers for tests: tolerances that NaN fails, finite differences.
+//! Helpers for tests: places to run a test body at, tolerances that NaN fails, finite differences.
 
-use crate::{Result, Tape, Tensor, Var, ops::loss::weighted_sum};
-use hywu_core::Philox;
+use crate::{Device, Result, Tape, Tensor, Var, cuda, ops::loss::weighted_sum};
+use half::bf16;
+use hywu_core::{Dtype, Philox};
+use std::sync::OnceLock;
 
 /// Relative Frobenius error |actual - expected| / |expected|; NaN when anything is NaN, infinite when the lengths differ.
 pub fn relative_error(actual: &[f32], expected: &[f64]) -> f64 {
@@ -34,12 +36,136 @@ pub fn random(seed: u64, shape: &[usize]) -> Tensor {
 }
 
 /// Widens to f64, for the oracles.
+#[track_caller]
 pub fn widen(x: &Tensor) -> Vec<f64> {
-    x.data().iter().map(|&v| v.into()).collect()
+    x.to_host().expect("the device works").data().iter().map(|&v| v.into()).collect()
 }
 
-/// Checks the tape's gradients of sum(w * f(inputs)) (w random) against the oracle's central differences: `oracle` computes the same
-/// output in f64 from the inputs' values. Every input is perturbed at up to `samples` random places.
+/// A device and a dtype: every test of an op runs its one body at each of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Where.
+    pub device: Device,
+    /// Type of the operands there.
+    pub dtype: Dtype,
+}
+
+impl Place {
+    /// The CPU, in f32.
+    pub const CPU: Self = Self { device: Device::Cpu, dtype: Dtype::F32 };
+
+    /// A tensor of these values there.
+    #[track_caller]
+    pub fn tensor(self, x: &Tensor) -> Tensor {
+        x.to(self.device, self.dtype).expect("the device works")
+    }
+    /// A constant of these values there.
+    #[track_caller]
+    pub fn constant(self, x: &Tensor) -> Var {
+        Var::constant(self.tensor(x))
+    }
+    /// The values as they arrive there, for the oracle.
+    #[track_caller]
+    pub fn rounded(self, x: &Tensor) -> Vec<f64> {
+        widen(&self.tensor(x))
+    }
+}
+
+/// The CPU and, where a CUDA device is present, that device in f32 and in bf16; without one it says so. On a device allocations
+/// are guarded: they start as NaN, and what is written beside them is found by [`for_each_place`].
+pub fn places() -> Vec<Place> {
+    static CUDA: OnceLock<bool> = OnceLock::new();
+    let cuda = *CUDA.get_or_init(|| match Device::Cuda(0).check() {
+        Ok(_) => {
+            cuda::guard_allocations(true);
+            true
+        }
+        Err(e) => {
+            // A machine that is meant to have a device must not pass by skipping.
+            assert!(std::env::var_os("HYWU_REQUIRE_CUDA").is_none(), "{e}");
+            false
+        }
+    });
+    if !cuda {
+        println!("SKIPPED: no CUDA device");
+        return vec![Place::CPU];
+    }
+    let on = |dtype| Place { device: Device::Cuda(0), dtype };
+    vec![Place::CPU, on(Dtype::F32), on(Dtype::Bf16)]
+}
+
+/// Runs a test body at every one of [`places`]. Panics when something was written beside an allocation meanwhile.
+#[track_caller]
+pub fn for_each_place(mut body: impl FnMut(Place)) {
+    for place in places() {
+        body(place);
+        place.device.synchronize().expect("the device works");
+        let broken = cuda::broken_guards();
+        assert!(broken.is_empty(), "at {place:?}: {broken:?}");
+    }
+}
+
+fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().fold(0.0, |m, v| if v.is_nan() || v > m { v } else { m })
+}
+
+/// Values that differ as rounding once more to bf16 would make them differ: by up to 2^-9 of themselves.
+fn jittered(values: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let mut random = Philox::new(0xb16).stream(0);
+    let mut jitter = |v: &f64| v * (1.0 + f64::from(random.range(-1.0, 1.0)) / 512.0);
+    values.iter().map(|x| x.iter().map(&mut jitter).collect()).collect()
+}
+
+/// Panics unless `actual` is as near to `expected` as it must be at `place` (NaN fails). In f32 the relative Frobenius error is at most
+/// `tolerance`. In bf16 the largest error is at most twice that of a naive bf16 implementation, which rounds its operands once more and
+/// its result: `naive` holds the oracle's values for such operands.
+#[track_caller]
+pub fn assert_near(
+    place: Place,
+    actual: &[f32],
+    expected: &[f64],
+    naive: impl FnOnce() -> Vec<f64>,
+    tolerance: f64,
+) {
+    if place.dtype == Dtype::F32 {
+        return assert_close(actual, expected, tolerance);
+    }
+    assert_eq!(actual.len(), expected.len(), "lengths differ");
+    let naive = naive();
+    let size = largest(expected.iter().map(|e| e.abs()));
+    let rounded = naive.iter().zip(expected).map(|(n, e)| (f64::from(bf16::from_f64(*n)) - e).abs());
+    // Few values may all be exact by chance: at least half a unit of the largest is allowed.
+    let bound = 2.0 * largest(rounded).max(size / 512.0) + 1e-6 * size;
+    let distance = |i: usize| (f64::from(actual[i]) - expected[i]).abs();
+    let error = largest((0..actual.len()).map(distance));
+    if error.is_nan() || error > bound {
+        let worst = (0..actual.len()).max_by(|&i, &j| distance(i).total_cmp(&distance(j))).unwrap_or(0);
+        panic!(
+            "at {place:?}: error {error:e} > {bound:e}; worst at {worst}: got {}, expected {}",
+            actual[worst], expected[worst]
+        );
+    }
+}
+
+/// Checks an op's output at `place` against its oracle, which computes it in f64 from the inputs' values.
+#[track_caller]
+pub fn check_output(
+    place: Place,
+    inputs: &[Tensor],
+    f: impl Fn(&Tape, &[Var]) -> Result<Var>,
+    oracle: impl Fn(&[Vec<f64>]) -> Vec<f64>,
+    tolerance: f64,
+) {
+    let constants: Vec<Var> = inputs.iter().map(|x| place.constant(x)).collect();
+    let values: Vec<Vec<f64>> = inputs.iter().map(|x| place.rounded(x)).collect();
+    let out =
+        f(&Tape::inference(), &constants).expect("the op runs").value().to_host().expect("the device works");
+    assert_near(place, out.data(), &oracle(&values), || oracle(&jittered(&values)), tolerance);
+}
+
+/// Checks, at every one of [`places`], an op's output and the tape's gradients of sum(w * f(inputs)) (w random) against the oracle's
+/// values and central differences: `oracle` computes the same output in f64 from the inputs' values. Every input is perturbed at up to
+/// `samples` random places.
 #[track_caller]
 pub fn check_gradients(
     inputs: &[Tensor],
@@ -48,37 +174,65 @@ pub fn check_gradients(
     samples: usize,
     tolerance: f64,
 ) {
-    let mut values: Vec<Vec<f64>> = inputs.iter().map(widen).collect();
+    for_each_place(|place| check_gradients_at(place, inputs, &f, &oracle, samples, tolerance));
+}
+
+/// [`check_gradients`] at one place.
+#[track_caller]
+pub fn check_gradients_at(
+    place: Place,
+    inputs: &[Tensor],
+    f: impl Fn(&Tape, &[Var]) -> Result<Var>,
+    oracle: impl Fn(&[Vec<f64>]) -> Vec<f64>,
+    samples: usize,
+    tolerance: f64,
+) {
+    check_output(place, inputs, &f, &oracle, 1e-5);
+    let mut values: Vec<Vec<f64>> = inputs.iter().map(|x| place.rounded(x)).collect();
     let tape = Tape::new();
-    let leaves: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
+    let leaves: Vec<Var> = inputs.iter().map(|x| tape.leaf(place.tensor(x))).collect();
     let out = f(&tape, &leaves).expect("the op runs");
-    assert_close(out.value().data(), &oracle(&values), 1e-5);
-    let weights = random(0x77, out.shape());
+    let weights = random(0x77, out.shape()).to_like(out.value()).expect("the device works");
     let loss = weighted_sum(&tape, &out, &weights).expect("same shape");
     let mut grads = tape.backward(&loss).expect("a scalar loss");
-    let objective = |values: &[Vec<f64>]| -> f64 {
-        oracle(values).iter().zip(weights.data()).map(|(y, &w)| y * f64::from(w)).sum()
-    };
-    let mut places = Philox::new(0x9a).stream(1);
-    for i in 0..inputs.len() {
-        let grad = grads.take(&leaves[i]).unwrap_or_else(|| Tensor::zeros(inputs[i].shape()));
-        let (mut got, mut expected) = (Vec::new(), Vec::new());
-        for sample in 0..samples.min(inputs[i].numel()) {
-            let all = samples >= inputs[i].numel();
-            let at = if all { sample } else { places.below(inputs[i].numel()) };
+    let weights = widen(&weights);
+    // Where each input is perturbed.
+    let mut random_places = Philox::new(0x9a).stream(1);
+    let at: Vec<Vec<usize>> = inputs
+        .iter()
+        .map(|x| match samples >= x.numel() {
+            true => (0..x.numel()).collect(),
+            false => (0..samples).map(|_| random_places.below(x.numel())).collect(),
+        })
+        .collect();
+    let objective =
+        |values: &[Vec<f64>]| -> f64 { oracle(values).iter().zip(&weights).map(|(y, w)| y * w).sum() };
+    let differences = |values: &mut [Vec<f64>], i: usize| -> Vec<f64> {
+        let difference = |&at: &usize| {
             let (old, h) = (values[i][at], 1e-5 * values[i][at].abs().max(1.0));
             values[i][at] = old + h;
-            let above = objective(&values);
+            let above = objective(values);
             values[i][at] = old - h;
-            let below = objective(&values);
+            let below = objective(values);
             values[i][at] = old;
-            got.push(grad.data()[at]);
-            expected.push((above - below) / (2.0 * h));
+            (above - below) / (2.0 * h)
+        };
+        at[i].iter().map(difference).collect()
+    };
+    for i in 0..inputs.len() {
+        let grad = grads.take(&leaves[i]).map(|g| g.to_host().expect("the device works"));
+        let grad = grad.unwrap_or_else(|| Tensor::zeros(inputs[i].shape()));
+        let got: Vec<f32> = at[i].iter().map(|&at| grad.data()[at]).collect();
+        let expected = differences(&mut values, i);
+        if place.dtype == Dtype::F32 {
+            let error = relative_error(&got, &expected);
+            assert!(
+                error <= tolerance,
+                "at {place:?}: gradient of input {i}: relative error {error:e} > {tolerance:e}\n{got:?}\n{expected:?}"
+            );
+        } else {
+            let naive = || differences(&mut jittered(&values), i);
+            assert_near(place, &got, &expected, naive, tolerance);
         }
-        let error = relative_error(&got, &expected);
-        assert!(
-            error <= tolerance,
-            "gradient of input {i}: relative error {error:e} > {tolerance:e}\n{got:?}\n{expected:?}"
-        );
     }
 }

@@ -201,7 +201,7 @@ impl Task {
                 let spec = downstream.adapter_spec();
                 (
                     downstream.backbone.clone(),
-                    Memory::Static(adapters.to_adapter(spec.alpha / spec.rank as f32)),
+                    Memory::Static(adapters.to_adapter(spec.alpha / spec.rank as f32)?),
                 )
             }
         };

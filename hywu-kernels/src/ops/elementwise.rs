@@ -1,14 +1,12 @@
 //! Sums, gated residuals, and cutting and joining along an axis.
 
+use super::together;
 use crate::{Error, Result, Tape, Tensor, Var};
-use rayon::prelude::*;
-
-/// Rows a parallel task works on; fixed, so that sums don't depend on the number of threads.
-const ROWS: usize = 64;
+use hywu_core::Dtype;
 
 fn same(op: &'static str, a: &Var, b: &Var) -> Result<()> {
     match a.shape() == b.shape() {
-        true => Ok(()),
+        true => together(op, &[a.value(), b.value()]),
         false => Err(Error::shape(op, "second operand", b.shape(), format!("{:?}", a.shape()))),
     }
 }
@@ -19,8 +17,7 @@ fn same(op: &'static str, a: &Var, b: &Var) -> Result<()> {
 /// Shapes that differ.
 pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
     same("add", a, b)?;
-    let mut sum = a.value().clone();
-    crate::cpu::add_assign(sum.data_mut(), b.value().data());
+    let sum = on_device!(a.value(), elementwise::add(a.value(), b.value()));
     let (a_, b_) = (a.clone(), b.clone());
     Ok(tape.push(sum, &[a, b], move |grad, grads| {
         grads.accumulate(&a_, grad.clone())?;
@@ -28,8 +25,8 @@ pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
     }))
 }
 
-fn scaled(x: &Tensor, factor: f32) -> Tensor {
-    Tensor::build(x.shape(), |out| out.iter_mut().zip(x.data()).for_each(|(o, x)| *o = factor * x))
+fn scaled(x: &Tensor, factor: f32) -> Result<Tensor> {
+    Ok(on_device!(x, elementwise::scale(x, factor)))
 }
 
 /// factor * x.
@@ -41,8 +38,8 @@ pub fn scale(tape: &Tape, x: &Var, factor: f32) -> Result<Var> {
         return Err(Error::invalid("scale", format!("factor {factor} is not finite")));
     }
     let x_ = x.clone();
-    Ok(tape.push(scaled(x.value(), factor), &[x], move |grad, grads| {
-        grads.accumulate(&x_, scaled(grad, factor))
+    Ok(tape.push(scaled(x.value(), factor)?, &[x], move |grad, grads| {
+        grads.accumulate(&x_, scaled(grad, factor)?)
     }))
 }
 
@@ -60,39 +57,16 @@ pub fn gated_residual(tape: &Tape, x: &Var, y: &Var, gate: &Var) -> Result<Var> 
     if x.value().numel() == 0 {
         return Ok(x.clone());
     }
-    let each = x.value().numel() / batch;
-    let mut out = x.value().clone();
-    let work = out.data_mut().par_chunks_mut(each).zip(y.value().data().par_chunks(each));
-    work.zip(gate.value().data().par_chunks(channels)).for_each(|((out, y), gate)| {
-        for (out, y) in out.chunks_mut(channels).zip(y.chunks(channels)) {
-            out.iter_mut().zip(y).zip(gate).for_each(|((o, y), g)| *o += g * y);
-        }
-    });
+    together(OP, &[x.value(), gate.value()])?;
+    let out = on_device!(x.value(), elementwise::gated(Some(x.value()), y.value(), gate.value()));
     let (x_, y_, gate_) = (x.clone(), y.clone(), gate.clone());
     Ok(tape.push(out, &[x, y, gate], move |grad, grads| {
         let (y, gate) = (y_.value(), gate_.value());
         if grads.wants(&y_) {
-            let dy = Tensor::build(y.shape(), |out| {
-                let work = out.par_chunks_mut(each).zip(grad.data().par_chunks(each));
-                work.zip(gate.data().par_chunks(channels)).for_each(|((out, grad), gate)| {
-                    for (out, grad) in out.chunks_mut(channels).zip(grad.chunks(channels)) {
-                        out.iter_mut().zip(grad).zip(gate).for_each(|((o, d), g)| *o = g * d);
-                    }
-                });
-            });
-            grads.accumulate(&y_, dy)?;
+            grads.accumulate(&y_, on_device!(grad, elementwise::gated(None, grad, gate)))?;
         }
         if grads.wants(&gate_) {
-            let dgate = Tensor::build(gate.shape(), |out| {
-                let work = out.par_chunks_mut(channels).zip(grad.data().par_chunks(each));
-                work.zip(y.data().par_chunks(each)).for_each(|((out, grad), y)| {
-                    out.fill(0.0);
-                    for (grad, y) in grad.chunks(channels).zip(y.chunks(channels)) {
-                        out.iter_mut().zip(grad).zip(y).for_each(|((o, d), y)| *o += d * y);
-                    }
-                });
-            });
-            grads.accumulate(&gate_, dgate)?;
+            grads.accumulate(&gate_, on_device!(grad, elementwise::gate_gradient(grad, y, gate)))?;
         }
         grads.accumulate(&x_, grad.clone())
     }))
@@ -107,32 +81,50 @@ pub fn add_row(tape: &Tape, x: &Var, row: &Var) -> Result<Var> {
     if row.shape() != [n] || n == 0 {
         return Err(Error::shape("add_row", "row", row.shape(), format!("[{n}], at least one channel")));
     }
-    let mut out = x.value().clone();
-    out.data_mut().par_chunks_mut(n * ROWS).for_each(|rows| {
-        rows.chunks_mut(n).for_each(|r| r.iter_mut().zip(row.value().data()).for_each(|(o, v)| *o += v));
-    });
+    together("add_row", &[x.value(), row.value()])?;
+    let out = on_device!(x.value(), elementwise::add_row(x.value(), row.value()));
     let (x_, row_) = (x.clone(), row.clone());
     Ok(tape.push(out, &[x, row], move |grad, grads| {
         if grads.wants(&row_) {
-            grads.accumulate(&row_, column_sums(grad, n))?;
+            grads.accumulate(&row_, column_sums(grad, n)?)?;
         }
         grads.accumulate(&x_, grad.clone())
     }))
 }
 
-/// Sums over all rows of length n: blocks of rows first, then the blocks in order.
-pub(crate) fn column_sums(x: &Tensor, n: usize) -> Tensor {
-    let partial: Vec<Vec<f32>> = (x.data().par_chunks(n * ROWS))
-        .map(|rows| {
-            let mut sum = vec![0.0; n];
-            rows.chunks(n).for_each(|r| crate::cpu::add_assign(&mut sum, r));
-            sum
-        })
-        .collect();
-    Tensor::build(&[n], |out| {
-        out.fill(0.0);
-        partial.iter().for_each(|p| crate::cpu::add_assign(out, p));
-    })
+/// Sums over all rows of length n.
+pub(crate) fn column_sums(x: &Tensor, n: usize) -> Result<Tensor> {
+    Ok(on_device!(x, elementwise::column_sums(x, n)))
+}
+
+/// (x - mean) * scale per channel, of a constant: x [.., channels], `mean` and `scale` `[channels]`.
+///
+/// # Errors
+/// Shapes that don't agree.
+pub fn standardise(x: &Tensor, mean: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    const OP: &str = "standardise";
+    let n = x.dim_back(1);
+    for (what, t) in [("mean", mean), ("scale", scale)] {
+        if t.shape() != [n] || n == 0 {
+            return Err(Error::shape(OP, what, t.shape(), format!("[{n}], at least one channel")));
+        }
+    }
+    together(OP, &[x, mean, scale])?;
+    Ok(on_device!(x, elementwise::standardise(x, mean, scale)))
+}
+
+/// The same values in another dtype (nothing changes on the CPU); the gradient goes back in the dtype of x.
+///
+/// # Errors
+/// f16; not enough memory on a device.
+pub fn cast(tape: &Tape, x: &Var, dtype: Dtype) -> Result<Var> {
+    if x.value().dtype() == dtype || !x.value().is_cuda() {
+        return Ok(x.clone());
+    }
+    let x_ = x.clone();
+    Ok(tape.push(x.value().cast(dtype)?, &[x], move |grad, grads| {
+        grads.accumulate(&x_, grad.cast(x_.value().dtype())?)
+    }))
 }
 
 /// Views a tensor as [outer, middle, inner] around the token axis of [batch, T, channels].
@@ -140,19 +132,6 @@ fn token_axis(op: &'static str, x: &Var) -> Result<[usize; 3]> {
     match *x.shape() {
         [b, t, c] => Ok([b, t, c]),
         ref other => Err(Error::shape(op, "operand", other, "[batch, tokens, channels]")),
-    }
-}
-
-/// Copies `len` of every `from` elements, starting at `start`, to `at` of every `to` elements.
-fn copy_strided(
-    out: &mut [f32],
-    (at, to): (usize, usize),
-    x: &[f32],
-    (start, from): (usize, usize),
-    len: usize,
-) {
-    for (out, x) in out.chunks_mut(to).zip(x.chunks(from)) {
-        out[at..at + len].copy_from_slice(&x[start..start + len]);
     }
 }
 
@@ -172,22 +151,53 @@ pub fn concat_tokens(tape: &Tape, parts: &[&Var]) -> Result<Var> {
         }
         total += t;
     }
+    let lengths: Vec<usize> = parts.iter().map(|part| part.shape()[1] * c).collect();
+    join(tape, OP, parts, &[b, total, c], &lengths)
+}
+
+/// Concatenates along the last axis: [.., n_i] -> [.., sum of n_i].
+///
+/// # Errors
+/// No part, or parts of different leading axes.
+pub fn concat_channels(tape: &Tape, parts: &[&Var]) -> Result<Var> {
+    const OP: &str = "concat_channels";
+    let first = parts.first().ok_or_else(|| Error::invalid(OP, "there is nothing to concatenate"))?;
+    let Some((_, leading)) = first.shape().split_last() else {
+        return Err(Error::shape(OP, "part", first.shape(), "at least one axis"));
+    };
+    for part in parts {
+        if part.shape().split_last().is_none_or(|(n, other)| *n == 0 || other != leading) {
+            return Err(Error::shape(
+                OP,
+                "part",
+                part.shape(),
+                format!("{leading:?} and at least one channel"),
+            ));
+        }
+    }
+    let lengths: Vec<usize> = parts.iter().map(|part| part.value().dim_back(1)).collect();
+    let shape: Vec<usize> = leading.iter().copied().chain([lengths.iter().sum()]).collect();
+    join(tape, OP, parts, &shape, &lengths)
+}
+
+/// A block of `lengths[i]` elements of every part in turn.
+fn join(tape: &Tape, op: &'static str, parts: &[&Var], shape: &[usize], lengths: &[usize]) -> Result<Var> {
+    let values: Vec<&Tensor> = parts.iter().map(|part| part.value()).collect();
+    together(op, &values)?;
+    let all: usize = lengths.iter().sum();
+    let mut out = values[0].empty_like(shape)?;
     let mut at = 0;
     let mut placed = Vec::new();
-    let out = Tensor::build(&[b, total, c], |out| {
-        for part in parts {
-            let len = part.shape()[1] * c;
-            copy_strided(out, (at, total * c), part.value().data(), (0, len), len);
-            placed.push(((*part).clone(), at, len));
-            at += len;
-        }
-    });
+    for (part, &length) in parts.iter().zip(lengths) {
+        on_device!(out, elementwise::copy_blocks(&mut out, (at, all), part.value(), (0, length), length));
+        placed.push(((*part).clone(), at, length));
+        at += length;
+    }
     Ok(tape.push(out, parts, move |grad, grads| {
-        for (part, at, len) in &placed {
+        for (part, at, length) in &placed {
             if grads.wants(part) {
-                let cut = Tensor::build(part.shape(), |out| {
-                    copy_strided(out, (0, *len), grad.data(), (*at, total * c), *len);
-                });
+                let mut cut = grad.empty_like(part.shape())?;
+                on_device!(grad, elementwise::copy_blocks(&mut cut, (0, *length), grad, (*at, all), *length));
                 grads.accumulate(part, cut)?;
             }
         }
@@ -195,17 +205,16 @@ pub fn concat_tokens(tape: &Tape, parts: &[&Var]) -> Result<Var> {
     }))
 }
 
-/// Cuts `len` of every `from` elements starting at `start`.
-fn cut(tape: &Tape, x: &Var, shape: &[usize], start: usize, from: usize, len: usize) -> Var {
-    let out = Tensor::build(shape, |out| copy_strided(out, (0, len), x.value().data(), (start, from), len));
+/// Cuts `length` of every `from` elements starting at `start`.
+fn cut(tape: &Tape, x: &Var, shape: &[usize], start: usize, from: usize, length: usize) -> Result<Var> {
+    let mut out = x.value().empty_like(shape)?;
+    on_device!(out, elementwise::copy_blocks(&mut out, (0, length), x.value(), (start, from), length));
     let x_ = x.clone();
-    tape.push(out, &[x], move |grad, grads| {
-        let dx = Tensor::build(x_.shape(), |out| {
-            out.fill(0.0);
-            copy_strided(out, (start, from), grad.data(), (0, len), len);
-        });
+    Ok(tape.push(out, &[x], move |grad, grads| {
+        let mut dx = grad.zeros_like(x_.shape())?;
+        on_device!(grad, elementwise::copy_blocks(&mut dx, (start, from), grad, (0, length), length));
         grads.accumulate(&x_, dx)
-    })
+    }))
 }
 
 /// x [batch, T, channels] -> tokens `start .. start + len`.
@@ -223,7 +232,7 @@ pub fn slice_tokens(tape: &Tape, x: &Var, start: usize, len: usize) -> Result<Va
             format!("at least one token, and {start} + {len} of them"),
         ));
     }
-    Ok(cut(tape, x, &[b, len, c], start * c, t * c, len * c))
+    cut(tape, x, &[b, len, c], start * c, t * c, len * c)
 }
 
 /// x [.., n] -> channels `start .. start + len` of the last axis.
@@ -242,7 +251,7 @@ pub fn slice_channels(tape: &Tape, x: &Var, start: usize, len: usize) -> Result<
     }
     let mut shape = x.shape().to_vec();
     shape[x.shape().len() - 1] = len;
-    Ok(cut(tape, x, &shape, start, n, len))
+    cut(tape, x, &shape, start, n, len)
 }
 
 /// [I, ..] -> [I * k, ..]: every entry k times in a row. The gradient sums over the copies.
@@ -258,20 +267,10 @@ pub fn repeat_each(tape: &Tape, x: &Var, k: usize) -> Result<Var> {
     }
     let each = x.value().numel() / count;
     let shape: Vec<usize> = [count * k].into_iter().chain(rest.iter().copied()).collect();
-    let out = Tensor::build(&shape, |out| {
-        for (out, x) in out.chunks_mut(each * k).zip(x.value().data().chunks(each)) {
-            out.chunks_mut(each).for_each(|o| o.copy_from_slice(x));
-        }
-    });
+    let out = on_device!(x.value(), elementwise::repeat_each(x.value(), each, k, &shape));
     let x_ = x.clone();
     Ok(tape.push(out, &[x], move |grad, grads| {
-        let dx = Tensor::build(x_.shape(), |out| {
-            out.fill(0.0);
-            for (out, grad) in out.chunks_mut(each).zip(grad.data().chunks(each * k)) {
-                grad.chunks(each).for_each(|g| crate::cpu::add_assign(out, g));
-            }
-        });
-        grads.accumulate(&x_, dx)
+        grads.accumulate(&x_, on_device!(grad, elementwise::sum_each(grad, each, k, x_.shape())))
     }))
 }
 
@@ -280,26 +279,17 @@ pub fn repeat_each(tape: &Tape, x: &Var, k: usize) -> Result<Var> {
 /// # Errors
 /// Another number of axes or of lengths.
 pub fn mask_tokens(tape: &Tape, x: &Var, lengths: &[usize]) -> Result<Var> {
-    let &[batch, tokens, channels] = x.shape() else {
+    let &[batch, _, _] = x.shape() else {
         return Err(Error::shape("mask_tokens", "x", x.shape(), "[batch, tokens, channels]"));
     };
     if lengths.len() != batch {
         return Err(Error::shape("mask_tokens", "lengths", &[lengths.len()], format!("[{batch}]")));
     }
-    let lengths = lengths.to_vec();
-    let masked = move |x: &Tensor| {
-        Tensor::build(x.shape(), |out| {
-            out.copy_from_slice(x.data());
-            if channels > 0 && tokens > 0 {
-                for (out, &length) in out.chunks_mut(tokens * channels).zip(&lengths) {
-                    out[length.min(tokens) * channels..].fill(0.0);
-                }
-            }
-        })
-    };
-    let out = masked(x.value());
-    let x_ = x.clone();
-    Ok(tape.push(out, &[x], move |grad, grads| grads.accumulate(&x_, masked(grad))))
+    let out = on_device!(x.value(), elementwise::mask_tokens(x.value(), lengths));
+    let (x_, lengths) = (x.clone(), lengths.to_vec());
+    Ok(tape.push(out, &[x], move |grad, grads| {
+        grads.accumulate(&x_, on_device!(grad, elementwise::mask_tokens(grad, &lengths)))
+    }))
 }
 
 /// Mean over the tokens: [batch, tokens, channels] -> [batch, channels].
@@ -307,28 +297,15 @@ pub fn mask_tokens(tape: &Tape, x: &Var, lengths: &[usize]) -> Result<Var> {
 /// # Errors
 /// Another number of axes, or no tokens.
 pub fn mean_tokens(tape: &Tape, x: &Var) -> Result<Var> {
-    let &[batch, tokens, channels] = x.shape() else {
+    let &[_, _, _] = x.shape() else {
         return Err(Error::shape("mean_tokens", "x", x.shape(), "[batch, tokens, channels]"));
     };
     if x.value().numel() == 0 {
         return Err(Error::invalid("mean_tokens", format!("{:?} has no mean", x.shape())));
     }
-    let share = 1.0 / tokens as f32;
-    let out = Tensor::build(&[batch, channels], |out| {
-        out.fill(0.0);
-        for (out, x) in out.chunks_mut(channels).zip(x.value().data().chunks(tokens * channels)) {
-            x.chunks(channels).for_each(|x| crate::cpu::add_assign(out, x));
-            out.iter_mut().for_each(|v| *v *= share);
-        }
-    });
+    let out = on_device!(x.value(), elementwise::mean_tokens(x.value()));
     let x_ = x.clone();
     Ok(tape.push(out, &[x], move |grad, grads| {
-        let dx = Tensor::build(x_.shape(), |out| {
-            for (out, grad) in out.chunks_mut(tokens * channels).zip(grad.data().chunks(channels)) {
-                out.chunks_mut(channels)
-                    .for_each(|out| out.iter_mut().zip(grad).for_each(|(o, g)| *o = share * g));
-            }
-        });
-        grads.accumulate(&x_, dx)
+        grads.accumulate(&x_, on_device!(grad, elementwise::mean_tokens_gradient(grad, x_.shape())))
     }))
 }

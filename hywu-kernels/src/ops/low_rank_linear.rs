@@ -111,7 +111,7 @@ pub fn low_rank_linear(
     Ok(tape.push(out, &inputs, move |grad, grads| {
         let (dy, xd) = (grad.data(), x_.value().data());
         if let Some(b) = b_.as_ref().filter(|b| b.requires_grad()) {
-            grads.accumulate(b, column_sums(grad, s.outer))?;
+            grads.accumulate(b, column_sums(grad, s.outer)?)?;
         }
         if grads.wants(&w_) {
             let dw = Tensor::build(w_.shape(), |out| {

@@ -1,5 +1,37 @@
 //! One module per op. Each has plain `forward` and `backward` functions over [`Tensor`](crate::Tensor)s and a function
 //! of the op's own name that records it on a [`Tape`](crate::Tape).
+//!
+//! An op checks its arguments once, for every device; the arithmetic is in `cpu/<op>.rs` and `cuda/<op>.rs`.
+
+use crate::{Error, Result, Tensor};
+
+/// `cpu::<op>::<f>(..)` or, when the first operand is on a CUDA device, `cuda::<op>::<f>(..)?`: both take the same arguments.
+macro_rules! on_device {
+    ($tensor:expr, $op:ident::$f:ident($($argument:expr),* $(,)?)) => {
+        if $tensor.is_cuda() {
+            crate::cuda::$op::$f($($argument),*)?
+        } else {
+            crate::cpu::$op::$f($($argument),*)
+        }
+    };
+}
+pub(crate) use on_device;
+
+/// Are all operands on one device and of one dtype?
+pub(crate) fn together(op: &'static str, operands: &[&Tensor]) -> Result<()> {
+    let place = |t: &Tensor| (t.device(), t.dtype());
+    let Some(first) = operands.first() else { return Ok(()) };
+    match operands.iter().find(|t| place(t) != place(first)) {
+        None => Ok(()),
+        Some(other) => {
+            let ((device, dtype), (other_device, other_dtype)) = (place(first), place(other));
+            let what = format!(
+                "operands are {dtype:?} on {device} and {other_dtype:?} on {other_device}; bring them together with Tensor::to"
+            );
+            Err(Error::invalid(op, what))
+        }
+    }
+}
 
 pub mod attention;
 pub mod elementwise;

@@ -110,7 +110,7 @@ fn cut(
         let shape: Vec<usize> = [batch].into_iter().chain(p.shape.iter().copied()).collect();
         let mut layers = Vec::new();
         for layer in 0..spec.layers {
-            layers.push(piece(tape, tokens, &shape, layer * line + start, spec.layers * line, n));
+            layers.push(piece(tape, tokens, &shape, layer * line + start, spec.layers * line, n)?);
         }
         out.push((p.module, layers));
         start += p.tokens(area) * area;
@@ -120,19 +120,14 @@ fn cut(
 
 /// `n` elements from `start` on of every batch entry of `each` elements. The gradient is added in place, so that many pieces of
 /// one big tensor cost no more than the tensor.
-fn piece(tape: &Tape, x: &Var, shape: &[usize], start: usize, each: usize, n: usize) -> Var {
-    let out = Tensor::build(shape, |out| {
-        for (out, x) in out.chunks_mut(n).zip(x.value().data().chunks(each)) {
-            out.copy_from_slice(&x[start..start + n]);
-        }
-    });
+fn piece(tape: &Tape, x: &Var, shape: &[usize], start: usize, each: usize, n: usize) -> Result<Var> {
+    let mut out = x.value().empty_like(shape)?;
+    on_device!(out, elementwise::copy_blocks(&mut out, (0, n), x.value(), (start, each), n));
     let x_ = x.clone();
-    tape.push(out, &[x], move |grad, grads| {
-        grads.add_into(&x_, |sum| {
-            for (sum, grad) in sum.chunks_mut(each).zip(grad.data().chunks(n)) {
-                crate::cpu::add_assign(&mut sum[start..start + n], grad);
-            }
-        });
+    Ok(tape.push(out, &[x], move |grad, grads| {
+        if let Some(sum) = grads.slot(&x_)? {
+            on_device!(grad, elementwise::add_blocks(sum, (start, each), grad, n));
+        }
         Ok(())
-    })
+    }))
 }

@@ -58,7 +58,7 @@ pub fn rms_norm(
             grads.accumulate(shift, dshift)?;
         }
         match &w_ {
-            Some(w) => grads.accumulate(w, crate::ops::elementwise::column_sums(&dw, c)),
+            Some(w) => grads.accumulate(w, crate::ops::elementwise::column_sums(&dw, c)?),
             None => Ok(()),
         }
     }))

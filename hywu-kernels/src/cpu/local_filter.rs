@@ -1,0 +1,1 @@
+//! CPU code of the op `local_filter`.

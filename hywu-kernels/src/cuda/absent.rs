@@ -1,0 +1,100 @@
+//! The device layer of a build without the feature `cuda`: there is no device, so no value of these types.
+
+use crate::{Error, Result};
+
+/// A CUDA device.
+pub(crate) enum Gpu {}
+
+/// Device memory.
+pub(crate) enum Memory {}
+
+/// A point in a device's work.
+pub enum Event {}
+
+/// What a CUDA device is.
+#[derive(Clone, Debug)]
+pub struct Properties {
+    /// Its name.
+    pub name: String,
+    /// Compute capability, (9, 0) for Hopper.
+    pub capability: (u32, u32),
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of device memory.
+    pub memory: usize,
+    /// CUDA version of the driver, (13, 0).
+    pub driver: (u32, u32),
+}
+
+impl Gpu {
+    pub fn get(_ordinal: usize) -> Result<&'static Self> {
+        Err(Error::NotBuiltWithCuda)
+    }
+    pub fn ordinal(&self) -> usize {
+        match *self {}
+    }
+    pub fn properties(&self) -> &Properties {
+        match *self {}
+    }
+    pub fn allocate(&'static self, _bytes: usize) -> Result<Memory> {
+        match *self {}
+    }
+    pub fn upload(&self, _to: &Memory, _at: usize, _data: &[u8]) -> Result<()> {
+        match *self {}
+    }
+    pub fn download(&self, _from: &Memory, _at: usize, _out: &mut [u8]) -> Result<()> {
+        match *self {}
+    }
+    pub fn copy(&self, _to: (&Memory, usize), _from: (&Memory, usize), _bytes: usize) -> Result<()> {
+        match *self {}
+    }
+    pub fn zero(&self, _memory: &Memory, _at: usize, _bytes: usize) -> Result<()> {
+        match *self {}
+    }
+    pub fn launch(
+        &self,
+        _kernel: (&'static str, &str),
+        _grid: [u32; 3],
+        _block: [u32; 3],
+        _shared: u32,
+        _arguments: &mut [*mut std::ffi::c_void],
+    ) -> Result<()> {
+        match *self {}
+    }
+    pub fn synchronize(&self) -> Result<()> {
+        match *self {}
+    }
+    pub fn memory_info(&self) -> Result<(usize, usize)> {
+        match *self {}
+    }
+    pub fn event(&self) -> Result<Event> {
+        match *self {}
+    }
+}
+
+impl Memory {
+    pub fn address(&self) -> u64 {
+        match *self {}
+    }
+    pub fn gpu(&self) -> &'static Gpu {
+        match *self {}
+    }
+}
+
+impl Event {
+    /// Milliseconds from `earlier` to this one; waits for both.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn since(&self, _earlier: &Self) -> Result<f32> {
+        match *self {}
+    }
+}
+
+/// See the driver's.
+pub(crate) fn guard_allocations(_on: bool) {}
+
+/// See the driver's.
+pub(crate) fn broken_guards() -> Vec<String> {
+    Vec::new()
+}

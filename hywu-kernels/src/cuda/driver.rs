@@ -1,0 +1,557 @@
+//! The device layer over the CUDA driver: memory from the stream-ordered pool, pinned transfers, modules, launches, events, and the
+//! one place where the driver's errors become ours. Everything of a device runs on one stream, in the order of the calls.
+
+use crate::{Error, Result};
+use cudarc::driver::{
+    DriverError,
+    result::{self, ctx, device, event, mem_pool, module, primary_ctx, stream},
+    sys,
+};
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    ffi::{CString, c_void},
+    sync::{
+        Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Oldest driver that runs these kernels, as `cuDriverGetVersion` counts: the compiler's own version.
+const LEAST_DRIVER: i32 = 13_000;
+/// Dynamic shared memory that a kernel gets without asking.
+const FREE_SHARED: u32 = 48 << 10;
+/// Largest part of a transfer: so much pinned memory is in use at a time.
+const STAGE: usize = 16 << 20;
+/// Stages that are kept for reuse.
+const STAGES: usize = 8;
+/// Bytes before and after a guarded allocation.
+const GUARD: usize = 256;
+
+/// What a CUDA device is.
+#[derive(Clone, Debug)]
+pub struct Properties {
+    /// Its name.
+    pub name: String,
+    /// Compute capability, (9, 0) for Hopper.
+    pub capability: (u32, u32),
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of device memory.
+    pub memory: usize,
+    /// CUDA version of the driver, (13, 0).
+    pub driver: (u32, u32),
+}
+
+/// A CUDA device: its primary context, one stream, the loaded kernels.
+pub(crate) struct Gpu {
+    ordinal: usize,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    pool: sys::CUmemoryPool,
+    properties: Properties,
+    modules: Mutex<HashMap<&'static str, Module>>,
+    functions: Mutex<HashMap<String, Function>>,
+    stages: Mutex<Vec<Stage>>,
+}
+
+struct Module(sys::CUmodule);
+
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    /// Dynamic shared memory that it may have.
+    shared: u32,
+}
+
+/// Pinned host memory, in use by the device until its event has passed.
+struct Stage {
+    host: *mut u8,
+    bytes: usize,
+    done: Event,
+}
+
+// SAFETY: the driver's handles may be used from any thread; the mutexes keep the maps consistent.
+unsafe impl Send for Gpu {}
+// SAFETY: as above.
+unsafe impl Sync for Gpu {}
+// SAFETY: a handle, valid in every thread.
+unsafe impl Send for Module {}
+// SAFETY: a handle, valid in every thread.
+unsafe impl Send for Function {}
+// SAFETY: the memory belongs to whoever holds the stage.
+unsafe impl Send for Stage {}
+
+thread_local! {
+    /// Ordinal + 1 of the device whose context is current in this thread.
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+static GPUS: Mutex<Vec<(usize, &'static Gpu)>> = Mutex::new(Vec::new());
+static GUARDED: AtomicBool = AtomicBool::new(false);
+static BROKEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The guarded maps and lists are never left half-changed.
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// The one translation of the driver's errors; `call` says what was tried.
+fn check<T>(call: impl FnOnce() -> String, result: Result<T, DriverError>) -> Result<T> {
+    result.map_err(|e| {
+        let text = |r: Result<&std::ffi::CStr, DriverError>| {
+            r.map_or_else(|_| "unknown".to_owned(), |s| s.to_string_lossy().into_owned())
+        };
+        let sticky = matches!(
+            e.0,
+            sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
+                | sys::CUresult::CUDA_ERROR_LAUNCH_FAILED
+                | sys::CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
+                | sys::CUresult::CUDA_ERROR_ASSERT
+                | sys::CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
+                | sys::CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
+                | sys::CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
+        );
+        let remedy = if sticky {
+            "this process can't use the device any more: start again, with HYWU_CUDA_SYNC=1 to name the kernel"
+        } else {
+            "the device `cpu` does the same without a GPU"
+        };
+        Error::Cuda {
+            call: call(),
+            code: e.0 as u32,
+            name: text(e.error_name()),
+            message: text(e.error_string()),
+            remedy,
+        }
+    })
+}
+
+fn version(v: i32) -> (u32, u32) {
+    ((v / 1000) as u32, (v % 1000 / 10) as u32)
+}
+
+impl Gpu {
+    /// The device of this number, opened at the first call.
+    pub fn get(ordinal: usize) -> Result<&'static Self> {
+        let mut gpus = lock(&GPUS);
+        if let Some((_, gpu)) = gpus.iter().find(|(n, _)| *n == ordinal) {
+            return Ok(gpu);
+        }
+        // Contexts live as long as the process: the driver takes them down with it.
+        let gpu: &'static Self = Box::leak(Box::new(Self::open(ordinal)?));
+        gpus.push((ordinal, gpu));
+        Ok(gpu)
+    }
+
+    fn open(ordinal: usize) -> Result<Self> {
+        if FATBINS.is_empty() {
+            return Err(Error::NotBuiltWithCuda);
+        }
+        // Every other call of the bindings panics where there is no library.
+        // SAFETY: it only opens and closes the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::NoCudaDriver);
+        }
+        let found = {
+            let mut v = 0;
+            // SAFETY: v outlives the call.
+            check(|| "cuDriverGetVersion".into(), unsafe { sys::cuDriverGetVersion(&mut v) }.result())?;
+            v
+        };
+        if found < LEAST_DRIVER {
+            return Err(Error::CudaDriverTooOld { found: version(found), needed: version(LEAST_DRIVER) });
+        }
+        let count = match result::init().and_then(|()| device::get_count()) {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+            other => check(|| "cuInit".into(), other)? as usize,
+        };
+        if ordinal >= count {
+            return Err(Error::NoCudaDevice { ordinal, count });
+        }
+        let what = || format!("opening cuda:{ordinal}");
+        let handle = check(what, device::get(ordinal as i32))?;
+        let attribute = |a| {
+            // SAFETY: the device is valid.
+            check(what, unsafe { device::get_attribute(handle, a) })
+        };
+        use sys::CUdevice_attribute as A;
+        let properties = Properties {
+            name: check(what, device::get_name(handle))?,
+            capability: (
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
+            ),
+            multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            // SAFETY: the device is valid.
+            memory: check(what, unsafe { device::total_mem(handle) })?,
+            driver: version(found),
+        };
+        // SAFETY: the device is valid; the context is never released.
+        let context = check(what, unsafe { primary_ctx::retain(handle) })?;
+        // SAFETY: the context is valid.
+        check(what, unsafe { ctx::set_current(context) })?;
+        CURRENT.set(ordinal + 1);
+        let stream = check(what, stream::create(stream::StreamKind::NonBlocking))?;
+        // SAFETY: the device is valid.
+        let pool = check(what, unsafe { device::get_default_mem_pool(handle) })?;
+        let mut keep = u64::MAX;
+        // What is freed stays in the pool, so that a step after the first asks the system for nothing.
+        // SAFETY: the attribute takes a u64.
+        check(what, unsafe {
+            mem_pool::set_attribute(
+                pool,
+                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                std::ptr::from_mut(&mut keep).cast(),
+            )
+        })?;
+        let (modules, functions, stages) = Default::default();
+        Ok(Self { ordinal, context, stream, pool, properties, modules, functions, stages })
+    }
+
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    pub fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    /// Makes the context current in this thread.
+    fn enter(&self) -> Result<()> {
+        if CURRENT.get() != self.ordinal + 1 {
+            // SAFETY: the context is never released.
+            check(|| "cuCtxSetCurrent".into(), unsafe { ctx::set_current(self.context) })?;
+            CURRENT.set(self.ordinal + 1);
+        }
+        Ok(())
+    }
+
+    /// Memory with unspecified contents.
+    pub fn allocate(&'static self, bytes: usize) -> Result<Memory> {
+        self.enter()?;
+        let guard = if GUARDED.load(Ordering::Relaxed) { GUARD } else { 0 };
+        // The driver has no empty allocation.
+        let whole = bytes.max(1) + 2 * guard;
+        // SAFETY: the stream is valid; the memory is used on this stream only.
+        let ask = || unsafe { result::malloc_async(self.stream, whole) };
+        let is_full = |r: &Result<u64, DriverError>| {
+            matches!(r, Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)))
+        };
+        let mut asked = ask();
+        if is_full(&asked) {
+            // What lies unused in the pool, in pieces of other sizes, may be enough.
+            self.synchronize()?;
+            // SAFETY: the pool is the device's own.
+            check(|| "cuMemPoolTrimTo".into(), unsafe { mem_pool::trim_to(self.pool, 0) })?;
+            asked = ask();
+        }
+        if is_full(&asked) {
+            let (free, total) = self.memory_info()?;
+            return Err(Error::OutOfMemory { ordinal: self.ordinal, requested: bytes, free, total });
+        }
+        let start = check(|| format!("allocating {bytes} bytes"), asked)?;
+        let memory = Memory { gpu: self, start, bytes, guard };
+        if guard > 0 {
+            // NaN in every dtype: what a kernel leaves out shows.
+            // SAFETY: the range was just allocated.
+            check(|| "cuMemsetD8Async".into(), unsafe {
+                result::memset_d8_async(start, 0xff, whole, self.stream)
+            })?;
+        }
+        Ok(memory)
+    }
+
+    /// A pinned buffer of at least so many bytes that the device is done with.
+    fn stage(&self, bytes: usize) -> Result<Stage> {
+        let mut stages = lock(&self.stages);
+        let fits = |s: &Stage| s.bytes >= bytes;
+        if let Some(i) = stages.iter().position(|s| fits(s) && s.done.passed()) {
+            return Ok(stages.swap_remove(i));
+        }
+        if stages.len() >= STAGES {
+            let stage = stages.swap_remove(0);
+            stage.done.wait()?;
+            if fits(&stage) {
+                return Ok(stage);
+            }
+            stage.free();
+        }
+        drop(stages);
+        let bytes = bytes.next_power_of_two().max(4096);
+        let what = || format!("{bytes} bytes of pinned memory");
+        // SAFETY: the result is checked; the memory is freed in `Stage::free` or lives as long as the process.
+        let host = check(what, unsafe { result::malloc_host(bytes, 0) })?;
+        Ok(Stage { host: host.cast(), bytes, done: self.event()? })
+    }
+
+    fn keep(&self, stage: Stage) -> Result<()> {
+        stage.done.record(self)?;
+        lock(&self.stages).push(stage);
+        Ok(())
+    }
+
+    /// Copies to the device, from byte `at` on; `data` may be changed as soon as this returns.
+    pub fn upload(&self, to: &Memory, at: usize, data: &[u8]) -> Result<()> {
+        assert!(at + data.len() <= to.bytes, "an upload leaves its allocation");
+        self.enter()?;
+        for (i, part) in data.chunks(STAGE).enumerate() {
+            let stage = self.stage(part.len())?;
+            // SAFETY: the stage is at least that long and nobody else's.
+            let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
+            host.copy_from_slice(part);
+            let target = to.address() + (at + i * STAGE) as u64;
+            // SAFETY: within the allocation; the stage is not touched before its event has passed.
+            check(|| format!("copying {} bytes to the device", part.len()), unsafe {
+                result::memcpy_htod_async(target, host, self.stream)
+            })?;
+            self.keep(stage)?;
+        }
+        Ok(())
+    }
+
+    /// Copies to the host, from byte `at` on, and waits for it.
+    pub fn download(&self, from: &Memory, at: usize, out: &mut [u8]) -> Result<()> {
+        assert!(at + out.len() <= from.bytes, "a download leaves its allocation");
+        self.enter()?;
+        for (i, part) in out.chunks_mut(STAGE).enumerate() {
+            let stage = self.stage(part.len())?;
+            // SAFETY: the stage is at least that long and nobody else's.
+            let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
+            let source = from.address() + (at + i * STAGE) as u64;
+            // SAFETY: within the allocation.
+            check(|| format!("copying {} bytes from the device", part.len()), unsafe {
+                result::memcpy_dtoh_async(host, source, self.stream)
+            })?;
+            self.synchronize()?;
+            part.copy_from_slice(host);
+            self.keep(stage)?;
+        }
+        Ok(())
+    }
+
+    /// Copies between allocations of this device, from byte offsets.
+    pub fn copy(&self, to: (&Memory, usize), from: (&Memory, usize), bytes: usize) -> Result<()> {
+        assert!(to.1 + bytes <= to.0.bytes && from.1 + bytes <= from.0.bytes, "a copy leaves its allocation");
+        self.enter()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: within both allocations.
+        check(|| format!("copying {bytes} bytes on the device"), unsafe {
+            let (to, from) = (to.0.address() + to.1 as u64, from.0.address() + from.1 as u64);
+            result::memcpy_dtod_async(to, from, bytes, self.stream)
+        })
+    }
+
+    /// Sets bytes to zero.
+    pub fn zero(&self, memory: &Memory, at: usize, bytes: usize) -> Result<()> {
+        assert!(at + bytes <= memory.bytes, "a fill leaves its allocation");
+        self.enter()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: within the allocation.
+        check(|| format!("clearing {bytes} bytes"), unsafe {
+            result::memset_d8_async(memory.address() + at as u64, 0, bytes, self.stream)
+        })
+    }
+
+    /// Launches a kernel (op, name).
+    pub fn launch(
+        &self,
+        (op, name): (&'static str, &str),
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
+        self.enter()?;
+        let function = self.function(op, name, shared)?;
+        let what =
+            || format!("kernel {name}, grid {grid:?}, block {block:?}, {shared} bytes of shared memory");
+        let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
+        // SAFETY: `Call` builds the arguments that the kernel of this name takes.
+        check(what, unsafe {
+            result::launch_kernel(function, (gx, gy, gz), (bx, by, bz), shared, self.stream, arguments)
+        })?;
+        static SYNC: OnceLock<bool> = OnceLock::new();
+        if *SYNC.get_or_init(|| std::env::var_os("HYWU_CUDA_SYNC").is_some_and(|v| v != "0")) {
+            // SAFETY: the stream is valid.
+            check(what, unsafe { stream::synchronize(self.stream) })?;
+        }
+        Ok(())
+    }
+
+    fn function(&self, op: &'static str, name: &str, shared: u32) -> Result<sys::CUfunction> {
+        let mut functions = lock(&self.functions);
+        let mut function = match functions.get(name) {
+            Some(function) => *function,
+            None => {
+                let module = self.module(op)?;
+                let what = || format!("the kernel {name} of {op}");
+                let c_name =
+                    CString::new(name).map_err(|_| Error::invalid(op, "a kernel name with a NUL"))?;
+                // SAFETY: the module stays loaded.
+                let handle = check(what, unsafe { module::get_function(module, c_name) })?;
+                Function { handle, shared: FREE_SHARED }
+            }
+        };
+        if shared > function.shared {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT;
+            let what = || format!("{shared} bytes of shared memory for the kernel {name}");
+            // SAFETY: the function is valid.
+            check(what, unsafe {
+                result::function::set_function_attribute(function.handle, LIMIT, shared as i32)
+            })?;
+            function.shared = shared;
+        }
+        functions.insert(name.to_owned(), function);
+        Ok(function.handle)
+    }
+
+    fn module(&self, op: &'static str) -> Result<sys::CUmodule> {
+        let mut modules = lock(&self.modules);
+        if let Some(module) = modules.get(op) {
+            return Ok(module.0);
+        }
+        let image = FATBINS.iter().find(|(name, _)| *name == op);
+        let (_, image) = image.ok_or_else(|| Error::invalid(op, "no kernels of this name in the build"))?;
+        // SAFETY: the image is a whole fatbin, made by nvcc.
+        let loaded = unsafe { module::load_data(image.as_ptr().cast()) };
+        if let Err(DriverError(
+            sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+        )) = loaded
+        {
+            let Properties { name, capability, .. } = &self.properties;
+            return Err(Error::NoKernelImage { device: name.clone(), capability: *capability });
+        }
+        let loaded = check(|| format!("loading the kernels of {op}"), loaded)?;
+        modules.insert(op, Module(loaded));
+        Ok(loaded)
+    }
+
+    /// Waits until all is done; an error of an earlier launch may come out here.
+    pub fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream is valid.
+        check(|| "waiting for the device".into(), unsafe { stream::synchronize(self.stream) })
+    }
+
+    /// Free and total bytes of device memory.
+    pub fn memory_info(&self) -> Result<(usize, usize)> {
+        self.enter()?;
+        check(|| "cuMemGetInfo".into(), result::mem_get_info())
+    }
+
+    /// A point in the device's work: everything up to now.
+    pub fn event(&self) -> Result<Event> {
+        self.enter()?;
+        let handle = check(|| "an event".into(), event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
+        let event = Event(handle);
+        event.record(self)?;
+        Ok(event)
+    }
+}
+
+impl Stage {
+    fn free(self) {
+        // A failure here means that the context is gone, and the memory with it.
+        // SAFETY: allocated by `malloc_host`, and its event has passed.
+        let _ = unsafe { result::free_host(self.host.cast()) };
+    }
+}
+
+/// Device memory; freed in the order of the stream's work, so what was launched before still may use it.
+pub(crate) struct Memory {
+    gpu: &'static Gpu,
+    start: u64,
+    bytes: usize,
+    guard: usize,
+}
+
+impl Memory {
+    pub fn address(&self) -> u64 {
+        self.start + self.guard as u64
+    }
+    pub fn gpu(&self) -> &'static Gpu {
+        self.gpu
+    }
+    fn check_guards(&self) -> Result<()> {
+        let mut found = [0u8; GUARD];
+        for (side, at) in [("before", self.start), ("after", self.address() + self.bytes as u64)] {
+            // SAFETY: the guards belong to the allocation.
+            check(|| "reading a guard".into(), unsafe {
+                result::memcpy_dtoh_async(&mut found, at, self.gpu.stream)
+            })?;
+            self.gpu.synchronize()?;
+            if let Some(i) = found.iter().position(|b| *b != 0xff) {
+                lock(&BROKEN)
+                    .push(format!("byte {i} {side} an allocation of {} bytes was written", self.bytes));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Errors can't leave a drop: after a failed launch the context is gone, and the memory with it.
+        let _ = self.gpu.enter();
+        if self.guard > 0 && self.check_guards().is_err() {
+            lock(&BROKEN).push("a guard could not be read".into());
+        }
+        // SAFETY: allocated from this stream's pool, freed once.
+        let _ = unsafe { result::free_async(self.start, self.gpu.stream) };
+    }
+}
+
+/// From now on allocations start as NaN and have guards before and after, looked at when they are freed.
+pub(crate) fn guard_allocations(on: bool) {
+    GUARDED.store(on, Ordering::Relaxed);
+}
+
+/// What was written beside its allocation since the last call.
+pub(crate) fn broken_guards() -> Vec<String> {
+    std::mem::take(&mut lock(&BROKEN))
+}
+
+/// A point in a device's work.
+pub struct Event(sys::CUevent);
+
+// SAFETY: a handle, valid in every thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    fn record(&self, gpu: &Gpu) -> Result<()> {
+        // SAFETY: both are valid.
+        check(|| "cuEventRecord".into(), unsafe { event::record(self.0, gpu.stream) })
+    }
+    fn passed(&self) -> bool {
+        // SAFETY: the event is valid.
+        unsafe { event::query(self.0) }.is_ok()
+    }
+    fn wait(&self) -> Result<()> {
+        // SAFETY: the event is valid.
+        check(|| "waiting for an event".into(), unsafe { event::synchronize(self.0) })
+    }
+    /// Milliseconds from `earlier` to this one; waits for both.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn since(&self, earlier: &Self) -> Result<f32> {
+        earlier.wait()?;
+        self.wait()?;
+        // SAFETY: both have been recorded.
+        check(|| "cuEventElapsedTime".into(), unsafe { event::elapsed(earlier.0, self.0) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created in `Gpu::event`, destroyed once.
+        let _ = unsafe { event::destroy(self.0) };
+    }
+}

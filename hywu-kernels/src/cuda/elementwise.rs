@@ -1,0 +1,199 @@
+//! Launchers of `kernels-cu/elementwise`; see `cpu/elementwise.rs` for what each computes.
+
+use super::{Call, Words, blocks};
+use crate::{Error, Result, Tensor};
+use hywu_core::Dtype;
+
+const OP: &str = "elementwise";
+/// Most packs of 16 bytes that a kernel of rows counts, less a block.
+const MOST_PACKS: usize = u32::MAX as usize - 256;
+/// Columns that a block of a reduction over rows takes.
+const COLUMNS: usize = 32;
+/// Rows that are worth a block of their own in such a reduction.
+const ROWS: usize = 256;
+/// Blocks that fill any GPU.
+const ENOUGH_BLOCKS: usize = 1024;
+
+/// `rows` for a kernel that gives a thread to every pack of every row.
+fn row_count(rows: usize, length: usize, pack: usize) -> Result<(usize, usize)> {
+    let packs = rows.saturating_mul(length.div_ceil(pack));
+    match packs <= MOST_PACKS {
+        true => Ok((rows, packs)),
+        false => {
+            Err(Error::invalid(OP, format!("{rows} rows of {length} elements are more than a kernel counts")))
+        }
+    }
+}
+
+impl Call {
+    /// Adds the number of rows and launches a thread for every pack of every row of `length`.
+    pub(super) fn over_rows(self, rows: usize, length: usize, pack: usize) -> Result<()> {
+        let (rows, packs) = row_count(rows, length, pack)?;
+        self.long(rows).over(packs, 1)
+    }
+}
+
+pub fn cast(x: &Tensor, dtype: Dtype) -> Result<Tensor> {
+    let out = x.empty_as(x.shape(), dtype)?;
+    let name = if dtype == Dtype::Bf16 { "cast_bf16" } else { "cast_f32" };
+    let call = Call::named(OP, name, x)?.tensor(x)?.tensor_as(&out, dtype)?;
+    call.long(x.numel()).over(x.numel(), 8)?;
+    Ok(out)
+}
+
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let out = a.empty_like(a.shape())?;
+    Call::new(OP, "add", a)?.tensor(a)?.tensor(b)?.tensor(&out)?.long(a.numel()).over(a.numel(), pack(a))?;
+    Ok(out)
+}
+
+pub fn add_assign(sum: &mut Tensor, x: &Tensor) -> Result<()> {
+    Call::new(OP, "add", x)?.tensor(sum)?.tensor(x)?.tensor(sum)?.long(x.numel()).over(x.numel(), pack(x))
+}
+
+pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
+    let out = x.empty_like(x.shape())?;
+    let call = Call::new(OP, "scale", x)?.tensor(x)?.tensor(&out)?.long(x.numel()).float(factor);
+    call.over(x.numel(), pack(x))?;
+    Ok(out)
+}
+
+pub fn gated(base: Option<&Tensor>, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    let (batch, channels) = (gate.shape()[0], gate.dim_back(1));
+    let rows = y.numel() / channels;
+    let out = y.empty_like(y.shape())?;
+    let call = Call::new(OP, "gated", y)?.optional(base)?.tensor(y)?.tensor(gate)?.tensor(&out)?;
+    call.size(channels)?.size(rows / batch)?.over_rows(rows, channels, pack(y))?;
+    Ok(out)
+}
+
+pub fn gate_gradient(grad: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    sum_rows(grad, Some(y), gate.shape()[0], gate.shape(), 1.0)
+}
+
+pub fn add_row(x: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let n = row.numel();
+    let out = x.empty_like(x.shape())?;
+    let call = Call::new(OP, "add_row", x)?.tensor(x)?.tensor(row)?.tensor(&out)?;
+    call.size(n)?.over_rows(x.numel() / n, n, pack(x))?;
+    Ok(out)
+}
+
+pub fn standardise(x: &Tensor, mean: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    let n = mean.numel();
+    let out = x.empty_like(x.shape())?;
+    let call = Call::new(OP, "standardise", x)?.tensor(x)?.tensor(mean)?.tensor(scale)?.tensor(&out)?;
+    call.size(n)?.over_rows(x.numel() / n, n, pack(x))?;
+    Ok(out)
+}
+
+pub fn column_sums(x: &Tensor, n: usize) -> Result<Tensor> {
+    sum_rows(x, None, 1, &[n], 1.0)
+}
+
+/// Parts into which a reduction over `rows` rows is split, so that it fills the device.
+fn splits(rows: usize, columns: usize, groups: usize) -> usize {
+    let there = columns.div_ceil(COLUMNS) * groups;
+    rows.div_ceil(ROWS).min(ENOUGH_BLOCKS.div_ceil(there.max(1))).max(1)
+}
+
+/// factor * the sums over the rows of each of `groups` of x, or of x * y, into `shape` = groups x columns elements.
+fn sum_rows(x: &Tensor, y: Option<&Tensor>, groups: usize, shape: &[usize], factor: f32) -> Result<Tensor> {
+    let columns = shape.iter().product::<usize>() / groups;
+    let rows = x.numel() / (groups * columns);
+    let splits = splits(rows, columns, groups);
+    let partial = x.empty_as(&[splits, groups, columns], Dtype::F32)?;
+    let call = Call::new(OP, "column_parts", x)?.tensor(x)?.optional(y)?.tensor_as(&partial, Dtype::F32)?;
+    let grid = [blocks(columns, COLUMNS)?, blocks(groups, 1)?, blocks(splits, 1)?];
+    call.size(rows)?.size(columns)?.launch(grid, 256, 0)?;
+    sum_parts(&partial, x, shape, factor)
+}
+
+/// factor * the sum over the first axis of `partial`, in order, into `shape`, as `like` in dtype.
+pub fn sum_parts(partial: &Tensor, like: &Tensor, shape: &[usize], factor: f32) -> Result<Tensor> {
+    let out = like.empty_like(shape)?;
+    let call = Call::new(OP, "sum_parts", &out)?.tensor_as(partial, Dtype::F32)?.tensor(&out)?;
+    call.long(out.numel()).size(partial.shape()[0])?.float(factor).over(out.numel(), 1)?;
+    Ok(out)
+}
+
+pub fn copy_blocks(
+    out: &mut Tensor,
+    (at, to): (usize, usize),
+    x: &Tensor,
+    (start, from): (usize, usize),
+    length: usize,
+) -> Result<()> {
+    // As many blocks as both sides have.
+    let rows = (out.numel() / to).min(x.numel() / from);
+    let call =
+        Call::new(OP, "copy_blocks", x)?.tensor(out)?.long(at).long(to).tensor(x)?.long(start).long(from);
+    call.size(length)?.over_rows(rows, length, pack(x))
+}
+
+pub fn add_blocks(sum: &mut Tensor, (at, to): (usize, usize), x: &Tensor, length: usize) -> Result<()> {
+    let call = Call::new(OP, "add_blocks", x)?.tensor(sum)?.long(at).long(to).tensor(x)?.size(length)?;
+    call.over_rows(x.numel() / length, length, pack(x))
+}
+
+pub fn repeat_each(x: &Tensor, each: usize, k: usize, shape: &[usize]) -> Result<Tensor> {
+    let out = x.empty_like(shape)?;
+    let call = Call::new(OP, "repeat_each", x)?.tensor(x)?.tensor(&out)?.size(each)?.size(k)?;
+    call.over_rows(out.numel() / each, each, pack(x))?;
+    Ok(out)
+}
+
+pub fn sum_each(x: &Tensor, each: usize, k: usize, shape: &[usize]) -> Result<Tensor> {
+    let out = x.empty_like(shape)?;
+    let call = Call::new(OP, "sum_each", x)?.tensor(x)?.tensor(&out)?.size(each)?.size(k)?;
+    call.over_rows(out.numel() / each, each, pack(x))?;
+    Ok(out)
+}
+
+pub fn mask_tokens(x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
+    let (tokens, channels) = (x.shape()[1], x.shape()[2]);
+    let out = x.empty_like(x.shape())?;
+    let lengths = Words::sizes(x, lengths)?;
+    let call = Call::new(OP, "mask_tokens", x)?.tensor(x)?.words(&lengths).tensor(&out)?;
+    call.size(channels)?.size(tokens)?.over_rows(lengths.len() * tokens, channels, pack(x))?;
+    Ok(out)
+}
+
+pub fn mean_tokens(x: &Tensor) -> Result<Tensor> {
+    let (batch, tokens) = (x.shape()[0], x.shape()[1]);
+    sum_rows(x, None, batch, &[batch, x.shape()[2]], 1.0 / tokens as f32)
+}
+
+pub fn mean_tokens_gradient(grad: &Tensor, shape: &[usize]) -> Result<Tensor> {
+    let (batch, tokens, channels) = (shape[0], shape[1], shape[2]);
+    let out = grad.empty_like(shape)?;
+    let call = Call::new(OP, "broadcast", grad)?.tensor(grad)?.tensor(&out)?.size(channels)?.size(tokens)?;
+    let (rows, packs) = row_count(batch * tokens, channels, pack(grad))?;
+    call.long(rows).float(1.0 / tokens as f32).over(packs, 1)?;
+    Ok(out)
+}
+
+/// Elements that a thread of a vectorised kernel takes.
+fn pack(x: &Tensor) -> usize {
+    super::pack(x.dtype())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reductions_fill_the_device_but_not_with_slivers() {
+        assert_eq!(splits(1, 192, 1), 1);
+        assert_eq!(splits(256, 32, 1), 1);
+        assert_eq!(splits(40_000, 192, 1), 157);
+        assert_eq!(splits(1 << 20, 32, 1), 1024);
+        assert_eq!(splits(1 << 20, 4096, 64), 1);
+    }
+
+    #[test]
+    fn rows_that_no_kernel_can_count_are_refused() {
+        assert_eq!(row_count(10, 9, 8).expect("few"), (10, 20));
+        assert!(row_count(1 << 30, 64, 8).is_err());
+    }
+}

@@ -1,0 +1,1 @@
+//! Launchers of `kernels-cu/embedding`; see `cpu/embedding.rs` for what each computes.

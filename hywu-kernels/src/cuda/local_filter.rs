@@ -1,0 +1,1 @@
+//! Launchers of `kernels-cu/local_filter`; see `cpu/local_filter.rs` for what each computes.

@@ -1,0 +1,113 @@
+//! CUDA code: the device layer, and launchers, one file per op. A launcher `cuda::<op>::<f>` has the signature of `cpu::<op>::<f>`, but
+//! may fail; [`on_device`](crate::ops) chooses between them.
+//!
+//! Launchers compile in every build; only the device layer is exchanged: [`driver`] talks to the CUDA driver, `absent` has the same
+//! names and no device. So nothing above this folder asks whether CUDA was built in.
+
+pub mod attention;
+mod call;
+#[cfg_attr(feature = "cuda", path = "driver.rs")]
+#[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
+mod driver;
+pub mod elementwise;
+pub mod embedding;
+pub mod local_filter;
+pub mod loss;
+pub mod low_rank_linear;
+pub mod noise;
+pub mod optim;
+pub mod parameter_tokens;
+pub mod patchify;
+pub mod rms_norm;
+pub mod swiglu;
+pub mod tile_blend;
+pub mod timestep;
+
+pub(crate) use call::{Call, blocks};
+pub use driver::{Event, Properties};
+pub(crate) use driver::{Gpu, Memory};
+pub(crate) use driver::{broken_guards, guard_allocations};
+
+use crate::{Error, Result, Tensor};
+use hywu_core::Dtype;
+use std::sync::Arc;
+
+/// Elements in device memory: a part of an allocation.
+#[derive(Clone)]
+pub(crate) struct View {
+    pub memory: Arc<Memory>,
+    /// First element.
+    pub offset: usize,
+    pub len: usize,
+    pub dtype: Dtype,
+}
+
+impl View {
+    /// Unspecified contents.
+    pub fn new(gpu: &'static Gpu, len: usize, dtype: Dtype) -> Result<Self> {
+        let bytes = len.checked_mul(dtype.size());
+        let bytes = bytes.ok_or_else(|| Error::invalid("allocate", format!("{len} elements")))?;
+        Ok(Self { memory: Arc::new(gpu.allocate(bytes)?), offset: 0, len, dtype })
+    }
+    /// Address of the first element.
+    pub fn address(&self) -> u64 {
+        self.memory.address() + self.start() as u64
+    }
+    /// First byte within the allocation.
+    pub fn start(&self) -> usize {
+        self.offset * self.dtype.size()
+    }
+    pub fn bytes(&self) -> usize {
+        self.len * self.dtype.size()
+    }
+    pub fn gpu(&self) -> &'static Gpu {
+        self.memory.gpu()
+    }
+    /// May it be written in place: does no other tensor share it?
+    pub fn unique(&self) -> bool {
+        Arc::strong_count(&self.memory) == 1
+    }
+}
+
+/// Elements in 16 bytes: what a thread of a vectorised kernel takes.
+pub(crate) fn pack(dtype: Dtype) -> usize {
+    16 / dtype.size()
+}
+
+/// 32-bit integers in device memory: lengths, indices, offsets.
+pub(crate) struct Words(View);
+
+impl Words {
+    /// Where `like` is.
+    ///
+    /// # Errors
+    /// A tensor on the host; not enough memory.
+    pub fn new(like: &Tensor, values: &[u32]) -> Result<Self> {
+        let gpu = call::on_gpu("words", like)?.gpu();
+        // Any four bytes; the dtype counts them.
+        let view = View::new(gpu, values.len(), Dtype::F32)?;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        gpu.upload(&view.memory, view.start(), &bytes)?;
+        Ok(Self(view))
+    }
+    /// Sizes, which a kernel reads as `int`.
+    ///
+    /// # Errors
+    /// As [`Words::new`]; a size beyond 2^31.
+    pub fn sizes(like: &Tensor, values: &[usize]) -> Result<Self> {
+        let word = |&v: &usize| i32::try_from(v).map(|v| v as u32);
+        let words: Vec<u32> = values.iter().map(word).collect::<Result<_, _>>().map_err(|_| {
+            Error::invalid(
+                "words",
+                format!("sizes up to {:?} are more than a kernel takes", values.iter().max()),
+            )
+        })?;
+        Self::new(like, &words)
+    }
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+    pub fn address(&self) -> u64 {
+        self.0.address()
+    }
+}

@@ -1,0 +1,1 @@
+//! Launchers of `kernels-cu/optim`; see `cpu/optim.rs` for what each computes.

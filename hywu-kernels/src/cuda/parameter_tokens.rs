@@ -1,0 +1,1 @@
+//! Launchers of `kernels-cu/parameter_tokens`; see `cpu/parameter_tokens.rs` for what each computes.

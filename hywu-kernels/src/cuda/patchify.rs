@@ -1,0 +1,1 @@
+//! Launchers of `kernels-cu/patchify`; see `cpu/patchify.rs` for what each computes.

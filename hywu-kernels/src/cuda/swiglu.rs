@@ -1,0 +1,1 @@
+//! Launchers of `kernels-cu/swiglu`; see `cpu/swiglu.rs` for what each computes.

@@ -1,0 +1,1 @@
+//! Launchers of `kernels-cu/timestep`; see `cpu/timestep.rs` for what each computes.

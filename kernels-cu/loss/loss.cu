@@ -1,0 +1,95 @@
+// Training losses: sums of products to one float, and their gradients.
+#ifndef Element
+#include "common.cuh"
+#include "reduce.cuh"
+
+// Partial sums, added up in double: out = factor * sum. One block.
+extern "C" __global__ void __launch_bounds__(BLOCK) finish_loss(const float* partial, float* out, int n, float factor) {
+    __shared__ double sums[BLOCK];
+    double sum = 0.0;
+    for (int i = threadIdx.x; i < n; i += BLOCK) sum += partial[i];
+    sums[threadIdx.x] = sum;
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) *out = float(sums[0] * factor);
+}
+
+// Packs that a thread of a loss adds up.
+constexpr int PACKS = 4;
+
+// Sum over the block's part of n elements of value(a, b, index), a and b being those of two tensors.
+template <class T, class F>
+__device__ void sum_block(const T* a, const T* b, float* partial, int64_t n, F value) {
+    __shared__ float scratch[WARP];
+    float sum = 0.0f;
+    int64_t first = int64_t(blockIdx.x) * (BLOCK * PACKS * PACK<T>);
+#pragma unroll
+    for (int j = 0; j < PACKS; j++) {
+        int64_t at = first + int64_t(j * BLOCK + threadIdx.x) * PACK<T>;
+        if (at < n) {
+            int count = pack_count<T>(n, at);
+            float x[PACK<T>], y[PACK<T>];
+            load(x, a + at, count);
+            load(y, b + at, count);
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i++)
+                if (i < count) sum += value(x[i], y[i], at + i);
+        }
+    }
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+#define KERNELS "loss/loss.cu"
+#include "instantiate.cuh"
+
+#else  // once per element type
+
+// Parts of sum over entries b of weight[b] * (pred - target)^2, `each` elements an entry.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    KERNEL(squares)(const Element* pred, const Element* target, const float* weight, float* partial, int64_t n,
+                    int64_t each) {
+    sum_block(pred, target, partial, n, [=](float p, float t, int64_t i) {
+        float d = p - t;
+        return weight[i / each] * d * d;
+    });
+}
+
+// Parts of sum(x * weights).
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    KERNEL(products)(const Element* x, const Element* weights, float* partial, int64_t n) {
+    sum_block(x, weights, partial, n, [](float v, float w, int64_t) { return v * w; });
+}
+
+// factor * grad * weight[b] * (pred - target).
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    KERNEL(squares_gradient)(const Element* pred, const Element* target, const float* weight, const float* grad,
+                             Element* out, int64_t n, int64_t each, float factor) {
+    int64_t at = thread_index() * PACK<Element>;
+    if (at >= n) return;
+    int count = pack_count<Element>(n, at);
+    float p[PACK<Element>], t[PACK<Element>], g = factor * *grad;
+    load(p, pred + at, count);
+    load(t, target + at, count);
+#pragma unroll
+    for (int i = 0; i < PACK<Element>; i++)
+        if (i < count) p[i] = g * weight[(at + i) / each] * (p[i] - t[i]);
+    store(out + at, p, count);
+}
+
+// grad * weights.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    KERNEL(products_gradient)(const Element* weights, const float* grad, Element* out, int64_t n) {
+    int64_t at = thread_index() * PACK<Element>;
+    if (at >= n) return;
+    int count = pack_count<Element>(n, at);
+    float w[PACK<Element>], g = *grad;
+    load(w, weights + at, count);
+#pragma unroll
+    for (int i = 0; i < PACK<Element>; i++) w[i] *= g;
+    store(out + at, w, count);
+}
+
+#endif
