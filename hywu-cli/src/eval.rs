@@ -233,7 +233,7 @@ fn edit_all(
         }
     });
     let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false);
+    let bound = backbone.params.bind(&tape, false)?;
     let text = backbone.text_tokens(&tape, &bound, &ids, n)?;
     let SampleOptions { seed, steps, sampler, .. } = edit.sample;
     let noise = noise_window(seed, 0, 0, side, side, 3);

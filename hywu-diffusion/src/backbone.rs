@@ -124,7 +124,7 @@ impl Backbone {
     pub fn store(&self, writer: &mut TensorWriter, dtype: Dtype) -> Result<()> {
         let config = serde_json::to_string(&self.config).map_err(|e| Error::Invalid(e.to_string()))?;
         writer.meta(CONFIG_KEY, config);
-        self.params.store(writer, "", dtype);
+        self.params.store(writer, "", dtype)?;
         Ok(())
     }
 
@@ -490,7 +490,7 @@ impl Backbone {
             return Err(Error::Invalid(format!("the condition reads {wanted} views, got {}", views.len())));
         }
         let tape = Tape::inference();
-        let bound = self.params.bind(&tape, false);
+        let bound = self.params.bind(&tape, false)?;
         let instances = views[0].shape().first().copied().unwrap_or(0);
         let text = self.text_tokens(&tape, &bound, ids, instances)?;
         let see = |view: &&Tensor| {

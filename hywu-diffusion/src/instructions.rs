@@ -43,7 +43,7 @@ pub fn learn_instructions(
     params.insert("read_out.weight", Tensor::zeros(&[CLASSES, width]));
     params.insert("read_out.bias", Tensor::zeros(&[CLASSES]));
     let schedule = Schedule { warmup: 20, total: steps, peak: 2e-3, floor: 1e-4 };
-    let mut optimizer = Optimizer::new(&params, schedule, 0.01, 1.0, None);
+    let mut optimizer = Optimizer::new(&params, schedule, 0.01, 1.0, None)?;
     for step in 0..steps {
         let mut random = Philox::new(seed).stream(step);
         let photo =
@@ -54,8 +54,8 @@ pub fn learn_instructions(
             ids.extend(encoder.encode(&draw(skills, &photo, row, &mut random))?);
         }
         let tape = Tape::new();
-        let leaves = params.bind(&tape, true);
-        let mut bound = backbone.params.bind(&tape, false);
+        let leaves = params.bind(&tape, true)?;
+        let mut bound = backbone.params.bind(&tape, false)?;
         for (name, _) in params.iter().filter(|(name, _)| is_text(name)) {
             bound.set(name, leaves.get(name)?.clone());
         }
@@ -66,7 +66,7 @@ pub fn learn_instructions(
         // Squared errors summed over the classes: one wrong name costs about 2.
         let loss = weighted_mse(&tape, &named, &target, &[CLASSES as f32; BATCH])?;
         let value = loss.value().item()?;
-        let grads = leaves.take_grads(&mut tape.backward(&loss)?);
+        let grads = leaves.take_grads(&mut tape.backward(&loss)?)?;
         drop((leaves, bound, text, whole, named, loss));
         optimizer.step(&mut params, &grads)?;
         if progress(step + 1, value).is_break() {

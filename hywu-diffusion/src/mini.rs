@@ -34,7 +34,7 @@ impl Downstream for MiniDownstream {
     }
 
     fn loss(&self, tape: &Tape, batch: &EditBatch, adapters: &LoraVars) -> hywu_kernels::Result<Var> {
-        let frozen = self.backbone.params.bind(tape, false);
+        let frozen = self.backbone.params.bind(tape, false)?;
         flow_loss(tape, &self.backbone, &frozen, batch, adapters).map_err(kernel_error)
     }
 }

@@ -105,7 +105,7 @@ fn a_permuted_or_smaller_batch_gives_the_same_rows() {
     let run = |order: &[usize]| {
         let x = inputs(3, 24, 16);
         let tape = Tape::inference();
-        let bound = backbone.params.bind(&tape, false);
+        let bound = backbone.params.bind(&tape, false).expect("on the CPU");
         let length = backbone.config.text_len;
         let all = ids(3 * length);
         let ids: Vec<u32> = order.iter().flat_map(|&i| all[i * length..(i + 1) * length].to_vec()).collect();
@@ -255,7 +255,7 @@ fn adapters_must_cover_the_targets_and_nothing_else() {
         change(&mut lora);
         let x = inputs(4, 16, 16);
         let tape = Tape::inference();
-        let bound = backbone.params.bind(&tape, false);
+        let bound = backbone.params.bind(&tape, false).expect("on the CPU");
         let text = backbone.text_tokens(&tape, &bound, &ids(20), 1).unwrap();
         let result = backbone.predict(&tape, &bound, &x.x_t, &x.source, &x.position, &x.t, &text, &lora);
         result.err().map(|e| e.to_string()).unwrap_or_default()
@@ -281,7 +281,7 @@ fn adapters_must_cover_the_targets_and_nothing_else() {
 fn inputs_that_do_not_fit_are_refused() {
     let backbone = backbone();
     let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false);
+    let bound = backbone.params.bind(&tape, false).expect("on the CPU");
     let length = backbone.config.text_len;
     let text = backbone.text_tokens(&tape, &bound, &ids(2 * length), 2).unwrap();
     let error = |change: fn(&mut Inputs)| {

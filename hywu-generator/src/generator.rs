@@ -106,7 +106,7 @@ impl Generator {
             serde_json::to_vec_pretty(&self.config).map_err(|e| hywu_core::Error::Config(e.to_string()))?;
         write_atomic(folder.join("config.json"), |w| w.write_all(&text))?;
         let mut writer = TensorWriter::new();
-        self.params.store(&mut writer, "", dtype);
+        self.params.store(&mut writer, "", dtype)?;
         Ok(writer.write(folder.join("model.safetensors"))?)
     }
 
@@ -121,7 +121,7 @@ impl Generator {
     /// A condition of another shape, or with NaN or infinity.
     pub fn generate(&self, condition: &Tensor) -> Result<Adapter> {
         let tape = Tape::inference();
-        let bound = self.params.bind(&tape, false);
+        let bound = self.params.bind(&tape, false)?;
         Ok(self.forward(&tape, &bound, condition)?.to_adapter(self.spec.scale())?)
     }
 

@@ -28,12 +28,12 @@ pub fn train_step<D: Downstream>(
 ) -> Result<TrainStats> {
     let condition = downstream.condition(batch)?;
     let tape = Tape::new();
-    let bound = generator.params.bind(&tape, true);
+    let bound = generator.params.bind(&tape, true)?;
     let adapters = generator.forward(&tape, &bound, &condition)?;
     let loss = downstream.loss(&tape, batch, &adapters)?;
     let value = loss.value().item()?;
     let mut grads = tape.backward(&loss)?;
-    let grads = bound.take_grads(&mut grads);
+    let grads = bound.take_grads(&mut grads)?;
     drop((bound, adapters, loss));
     let step = optimizer.step(&mut generator.params, &grads)?;
     Ok(TrainStats { loss: value, step })

@@ -82,7 +82,7 @@ impl Run {
         };
         let photos = PhotoSet::open(photos)?;
         let given = format!("photos {:?}, start {}", photos.names, task.fingerprint());
-        let optimizer = optimizer(&task, &config);
+        let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
         let data = EditData::new(photos, &config.data.skills, text, config.seed)?;
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
@@ -115,7 +115,7 @@ impl Run {
                 progress(Progress { step: 0, steps, loss: loss.into(), samples_per_second: 0.0 })
             };
             self.task.prepare(self.kind, &self.config, &mut before)?;
-            self.optimizer = optimizer(&self.task, &self.config);
+            self.optimizer = optimizer(&self.task, &self.config)?;
         }
         let start = Instant::now();
         while self.optimizer.adamw.step < steps {
@@ -151,8 +151,8 @@ impl Run {
     fn checkpoint(&self) -> Result<()> {
         let step = self.optimizer.adamw.step;
         let mut writer = TensorWriter::new();
-        self.task.params().store(&mut writer, WEIGHTS, Dtype::F32);
-        self.optimizer.store(&mut writer);
+        self.task.params().store(&mut writer, WEIGHTS, Dtype::F32)?;
+        self.optimizer.store(self.task.params(), &mut writer)?;
         writer.meta("kind", self.kind.name());
         writer.meta("config", toml::to_string(&self.config)?);
         writer.meta("given", &self.given);
@@ -208,14 +208,14 @@ impl Run {
         let window: Window =
             serde_json::from_str(meta("window")?).with_context(|| state.display().to_string())?;
         self.task.params_mut().load(&file, WEIGHTS)?;
-        self.optimizer.load(&file)?;
+        self.optimizer.load(self.task.params(), &file)?;
         self.log.window = window;
         self.log.truncate(self.optimizer.adamw.step)
     }
 }
 
 /// Fresh state for the weights of a task.
-fn optimizer(task: &Task, config: &TrainConfig) -> Optimizer {
+fn optimizer(task: &Task, config: &TrainConfig) -> Result<Optimizer> {
     let o = &config.optimizer;
-    Optimizer::new(task.params(), config.schedule(), o.weight_decay, o.clip, o.ema)
+    Ok(Optimizer::new(task.params(), config.schedule(), o.weight_decay, o.clip, o.ema)?)
 }

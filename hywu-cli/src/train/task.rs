@@ -153,21 +153,21 @@ impl Task {
             }
             Self::Backbone(backbone) => {
                 let tape = Tape::new();
-                let bound = backbone.params.bind(&tape, true);
+                let bound = backbone.params.bind(&tape, true)?;
                 let loss = flow_loss(&tape, backbone, &bound, batch, &LoraVars::none())?;
                 let value = loss.value().item()?;
                 (&mut backbone.params, value, tape.backward(&loss)?, bound)
             }
             Self::Lora(params, downstream) => {
                 let tape = Tape::new();
-                let bound = params.bind(&tape, true);
+                let bound = params.bind(&tape, true)?;
                 let adapters = shared(&bound, downstream)?;
                 let loss = downstream.loss(&tape, batch, &adapters)?;
                 let value = loss.value().item()?;
                 (params, value, tape.backward(&loss)?, bound)
             }
         };
-        let taken = bound.take_grads(&mut grads);
+        let taken = bound.take_grads(&mut grads)?;
         drop(bound);
         Ok(TrainStats { loss, step: optimizer.step(params, &taken)? })
     }
@@ -197,7 +197,7 @@ impl Task {
             }
             Self::Lora(_, downstream) => {
                 let tape = Tape::inference();
-                let adapters = shared(&params.bind(&tape, false), downstream)?;
+                let adapters = shared(&params.bind(&tape, false)?, downstream)?;
                 let spec = downstream.adapter_spec();
                 (
                     downstream.backbone.clone(),
