@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Inputs, VOCABULARY, adapters, backbone, config, fresh, ids, inputs, picture, predict, scaled};
+use common::{Inputs, VOCABULARY, adapters, backbone, fresh, ids, inputs, picture, predict, scaled};
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{Backbone, BackboneConfig, condition_of, detail_of, thumbnail_of};
 use hywu_kernels::{LoraVars, Tape, Tensor, Var, testing::random};
@@ -193,7 +193,8 @@ fn the_condition_reads_thumbnail_detail_and_text() {
     let swapped = backbone.condition(&[&detail, &thumbnail], &ids).unwrap();
     assert_eq!(condition.data()[..half], swapped.data()[half..]);
     assert_ne!(condition.data()[..half], condition.data()[half..]);
-    let alone = Backbone { config: BackboneConfig { detail_view: false, ..config() }, ..backbone.clone() };
+    let mut alone = backbone.clone();
+    alone.config.detail_view = false;
     let one_view = condition_of(&alone, &source, &ids).unwrap();
     assert_eq!(one_view.data(), &condition.data()[..half]);
     assert!(backbone.condition(&[&thumbnail], &ids).unwrap_err().to_string().contains("2 views"));

@@ -11,7 +11,7 @@ use crate::model::ModelInfo;
 use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
-use hywu_kernels::optim::Optimizer;
+use hywu_kernels::{Device, optim::Optimizer};
 use log::{Log, Window};
 use std::{
     ops::ControlFlow,
@@ -57,12 +57,20 @@ pub struct Run {
 
 impl Run {
     /// Starts a run in the folder `out`, or goes on with the one that is there: from its last checkpoint, or from the start where
-    /// it was stopped before the first.
+    /// it was stopped before the first. It trains on `device`, in bf16 with weights in f32 where that is a CUDA device; a run may be
+    /// resumed on another.
     ///
     /// # Errors
     /// Photos, a config or a model to start from that can't be used; a folder that holds a run already, when it is not to be
     /// resumed; one that holds none or another run's, when it is.
-    pub fn open(kind: Kind, config: &Path, photos: &Path, out: &Path, resume: bool) -> Result<Self> {
+    pub fn open(
+        kind: Kind,
+        config: &Path,
+        photos: &Path,
+        out: &Path,
+        resume: bool,
+        device: Device,
+    ) -> Result<Self> {
         let config = TrainConfig::read(config)?;
         let state = out.join(STATE);
         if !resume && state.exists() {
@@ -82,6 +90,7 @@ impl Run {
         };
         let photos = PhotoSet::open(photos)?;
         let given = format!("photos {:?}, start {}", photos.names, task.fingerprint());
+        let task = task.to(device, Dtype::Bf16)?;
         let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
         let data = EditData::new(photos, &config.data.skills, text, config.seed)?;
