@@ -67,6 +67,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     });
     bar.finish_and_clear();
     result?;
-    eprintln!("done: {}", args.out.join("model").display());
+    let waited = 100.0 * run.data_share();
+    eprintln!("done: {}; {waited:.1} % of the time waiting for data", args.out.join("model").display());
     Ok(())
 }

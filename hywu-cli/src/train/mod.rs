@@ -1,5 +1,6 @@
 //! Training runs: steps, log, checkpoints, resuming.
 
+mod batches;
 mod config;
 mod log;
 mod task;
@@ -9,6 +10,7 @@ pub use task::{Kind, Task};
 
 use crate::model::ModelInfo;
 use anyhow::{Context, Result, bail, ensure};
+use batches::Batches;
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
 use hywu_kernels::{Device, optim::Optimizer};
@@ -16,6 +18,7 @@ use log::{Log, Window};
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Instant,
 };
 
@@ -44,7 +47,7 @@ pub struct Progress {
 pub struct Run {
     kind: Kind,
     config: TrainConfig,
-    data: EditData,
+    data: Arc<EditData>,
     task: Task,
     optimizer: Optimizer,
     log: Log,
@@ -53,6 +56,7 @@ pub struct Run {
     parent: ModelInfo,
     /// What the run depends on beside its config, in words.
     given: String,
+    data_share: f64,
 }
 
 impl Run {
@@ -93,10 +97,12 @@ impl Run {
         let task = task.to(device, Dtype::Bf16)?;
         let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
-        let data = EditData::new(photos, &config.data.skills, text, config.seed)?;
+        let data = Arc::new(EditData::new(photos, &config.data.skills, text, config.seed)?);
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         let log = Log::new(out);
-        let mut run = Self { kind, config, data, task, optimizer, log, out: out.into(), parent, given };
+        let to = out.to_owned();
+        let mut run =
+            Self { kind, config, data, task, optimizer, log, out: to, parent, given, data_share: 0.0 };
         if state.exists() {
             run.restore(&state)?;
         } else {
@@ -110,6 +116,11 @@ impl Run {
     /// The weights that are trained, as they stand.
     pub fn task(&self) -> &Task {
         &self.task
+    }
+
+    /// The share of the time since the run was started or resumed that steps waited for their data.
+    pub fn data_share(&self) -> f64 {
+        self.data_share
     }
 
     /// Steps until the end. After every step `progress` may stop the run, which then leaves a checkpoint.
@@ -126,16 +137,20 @@ impl Run {
             self.task.prepare(self.kind, &self.config, &mut before)?;
             self.optimizer = optimizer(&self.task, &self.config)?;
         }
+        let on_device = self.task.params().device() != Device::Cpu;
+        let mut batches =
+            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, on_device);
         let start = Instant::now();
         while self.optimizer.adamw.step < steps {
             let step = self.optimizer.adamw.step;
             let shape = self.config.data.shape(step);
-            let batch = self.data.batch(step, shape)?;
+            let batch = batches.next(step)?;
             let stats = self.task.step(&batch, &mut self.optimizer)?;
             // A crop counts by its area, in crops of the config's size.
             samples += shape.instances * shape.crops * (shape.crop * shape.crop)
                 / (self.config.data.crop * self.config.data.crop);
             let rate = samples as f64 / start.elapsed().as_secs_f64();
+            self.data_share = batches.waited().as_secs_f64() / start.elapsed().as_secs_f64();
             let done = step + 1;
             self.log.window.add(&stats);
             let mean = self.log.window.loss();
