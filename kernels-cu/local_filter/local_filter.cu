@@ -273,6 +273,7 @@ __device__ __forceinline__ void local_filter_gradients(const T* coef, const T* f
             }
         }
         __syncthreads();
+        // A thread copies out just what it fills with the next pixels, see `stage`: no barrier is needed between.
         T* rows = dhidden + int64_t(start) * HIDDEN;
         for (int e = threadIdx.x * PACK<T>; e < count * HIDDEN; e += BLOCK * PACK<T>) {
             const float* back = s.active + e / HIDDEN * HIDDEN_ROW + e % HIDDEN;
@@ -281,8 +282,6 @@ __device__ __forceinline__ void local_filter_gradients(const T* coef, const T* f
             for (int i = 0; i < PACK<T>; i++) v[i] = back[i];
             store(rows + e, v, PACK<T>);
         }
-        // The next pixels overwrite what was copied out; at the end the sums follow.
-        __syncthreads();
     }
 #pragma unroll
     for (int c = 0; c < 4; c++) sums[group][c][column] = sum[c];
