@@ -44,3 +44,31 @@ __device__ void column_sums(float* out, int rows, int columns, Value value) {
         out[(int64_t(split) * gridDim.y + group) * columns + column] = sum;
     }
 }
+
+// Sums over rows, K sums for every column. The block's threads share PACK columns each: `lanes` (a power of two, at most WARP) times
+// PACK columns, taken by BLOCK / lanes rows at a time. add(sum, row, column, count) adds what a row has in the `count` columns from
+// `column` on; take(k, column, sum) gets every finished sum once. The order depends on the number of rows alone.
+template <class T, int K, class Add, class Take>
+__device__ __forceinline__ void pack_sums(int first, int last, int column_block, int columns, int lanes, Add add, Take take) {
+    // The padding keeps neighbouring columns of different packs in different banks.
+    __shared__ float tile[K * PACK<T>][BLOCK + WARP / PACK<T>];
+    int lane = threadIdx.x % lanes, row_lane = threadIdx.x / lanes, row_lanes = BLOCK / lanes;
+    int width = lanes * PACK<T>, start = column_block * width, column = start + lane * PACK<T>;
+    float sum[K][PACK<T>] = {};
+    if (column < columns) {
+        int count = pack_count<T>(columns, column);
+        for (int row = first + row_lane; row < last; row += row_lanes) add(sum, row, column, count);
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int i = 0; i < PACK<T>; i++) tile[k * PACK<T> + i][threadIdx.x] = sum[k][i];
+    __syncthreads();
+    for (int t = threadIdx.x; t < K * width; t += BLOCK) {
+        int k = t / width, at = t % width;
+        const float* part = tile[k * PACK<T> + at % PACK<T>] + at / PACK<T>;
+        float total = 0.0f;
+        for (int r = 0; r < row_lanes; r++) total += part[r * lanes];
+        if (start + at < columns) take(k, start + at, total);
+    }
+}

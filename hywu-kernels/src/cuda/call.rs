@@ -101,8 +101,16 @@ impl Call {
     /// # Errors
     /// As [`Call::tensor`].
     pub fn optional(self, tensor: Option<&Tensor>) -> Result<Self> {
+        let dtype = self.dtype;
+        self.optional_as(tensor, dtype)
+    }
+    /// A tensor of this dtype, or a null pointer.
+    ///
+    /// # Errors
+    /// As [`Call::tensor`].
+    pub fn optional_as(self, tensor: Option<&Tensor>, dtype: Dtype) -> Result<Self> {
         match tensor {
-            Some(tensor) => self.tensor(tensor),
+            Some(tensor) => self.tensor_as(tensor, dtype),
             None => Ok(self.slot(0)),
         }
     }

@@ -98,7 +98,13 @@ fn splits(rows: usize, columns: usize, groups: usize) -> usize {
 }
 
 /// factor * the sums over the rows of each of `groups` of x, or of x * y, into `shape` = groups x columns elements.
-fn sum_rows(x: &Tensor, y: Option<&Tensor>, groups: usize, shape: &[usize], factor: f32) -> Result<Tensor> {
+pub(super) fn sum_rows(
+    x: &Tensor,
+    y: Option<&Tensor>,
+    groups: usize,
+    shape: &[usize],
+    factor: f32,
+) -> Result<Tensor> {
     let columns = shape.iter().product::<usize>() / groups;
     let rows = x.numel() / (groups * columns);
     let splits = splits(rows, columns, groups);

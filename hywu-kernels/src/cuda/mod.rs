@@ -21,7 +21,6 @@ pub mod patchify;
 pub mod rms_norm;
 pub mod swiglu;
 pub mod tile_blend;
-pub mod timestep;
 
 pub(crate) use call::{Call, blocks};
 pub use driver::{Event, Properties};
@@ -72,6 +71,11 @@ impl View {
 /// Elements in 16 bytes: what a thread of a vectorised kernel takes.
 pub(crate) fn pack(dtype: Dtype) -> usize {
     16 / dtype.size()
+}
+
+/// Threads of a block of `pack_sums` (kernels-cu/common/reduce.cuh) that share a row of so many columns, a pack each.
+pub(crate) fn sum_lanes(columns: usize, dtype: Dtype) -> usize {
+    columns.div_ceil(pack(dtype)).next_power_of_two().min(32)
 }
 
 /// 32-bit integers in device memory: lengths, indices, offsets.
