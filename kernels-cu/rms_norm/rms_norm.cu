@@ -119,24 +119,25 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 // Parts of two sums over the rows of each group: grad * x * inverse, and grad where `shifts` is wanted; both
-// [splits][groups][channels]. Grid (columns, groups, splits).
-extern "C" __global__ void __launch_bounds__(BLOCK)
+// [splits][groups][channels]; see RowPart.
+extern "C" __global__ void __launch_bounds__(BLOCK, 4)
     KERNEL(rms_norm_parts)(const Element* __restrict__ x, const Element* __restrict__ grad, const float* __restrict__ inverses,
                            float* __restrict__ norms, float* __restrict__ shifts, int rows, int channels, int lanes) {
-    int group = blockIdx.y, part = (rows + gridDim.z - 1) / gridDim.z, first = blockIdx.z * part;
-    int64_t start = int64_t(group) * rows, out = (int64_t(blockIdx.z) * gridDim.y + group) * channels;
+    RowPart part(rows);
+    x += part.start * channels, grad += part.start * channels, inverses += part.start;
     pack_sums<Element, 2>(
-        first, min(rows, first + part), blockIdx.x, channels, lanes,
+        part.first, part.last, blockIdx.x, channels, lanes,
         [=](float(&sum)[2][PACK<Element>], int row, int column, int count) {
-            float v[PACK<Element>], g[PACK<Element>], inverse = inverses[start + row];
-            load(v, x + (start + row) * channels + column, count);
-            load(g, grad + (start + row) * channels + column, count);
+            int64_t at = int64_t(row) * channels + column;
+            float v[PACK<Element>], g[PACK<Element>], inverse = inverses[row];
+            load(v, x + at, count);
+            load(g, grad + at, count);
 #pragma unroll
             for (int i = 0; i < PACK<Element>; i++) sum[0][i] += g[i] * (v[i] * inverse), sum[1][i] += g[i];
         },
         [=](int k, int column, float total) {
             float* to = k == 0 ? norms : shifts;
-            if (to) to[out + column] = total;
+            if (to) to[part.out * channels + column] = total;
         });
 }
 

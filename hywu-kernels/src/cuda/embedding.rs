@@ -1,6 +1,6 @@
 //! Launchers of `kernels-cu/embedding`; see `cpu/embedding.rs` for what each computes.
 
-use super::{Call, Words, blocks, call::BLOCK, pack, sum_lanes};
+use super::{Call, Words, blocks, call::BLOCK, elementwise::sum_lanes, pack};
 use crate::{Result, Tensor};
 
 const OP: &str = "embedding";

@@ -73,11 +73,6 @@ pub(crate) fn pack(dtype: Dtype) -> usize {
     16 / dtype.size()
 }
 
-/// Threads of a block of `pack_sums` (kernels-cu/common/reduce.cuh) that share a row of so many columns, a pack each.
-pub(crate) fn sum_lanes(columns: usize, dtype: Dtype) -> usize {
-    columns.div_ceil(pack(dtype)).next_power_of_two().min(32)
-}
-
 /// 32-bit integers in device memory: lengths, indices, offsets.
 pub(crate) struct Words(View);
 

@@ -1,16 +1,17 @@
 //! Launchers of `kernels-cu/rms_norm`; see `cpu/rms_norm.rs` for what each computes.
 
-use super::{Call, blocks, call::BLOCK, elementwise::sum_parts, pack, sum_lanes};
+use super::{
+    Call, blocks,
+    call::BLOCK,
+    elementwise::{RowParts, sum_parts},
+    pack,
+};
 use crate::{Result, Tensor, ops::rms_norm::Sums};
 use hywu_core::Dtype;
 
 const OP: &str = "rms_norm";
 /// Packs of a row that a thread takes before more threads share the row.
 const PACKS: usize = 4;
-/// Rows that a thread of a sum over rows takes before the rows are split.
-const ROWS: usize = 8;
-/// Most parts of a sum, which are added up one after the other.
-const SPLITS: usize = 512;
 
 /// Threads that share a row of c channels: part of a warp, or from one warp on so many that each has a few packs.
 fn row_threads(c: usize, dtype: Dtype) -> usize {
@@ -19,11 +20,6 @@ fn row_threads(c: usize, dtype: Dtype) -> usize {
         0..=32 => packs.next_power_of_two(),
         _ => packs.div_ceil(PACKS).next_power_of_two().clamp(32, 1024),
     }
-}
-
-/// Parts of a sum over rows of c channels; the other entries of the batch have no say in it.
-fn splits(rows: usize, lanes: usize) -> usize {
-    rows.div_ceil(ROWS * BLOCK as usize / lanes).clamp(1, SPLITS)
 }
 
 impl Call {
@@ -80,14 +76,12 @@ fn row_sums(
     let c = x.dim_back(1);
     let groups = scale.map_or(1, |scale| scale.shape()[0]);
     let rows = x.numel() / (c * groups);
-    let lanes = sum_lanes(c, x.dtype());
-    let splits = splits(rows, lanes);
+    let RowParts { lanes, splits, grid } = RowParts::new(rows, c, groups, x.dtype())?;
     let parts = || x.empty_as(&[splits, groups, c], Dtype::F32);
     let (norms, shifts) = (parts()?, scale.map(|_| parts()).transpose()?);
     let call =
         Call::new(OP, "rms_norm_parts", x)?.tensor(x)?.tensor(grad)?.tensor_as(inverses, Dtype::F32)?;
     let call = call.tensor_as(&norms, Dtype::F32)?.optional_as(shifts.as_ref(), Dtype::F32)?;
-    let grid = [blocks(c, lanes * pack(x.dtype()))?, blocks(groups, 1)?, blocks(splits, 1)?];
     call.size(rows)?.size(c)?.size(lanes)?.launch(grid, BLOCK, 0)?;
     let (Some(scale), Some(shifts)) = (scale, shifts) else {
         let weight = w.map(|w| sum_parts(&norms, x, w.shape(), 1.0)).transpose()?;
@@ -116,9 +110,5 @@ mod tests {
         assert_eq!(threads(2048), [128, 64]);
         assert_eq!(threads(4096), [256, 128]);
         assert_eq!(threads(1 << 20), [1024, 1024]);
-        assert_eq!(
-            [splits(1, 32), splits(300, 32), splits(40_000, 32), splits(1 << 20, 32)],
-            [1, 5, 512, 512]
-        );
     }
 }
