@@ -20,7 +20,6 @@ const DEFAULT_ARCH: &str = "80,90a";
 
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rustc-check-cfg=cfg(hywu_no_nvcc)");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return ExitCode::SUCCESS;
     }
@@ -47,7 +46,6 @@ fn run() -> Result<(), String> {
             return Err(format!("{text}, and HYWU_REQUIRE_NVCC is set"));
         }
         println!("cargo::warning={text}: built without CUDA kernels; scripts/install_nvcc.sh installs one");
-        println!("cargo::rustc-cfg=hywu_no_nvcc");
         println!("cargo::rustc-env=HYWU_NVCC_RELEASE=");
         return write_table(&out, &[]);
     };
@@ -60,7 +58,9 @@ fn run() -> Result<(), String> {
     // cargo looks through the whole folder, so a new op or a new header is seen too.
     println!("cargo::rerun-if-changed={}", root.display());
     let ops = find_ops(&root)?;
-    let targets = targets(&variable("HYWU_CUDA_ARCH").unwrap_or(DEFAULT_ARCH.into()))?;
+    let archs = variable("HYWU_CUDA_ARCH").unwrap_or(DEFAULT_ARCH.into());
+    println!("cargo::rustc-env=HYWU_CUDA_ARCHS={archs}");
+    let targets = targets(&archs)?;
     let build = Build { nvcc, release, targets, root, out };
 
     let mut errors = String::new();

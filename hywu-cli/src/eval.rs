@@ -227,13 +227,14 @@ fn edit_all(
             LoraVars::from_adapter(&adapter, edit.strength)
         }
     };
+    let loras = loras.to(backbone.params.device(), backbone.params.dtype())?;
     let position = Tensor::build(&[n, side, side, 2], |out| {
         for (i, place) in out.chunks_exact_mut(2).enumerate() {
             place.copy_from_slice(&[pixel_position(i / side % side, side), pixel_position(i % side, side)]);
         }
     });
     let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false);
+    let bound = backbone.params.bind(&tape, false)?;
     let text = backbone.text_tokens(&tape, &bound, &ids, n)?;
     let SampleOptions { seed, steps, sampler, .. } = edit.sample;
     let noise = noise_window(seed, 0, 0, side, side, 3);
@@ -243,6 +244,6 @@ fn edit_all(
         let t = vec![t; n];
         Ok(backbone.predict(&tape, &bound, x, &source, &position, &t, &text, &loras)?.value().clone())
     };
-    let edited = sampler.integrate(steps, noise, predict)?;
+    let edited = sampler.integrate(steps, noise, predict)?.to_host()?;
     Ok(edited.data().chunks(side * side * 3).map(<[f32]>::to_vec).collect())
 }

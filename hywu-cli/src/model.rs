@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{Backbone, TextEncoder};
 use hywu_generator::{Generator, GeneratorConfig};
+use hywu_kernels::Device;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -158,6 +159,19 @@ impl Model {
         };
         let hash = format!("{:016x}", fnv1a(words.chain(shared.iter().map(|v| v.to_bits()))));
         Ok(Self { backbone, memory, text, info, hash })
+    }
+
+    /// The same model on a device, computing in `dtype` there (on the CPU in f32).
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(self, device: Device, dtype: Dtype) -> Result<Self> {
+        let backbone = self.backbone.to(device, dtype)?;
+        let memory = match self.memory {
+            Memory::Functional(generator) => Memory::Functional(Box::new(generator.to(device, dtype)?)),
+            other => other,
+        };
+        Ok(Self { backbone, memory, ..self })
     }
 
     /// Writes a model folder that [`Model::load`] reads; weights in `dtype`.

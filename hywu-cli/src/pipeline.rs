@@ -112,6 +112,8 @@ impl Editor {
         }
         let loras =
             adapter.as_ref().map_or_else(LoraVars::none, |a| LoraVars::from_adapter(a, options.strength));
+        let params = &self.model.backbone.params;
+        let loras = loras.to(params.device(), params.dtype())?;
         let generating = start.elapsed();
         let start = Instant::now();
         let edited = edit_picture(&self.model.backbone, picture, &ids, &loras, &options.sample, progress)?;

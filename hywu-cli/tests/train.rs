@@ -5,6 +5,7 @@ use hywu::{
     model::{Memory, Model},
     train::{Kind, Progress, Run},
 };
+use hywu_kernels::Device;
 use predicates::str::contains;
 use std::{
     fs,
@@ -66,7 +67,7 @@ fn photos() -> PathBuf {
 
 /// Runs until `stop` steps are done.
 fn train(kind: Kind, config: &Path, out: &Path, resume: bool, stop: u64) -> anyhow::Result<()> {
-    let mut run = Run::open(kind, config, &photos(), out, resume)?;
+    let mut run = Run::open(kind, config, &photos(), out, resume, Device::Cpu)?;
     run.train(&mut |Progress { step, .. }| {
         if step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })

@@ -1,12 +1,12 @@
 use crate::{BackboneConfig, Error, Result, config::Init, text::PAD};
 use hywu_core::{AdapterSpec, Checkpoint, Dtype, Module, Philox, TensorWriter};
 use hywu_kernels::{
-    Bound, LoraVars, ParamSet, Tape, Tensor, Var,
+    Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
         attention::{Attention, Layout, QkNorm, Rotary, attention, rotary_table},
         elementwise::{
-            add, add_row, concat_tokens, gated_residual, mask_tokens, mean_tokens, repeat_each,
-            slice_channels, slice_tokens,
+            add, add_row, cast, concat_channels, concat_tokens, gated_residual, mask_tokens, mean_tokens,
+            repeat_each, slice_channels, slice_tokens, standardise,
         },
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
@@ -17,8 +17,10 @@ use hywu_kernels::{
         timestep::timestep_embedding,
     },
 };
-use rayon::prelude::*;
-use std::collections::HashSet;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex},
+};
 
 const OP: &str = "backbone";
 const EPS: f32 = 1e-6;
@@ -45,7 +47,12 @@ pub struct Backbone {
     pub params: ParamSet,
     /// Token embeddings [vocabulary, text_dim], frozen.
     pub text_table: Tensor,
+    /// Rotary tables of the pictures seen so far, by (rows, columns) of patches.
+    rotary: Arc<Mutex<HashMap<[usize; 2], Rotary>>>,
 }
+
+/// Rotary tables that are kept; pictures come in few sizes.
+const MOST_TABLES: usize = 64;
 
 /// What a forward pass works with.
 struct Call<'a> {
@@ -98,7 +105,18 @@ impl Backbone {
         for (name, shape, _) in config.parameters() {
             params.insert(name, Tensor::zeros(&shape));
         }
-        Ok(Self { config, params, text_table })
+        Ok(Self { config, params, text_table, rotary: Arc::default() })
+    }
+
+    /// The same backbone on a device. Its weights are kept in f32 there and computed with in `dtype` (on the CPU f32), so it can be used
+    /// and trained.
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        let params = self.params.to_mixed(device, dtype)?;
+        let text_table = self.text_table.to(device, dtype)?;
+        Ok(Self { config: self.config.clone(), params, text_table, rotary: Arc::default() })
     }
 
     /// Reads what [`Backbone::store`] wrote.
@@ -124,7 +142,7 @@ impl Backbone {
     pub fn store(&self, writer: &mut TensorWriter, dtype: Dtype) -> Result<()> {
         let config = serde_json::to_string(&self.config).map_err(|e| Error::Invalid(e.to_string()))?;
         writer.meta(CONFIG_KEY, config);
-        self.params.store(writer, "", dtype);
+        self.params.store(writer, "", dtype)?;
         Ok(())
     }
 
@@ -220,10 +238,20 @@ impl Backbone {
 
     /// Rotary tables: image tokens at (row, column), then text token i at (64 + i, 64 + i).
     fn rotary(&self, rows: usize, columns: usize) -> Result<Rotary> {
+        // A panic elsewhere can't leave the map half-changed: every use is a look or an insertion.
+        let mut known = self.rotary.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(table) = known.get(&[rows, columns]) {
+            return Ok(table.clone());
+        }
         let image = (0..rows).flat_map(|y| (0..columns).map(move |x| vec![y as u32, x as u32]));
         let text = (0..self.config.text_len).map(|i| vec![(TEXT_ORIGIN + i) as u32; 2]);
         let positions: Vec<Vec<u32>> = image.chain(text).collect();
-        Ok(rotary_table(&positions, &[self.config.head_dim / 2; 2])?)
+        let table = rotary_table(&positions, &[self.config.head_dim / 2; 2])?.to(self.text_table.device())?;
+        if known.len() >= MOST_TABLES {
+            known.clear();
+        }
+        known.insert([rows, columns], table.clone());
+        Ok(table)
     }
 
     /// One block: x + gate * attention(norm(x)), then x + gate * mlp(norm(x)); text has no modulation and gates of 1.
@@ -296,7 +324,8 @@ impl Backbone {
             let weight = |part: &str| bound.get(&format!("{name}.{part}"));
             linear(tape, x, weight("weight")?, Some(weight("bias")?))
         };
-        let time = project(&Var::constant(timestep_embedding(t, self.config.width)), "time_in")?;
+        let time = timestep_embedding(t, self.config.width).to(bound.device(), bound.dtype())?;
+        let time = project(&Var::constant(time), "time_in")?;
         let text = project(&self.summary(tape, text)?, "text_pool")?;
         let x = silu(tape, &add(tape, &time, &text)?)?;
         Ok(linear(tape, &x, bound.get("time_out.weight")?, Some(bound.get("time_out.bias")?))?)
@@ -370,7 +399,8 @@ impl Backbone {
         self.check_adapters(adapters, batch)?;
         let c = &self.config;
         let call = Call { tape, bound, adapters };
-        let input = Var::constant(stack_channels(x_t, source, position));
+        let [x_t, source, position] = [x_t, source, position].map(|x| placed(bound, x, bound.dtype()));
+        let input = concat_channels(tape, &[&x_t?, &source?, &position?])?;
         let patches = patchify(tape, &input, c.patch)?;
         let image = linear(tape, &patches, bound.get("patch_in.weight")?, Some(bound.get("patch_in.bias")?))?;
         let repeated;
@@ -425,13 +455,17 @@ impl Backbone {
         let x = linear(tape, &x, bound.get("head.weight")?, Some(bound.get("head.bias")?))?;
         let residual = slice_channels(tape, &x, 0, 3 * p * p)?;
         let coef = slice_channels(tape, &x, 3 * p * p, COEFFICIENTS)?;
-        let features = patchify(tape, &Var::constant(pixel_features(source, p)?), p)?;
+        // The picture itself stays in f32: to round its values to bf16 would show.
+        let source = placed(bound, source, Dtype::F32)?;
+        let features = cast(tape, &Var::constant(pixel_features(source.value(), p)?), bound.dtype())?;
+        let features = patchify(tape, &features, p)?;
         let batch = source.shape()[0];
         let pixels = features.reshape(&[batch, tokens * p * p, FEATURES])?;
         let hidden = linear(tape, &pixels, bound.get("pixel_in.weight")?, None)?;
         let hidden = hidden.reshape(&[batch, tokens, p * p * HIDDEN])?;
-        let source = patchify(tape, &Var::constant(source.clone()), p)?;
+        let source = patchify(tape, &source, p)?;
         let change = add(tape, &local_filter(tape, &coef, features.value(), &hidden)?, &residual)?;
+        let change = cast(tape, &change, Dtype::F32)?;
         Ok(unpatchify(tape, &add(tape, &change, &source)?, p, height, width)?)
     }
 
@@ -444,12 +478,9 @@ impl Backbone {
     /// # Errors
     /// A wrong number of views, or shapes that don't fit.
     pub fn condition(&self, views: &[&Tensor], ids: &[u32]) -> Result<Tensor> {
-        let mut states = self.states(views, ids)?;
+        let states = self.states(views, ids)?.cast(Dtype::F32)?;
         let (mean, scale) = (self.params.get("condition.mean")?, self.params.get("condition.scale")?);
-        for token in states.data_mut().chunks_exact_mut(self.config.width) {
-            token.iter_mut().zip(mean.data()).zip(scale.data()).for_each(|((v, m), s)| *v = (*v - m) * s);
-        }
-        Ok(states)
+        Ok(standardise(&states, mean, scale)?)
     }
 
     /// Measures the mean and the deviation of every channel of the condition over these examples (arguments as
@@ -457,10 +488,12 @@ impl Backbone {
     /// that are a hundred times as large as the rest and hardly vary ("Massive activations", arXiv 2402.17762); they would drown
     /// in the generator's first norm what tells instances apart.
     ///
+    /// The backbone must be on the CPU.
+    ///
     /// # Errors
     /// As [`Backbone::condition`].
     pub fn calibrate(&mut self, views: &[&Tensor], ids: &[u32]) -> Result<()> {
-        let states = self.states(views, ids)?;
+        let states = self.states(views, ids)?.to_host()?;
         let width = self.config.width;
         let count = (states.numel() / width) as f64;
         let (mut mean, mut square) = (vec![0.0f64; width], vec![0.0f64; width]);
@@ -490,7 +523,7 @@ impl Backbone {
             return Err(Error::Invalid(format!("the condition reads {wanted} views, got {}", views.len())));
         }
         let tape = Tape::inference();
-        let bound = self.params.bind(&tape, false);
+        let bound = self.params.bind(&tape, false)?;
         let instances = views[0].shape().first().copied().unwrap_or(0);
         let text = self.text_tokens(&tape, &bound, ids, instances)?;
         let see = |view: &&Tensor| {
@@ -515,23 +548,9 @@ impl Backbone {
     }
 }
 
-/// [x_t | source | position] per pixel: [batch, height, width, 8]; shapes are checked.
-fn stack_channels(x_t: &Tensor, source: &Tensor, position: &Tensor) -> Tensor {
-    let shape = source.shape();
-    let row = shape[2];
-    Tensor::build(&[shape[0], shape[1], row, 8], |out| {
-        (out.par_chunks_mut(row * 8))
-            .zip(x_t.data().par_chunks(row * 3))
-            .zip(source.data().par_chunks(row * 3))
-            .zip(position.data().par_chunks(row * 2))
-            .for_each(|(((out, x), s), p)| {
-                for (i, out) in out.chunks_exact_mut(8).enumerate() {
-                    out[..3].copy_from_slice(&x[3 * i..3 * i + 3]);
-                    out[3..6].copy_from_slice(&s[3 * i..3 * i + 3]);
-                    out[6..].copy_from_slice(&p[2 * i..2 * i + 2]);
-                }
-            });
-    })
+/// An input where the weights are, in `dtype`.
+fn placed(bound: &Bound, x: &Tensor, dtype: Dtype) -> Result<Var> {
+    Ok(Var::constant(x.to(bound.device(), dtype)?))
 }
 
 /// Coordinate of the centre of pixel `i` of `n`: -1 at one edge of the picture, 1 at the other.

@@ -1,7 +1,7 @@
 //! Flow matching between noise (t = 0) and image (t = 1): x_t = t * x + (1 - t) * noise (rectified flow, arXiv 2209.03003).
 
 use crate::{Backbone, EditBatch, Result};
-use hywu_core::Philox;
+use hywu_core::{Dtype, Philox};
 use hywu_kernels::{Bound, LoraVars, Tape, Tensor, Var, ops::loss::weighted_mse};
 use rayon::prelude::*;
 
@@ -72,7 +72,8 @@ pub fn flow_loss(
     adapters: &LoraVars,
 ) -> Result<Var> {
     let text = backbone.text_tokens(tape, bound, &batch.text, batch.instances)?;
-    let Noised { x_t, t, mut weight } = Noised::draw(&batch.target, batch.seed);
+    let target = batch.target.to(bound.device(), Dtype::F32)?;
+    let Noised { x_t, t, mut weight } = Noised::draw(&target, batch.seed);
     let size = (batch.target.numel() / weight.len().max(1)).max(1);
     let pairs = batch.source.data().chunks(size).zip(batch.target.data().chunks(size));
     for (weight, (source, target)) in weight.iter_mut().zip(pairs) {
@@ -80,5 +81,5 @@ pub fn flow_loss(
         *weight /= (edit / size as f32 + LEAST_EDIT).sqrt();
     }
     let x_hat = backbone.predict(tape, bound, &x_t, &batch.source, &batch.position, &t, &text, adapters)?;
-    Ok(weighted_mse(tape, &x_hat, &batch.target, &weight)?)
+    Ok(weighted_mse(tape, &x_hat, &target, &weight)?)
 }

@@ -4,10 +4,10 @@ use crate::{
     Backbone, Error, Picture, Result, TextEncoder,
     skills::{HUES, Phrasing, SKILLS},
 };
-use hywu_core::{Philox, RandomStream};
+use hywu_core::{Dtype, Philox, RandomStream};
 use hywu_kernels::{
-    ParamSet, Tape, Tensor,
-    ops::{loss::weighted_mse, low_rank_linear::linear},
+    Device, ParamSet, Tape, Tensor,
+    ops::{elementwise::cast, loss::weighted_mse, low_rank_linear::linear},
     optim::{Optimizer, Schedule},
 };
 use std::ops::ControlFlow;
@@ -35,15 +35,18 @@ pub fn learn_instructions(
     progress: &mut dyn FnMut(u64, f32) -> ControlFlow<()>,
 ) -> Result<()> {
     let is_text = |name: &str| name.starts_with("text") && !name.starts_with("text_pool");
+    let (device, dtype) = (backbone.params.device(), backbone.params.dtype());
+    let mut whole = backbone.params.to(Device::Cpu, Dtype::F32)?;
     let mut params = ParamSet::new();
-    for (name, tensor) in backbone.params.iter().filter(|(name, _)| is_text(name)) {
+    for (name, tensor) in whole.iter().filter(|(name, _)| is_text(name)) {
         params.insert(name, tensor.clone());
     }
     let width = backbone.config.width;
     params.insert("read_out.weight", Tensor::zeros(&[CLASSES, width]));
     params.insert("read_out.bias", Tensor::zeros(&[CLASSES]));
+    let mut params = params.to_mixed(device, dtype)?;
     let schedule = Schedule { warmup: 20, total: steps, peak: 2e-3, floor: 1e-4 };
-    let mut optimizer = Optimizer::new(&params, schedule, 0.01, 1.0, None);
+    let mut optimizer = Optimizer::new(&params, schedule, 0.01, 1.0, None)?;
     for step in 0..steps {
         let mut random = Philox::new(seed).stream(step);
         let photo =
@@ -54,30 +57,34 @@ pub fn learn_instructions(
             ids.extend(encoder.encode(&draw(skills, &photo, row, &mut random))?);
         }
         let tape = Tape::new();
-        let leaves = params.bind(&tape, true);
-        let mut bound = backbone.params.bind(&tape, false);
+        let leaves = params.bind(&tape, true)?;
+        let mut bound = backbone.params.bind(&tape, false)?;
         for (name, _) in params.iter().filter(|(name, _)| is_text(name)) {
             bound.set(name, leaves.get(name)?.clone());
         }
         let text = backbone.text_tokens(&tape, &bound, &ids, BATCH)?;
-        let whole = backbone.summary(&tape, &text)?;
+        let summary = backbone.summary(&tape, &text)?;
         let named =
-            linear(&tape, &whole, leaves.get("read_out.weight")?, Some(leaves.get("read_out.bias")?))?;
+            linear(&tape, &summary, leaves.get("read_out.weight")?, Some(leaves.get("read_out.bias")?))?;
         // Squared errors summed over the classes: one wrong name costs about 2.
+        let named = cast(&tape, &named, Dtype::F32)?;
+        let target = target.to(device, Dtype::F32)?;
         let loss = weighted_mse(&tape, &named, &target, &[CLASSES as f32; BATCH])?;
         let value = loss.value().item()?;
-        let grads = leaves.take_grads(&mut tape.backward(&loss)?);
-        drop((leaves, bound, text, whole, named, loss));
+        let grads = leaves.take_grads(&mut tape.backward(&loss)?)?;
+        drop((leaves, bound, text, summary, named, loss));
         optimizer.step(&mut params, &grads)?;
         if progress(step + 1, value).is_break() {
             return Err(Error::Interrupted);
         }
     }
-    for (name, tensor) in backbone.params.iter_mut() {
+    let trained = params.to(Device::Cpu, Dtype::F32)?;
+    for (name, tensor) in whole.iter_mut() {
         if is_text(name) {
-            *tensor = params.get(name)?.clone();
+            *tensor = trained.get(name)?.clone();
         }
     }
+    backbone.params = whole.to_mixed(device, dtype)?;
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 use crate::{Backbone, EditBatch, Error, flow_loss};
-use hywu_core::AdapterSpec;
-use hywu_kernels::{Downstream, LoraVars, Tape, Tensor, Var};
+use hywu_core::{AdapterSpec, Dtype};
+use hywu_kernels::{Device, Downstream, LoraVars, Tape, Tensor, Var};
 
 /// The frozen mini backbone as what a generator is trained for.
 pub struct MiniDownstream {
@@ -19,6 +19,14 @@ impl MiniDownstream {
         spec.validate()?;
         Ok(Self { backbone, spec })
     }
+
+    /// The same on a device, computing in `dtype` there; see [`Backbone::to`].
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(&self, device: Device, dtype: Dtype) -> crate::Result<Self> {
+        Ok(Self { backbone: self.backbone.to(device, dtype)?, spec: self.spec.clone() })
+    }
 }
 
 impl Downstream for MiniDownstream {
@@ -34,7 +42,7 @@ impl Downstream for MiniDownstream {
     }
 
     fn loss(&self, tape: &Tape, batch: &EditBatch, adapters: &LoraVars) -> hywu_kernels::Result<Var> {
-        let frozen = self.backbone.params.bind(tape, false);
+        let frozen = self.backbone.params.bind(tape, false)?;
         flow_loss(tape, &self.backbone, &frozen, batch, adapters).map_err(kernel_error)
     }
 }

@@ -158,7 +158,7 @@ pub fn edit_picture(
     let tiling = Tiling::new(height, width, options.tile, options.overlap);
     let source = pad_reflect(picture, Tiling::MARGIN, tiling.height, tiling.width);
     let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false);
+    let bound = backbone.params.bind(&tape, false)?;
     let text = backbone.text_tokens(&tape, &bound, ids, 1)?;
     let tile_len = tiling.size * tiling.size * 3;
     let batches = |layout: &Layout| layout.at.len().div_ceil(options.batch);

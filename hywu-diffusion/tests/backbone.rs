@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Inputs, VOCABULARY, adapters, backbone, config, fresh, ids, inputs, picture, predict, scaled};
+use common::{Inputs, VOCABULARY, adapters, backbone, fresh, ids, inputs, picture, predict, scaled};
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{Backbone, BackboneConfig, condition_of, detail_of, thumbnail_of};
 use hywu_kernels::{LoraVars, Tape, Tensor, Var, testing::random};
@@ -105,7 +105,7 @@ fn a_permuted_or_smaller_batch_gives_the_same_rows() {
     let run = |order: &[usize]| {
         let x = inputs(3, 24, 16);
         let tape = Tape::inference();
-        let bound = backbone.params.bind(&tape, false);
+        let bound = backbone.params.bind(&tape, false).expect("on the CPU");
         let length = backbone.config.text_len;
         let all = ids(3 * length);
         let ids: Vec<u32> = order.iter().flat_map(|&i| all[i * length..(i + 1) * length].to_vec()).collect();
@@ -193,7 +193,8 @@ fn the_condition_reads_thumbnail_detail_and_text() {
     let swapped = backbone.condition(&[&detail, &thumbnail], &ids).unwrap();
     assert_eq!(condition.data()[..half], swapped.data()[half..]);
     assert_ne!(condition.data()[..half], condition.data()[half..]);
-    let alone = Backbone { config: BackboneConfig { detail_view: false, ..config() }, ..backbone.clone() };
+    let mut alone = backbone.clone();
+    alone.config.detail_view = false;
     let one_view = condition_of(&alone, &source, &ids).unwrap();
     assert_eq!(one_view.data(), &condition.data()[..half]);
     assert!(backbone.condition(&[&thumbnail], &ids).unwrap_err().to_string().contains("2 views"));
@@ -255,7 +256,7 @@ fn adapters_must_cover_the_targets_and_nothing_else() {
         change(&mut lora);
         let x = inputs(4, 16, 16);
         let tape = Tape::inference();
-        let bound = backbone.params.bind(&tape, false);
+        let bound = backbone.params.bind(&tape, false).expect("on the CPU");
         let text = backbone.text_tokens(&tape, &bound, &ids(20), 1).unwrap();
         let result = backbone.predict(&tape, &bound, &x.x_t, &x.source, &x.position, &x.t, &text, &lora);
         result.err().map(|e| e.to_string()).unwrap_or_default()
@@ -281,7 +282,7 @@ fn adapters_must_cover_the_targets_and_nothing_else() {
 fn inputs_that_do_not_fit_are_refused() {
     let backbone = backbone();
     let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false);
+    let bound = backbone.params.bind(&tape, false).expect("on the CPU");
     let length = backbone.config.text_len;
     let text = backbone.text_tokens(&tape, &bound, &ids(2 * length), 2).unwrap();
     let error = |change: fn(&mut Inputs)| {

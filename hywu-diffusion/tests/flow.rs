@@ -41,7 +41,7 @@ fn the_loss_of_the_identity_is_known() {
     let backbone = fresh();
     let batch = batch(&backbone, 4);
     let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false);
+    let bound = backbone.params.bind(&tape, false).expect("on the CPU");
     let loss =
         flow_loss(&tape, &backbone, &bound, &batch, &LoraVars::none()).unwrap().value().item().unwrap();
     let weight = Noised::draw(&batch.target, batch.seed).weight;
@@ -59,7 +59,7 @@ fn the_loss_of_the_identity_is_known() {
 /// The loss with everything a constant.
 fn loss(backbone: &Backbone, params: &ParamSet, batch: &EditBatch, lora: &LoraVars) -> f64 {
     let tape = Tape::inference();
-    let bound = params.bind(&tape, false);
+    let bound = params.bind(&tape, false).expect("on the CPU");
     flow_loss(&tape, backbone, &bound, batch, lora).unwrap().value().item().unwrap().into()
 }
 
@@ -86,7 +86,7 @@ fn gradients_agree_with_differences() {
     let batch = batch(&backbone, 5);
     let lora = adapters(&backbone, 4, 0.1);
     let tape = Tape::new();
-    let bound: Bound = backbone.params.bind(&tape, true);
+    let bound: Bound = backbone.params.bind(&tape, true).expect("on the CPU");
     let vars = trainable(&tape, &lora);
     let out = flow_loss(&tape, &backbone, &bound, &batch, &vars).unwrap();
     let grads = tape.backward(&out).unwrap();
@@ -162,15 +162,15 @@ fn training_adapters_reaches_them_alone() {
 fn thirty_steps_lower_the_loss() {
     let mut backbone = fresh();
     let schedule = Schedule { warmup: 3, total: 30, peak: 5e-3, floor: 1e-3 };
-    let mut optimizer = Optimizer::new(&backbone.params, schedule, 0.0, 1.0, None);
+    let mut optimizer = Optimizer::new(&backbone.params, schedule, 0.0, 1.0, None).expect("on the CPU");
     let mut losses = Vec::new();
     for step in 0..30 {
         let batch = batch(&backbone, step % 3);
         let tape = Tape::new();
-        let bound = backbone.params.bind(&tape, true);
+        let bound = backbone.params.bind(&tape, true).expect("on the CPU");
         let loss = flow_loss(&tape, &backbone, &bound, &batch, &LoraVars::none()).unwrap();
         losses.push(loss.value().item().unwrap());
-        let grads = bound.take_grads(&mut tape.backward(&loss).unwrap());
+        let grads = bound.take_grads(&mut tape.backward(&loss).unwrap()).expect("on the CPU");
         drop((bound, loss));
         optimizer.step(&mut backbone.params, &grads).unwrap();
     }

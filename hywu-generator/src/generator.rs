@@ -1,7 +1,7 @@
 use crate::{Error, GeneratorConfig, Result, config::Shape};
 use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, write_atomic};
 use hywu_kernels::{
-    Bound, LoraVars, ParamSet, Tape, Tensor, Var,
+    Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
         attention::{Attention, Layout, Rotary, attention, rotary_table},
         elementwise::add,
@@ -106,8 +106,24 @@ impl Generator {
             serde_json::to_vec_pretty(&self.config).map_err(|e| hywu_core::Error::Config(e.to_string()))?;
         write_atomic(folder.join("config.json"), |w| w.write_all(&text))?;
         let mut writer = TensorWriter::new();
-        self.params.store(&mut writer, "", dtype);
+        self.params.store(&mut writer, "", dtype)?;
         Ok(writer.write(folder.join("model.safetensors"))?)
+    }
+
+    /// The same generator on a device, its weights kept and computed with in `dtype` (on the CPU f32).
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        Self::with(self.config.clone(), self.params.to(device, dtype)?)
+    }
+
+    /// The same generator on a device, to be trained there: weights kept in f32, computed with in `dtype` (on the CPU f32).
+    ///
+    /// # Errors
+    /// As [`Generator::to`].
+    pub fn to_mixed(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        Self::with(self.config.clone(), self.params.to_mixed(device, dtype)?)
     }
 
     /// The modules that it writes an adapter for.
@@ -120,15 +136,18 @@ impl Generator {
     /// # Errors
     /// A condition of another shape, or with NaN or infinity.
     pub fn generate(&self, condition: &Tensor) -> Result<Adapter> {
+        if let Some(bad) = condition.to_host()?.data().iter().find(|x| !x.is_finite()) {
+            return Err(Error::Condition(format!("it holds {bad}")));
+        }
         let tape = Tape::inference();
-        let bound = self.params.bind(&tape, false);
+        let bound = self.params.bind(&tape, false)?;
         Ok(self.forward(&tape, &bound, condition)?.to_adapter(self.spec.scale())?)
     }
 
     /// The same on a tape, with the weights as `bound` there (FORMAT.md section 4).
     ///
     /// # Errors
-    /// As [`Generator::generate`].
+    /// A condition of another shape.
     pub fn forward(&self, tape: &Tape, bound: &Bound, condition: &Tensor) -> Result<LoraVars> {
         let (d, n) = (self.config.d_model, self.config.num_base_model_layers);
         let Shape { a, t, s, c, .. } = self.shape;
@@ -140,17 +159,15 @@ impl Generator {
                 return Err(Error::Condition(format!("shape {other:?}, expected {expected}")));
             }
         };
-        if let Some(bad) = condition.data().iter().find(|x| !x.is_finite()) {
-            return Err(Error::Condition(format!("it holds {bad}")));
-        }
-        let tables = self.tables(l)?;
+        let tables = self.tables(l, bound.device())?;
         let norm =
             |x: &Var, name: &str| rms_norm(tape, x, Some(bound.get(&format!("{name}.weight"))?), EPS, None);
         let dense = |x: &Var, name: &str| {
             let (w, bias) = (bound.get(&format!("{name}.weight"))?, bound.get(&format!("{name}.bias"))?);
             linear(tape, x, w, Some(bias))
         };
-        let input = Var::constant(condition.reshape(&[b, l, self.config.input_dim])?);
+        let input = condition.to(bound.device(), bound.dtype())?.reshape(&[b, l, self.config.input_dim])?;
+        let input = Var::constant(input);
         let e = norm(&dense(&input, "hidden_in")?, "model.norm_input")?;
         let (hw, layer) = (bound.get("model.hw_pos.weight")?, bound.get("model.layer_pos.weight")?);
         let grid = token_grid(tape, hw, layer, self.config.dim_accumulation)?;
@@ -205,18 +222,21 @@ impl Generator {
     }
 
     /// FORMAT.md section 5.
-    fn tables(&self, l: usize) -> Result<Tables> {
+    fn tables(&self, l: usize, device: Device) -> Result<Tables> {
         let (n, hd, Shape { t, w, s, .. }) =
             (self.config.num_base_model_layers, self.config.head_dim, self.shape);
         let two = [hd / 2, hd / 2];
         let pairs = |rows: usize, columns: usize| -> Vec<Vec<u32>> {
             (0..rows as u32).flat_map(|i| (0..columns as u32).map(move |j| vec![i, j])).collect()
         };
-        let layer = rotary_table(&(0..n as u32).map(|i| vec![i]).collect::<Vec<_>>(), &[hd])?;
-        let token = rotary_table(&pairs(t, w), &two)?;
+        let table = |positions: &[Vec<u32>], widths: &[usize]| -> Result<Rotary> {
+            Ok(rotary_table(positions, widths)?.to(device)?)
+        };
+        let layer = table(&(0..n as u32).map(|i| vec![i]).collect::<Vec<_>>(), &[hd])?;
+        let token = table(&pairs(t, w), &two)?;
         let offset = t.max(w) as u32;
         let keys: Vec<_> = (0..l as u32).map(|i| vec![i + offset; 2]).collect();
-        let cross = (rotary_table(&pairs(n, s), &two)?, rotary_table(&keys, &two)?);
+        let cross = (table(&pairs(n, s), &two)?, table(&keys, &two)?);
         Ok(Tables { layer: (layer.clone(), layer), token: (token.clone(), token), cross })
     }
 }

@@ -28,13 +28,14 @@ pub fn train_step<D: Downstream>(
 ) -> Result<TrainStats> {
     let condition = downstream.condition(batch)?;
     let tape = Tape::new();
-    let bound = generator.params.bind(&tape, true);
+    let bound = generator.params.bind(&tape, true)?;
     let adapters = generator.forward(&tape, &bound, &condition)?;
     let loss = downstream.loss(&tape, batch, &adapters)?;
-    let value = loss.value().item()?;
+    let value = loss.value().clone();
     let mut grads = tape.backward(&loss)?;
-    let grads = bound.take_grads(&mut grads);
+    let grads = bound.take_grads(&mut grads)?;
     drop((bound, adapters, loss));
     let step = optimizer.step(&mut generator.params, &grads)?;
-    Ok(TrainStats { loss: value, step })
+    // Only now, when all has been launched: to read it waits for a device.
+    Ok(TrainStats { loss: value.item()?, step })
 }

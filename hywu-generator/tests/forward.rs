@@ -31,14 +31,14 @@ fn generator() -> Generator {
 /// sum(w * adapter) with random w, on a tape.
 fn loss(generator: &Generator, condition: &Tensor) -> (f32, Vec<Tensor>) {
     let tape = Tape::new();
-    let bound = generator.params.bind(&tape, true);
+    let bound = generator.params.bind(&tape, true).expect("on the CPU");
     let lora = generator.forward(&tape, &bound, condition).expect("a good condition");
     let mut total = Var::constant(Tensor::scalar(0.0));
     for (seed, x) in lora.modules.values().flat_map(|pair| [&pair.a, &pair.b]).enumerate() {
         let part = weighted_sum(&tape, x, &random(100 + seed as u64, x.shape())).expect("the same shape");
         total = add(&tape, &total, &part).expect("two scalars");
     }
-    let grads = bound.take_grads(&mut tape.backward(&total).expect("a scalar"));
+    let grads = bound.take_grads(&mut tape.backward(&total).expect("a scalar")).expect("on the CPU");
     (total.value().item().expect("a scalar"), grads)
 }
 

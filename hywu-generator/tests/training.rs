@@ -50,7 +50,7 @@ fn the_loss_falls_and_the_frozen_model_stays() {
     let weight = random(9, &[4, 6]);
     let frozen = Frozen { spec: generator.spec().clone(), weight: weight.clone() };
     let schedule = Schedule { warmup: 10, total: 300, peak: 5e-3, floor: 5e-4 };
-    let mut optimizer = Optimizer::new(&generator.params, schedule, 0.0, 1.0, None);
+    let mut optimizer = Optimizer::new(&generator.params, schedule, 0.0, 1.0, None).expect("on the CPU");
     let losses: Vec<f32> = (0..300)
         .map(|step| {
             train_step(&mut generator, &frozen, &(step % 8 * 2), &mut optimizer).expect("a finite step").loss

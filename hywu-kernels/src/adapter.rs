@@ -1,7 +1,7 @@
 //! Adapters on a tape: what a generator hands to a backbone while gradients flow.
 
-use crate::{Result, Tape, Tensor, Var};
-use hywu_core::{Adapter, AdapterSpec, Lora};
+use crate::{Device, Result, Tape, Tensor, Var};
+use hywu_core::{Adapter, AdapterSpec, Dtype, Lora};
 use indexmap::IndexMap;
 
 /// The low-rank pair of one module on a tape.
@@ -43,6 +43,18 @@ impl LoraVars {
             scale: adapter.scale * strength,
         };
         Self { modules: adapter.modules.iter().map(|(n, l)| (n.clone(), pair(l))).collect() }
+    }
+    /// The same adapters as constants on a device.
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        let pair = |v: &LoraVar| -> Result<LoraVar> {
+            let place = |x: &Var| -> Result<Var> { Ok(Var::constant(x.value().to(device, dtype)?)) };
+            Ok(LoraVar { a: place(&v.a)?, b: place(&v.b)?, scale: v.scale })
+        };
+        let modules = self.modules.iter().map(|(n, v)| Ok((n.clone(), pair(v)?)));
+        Ok(Self { modules: modules.collect::<Result<_>>()? })
     }
     /// Copies to the host; `scale` is alpha / rank.
     ///

@@ -1,4 +1,4 @@
-use crate::{Error, Gradients, Result, Tape, Tensor, Var};
+use crate::{Device, Error, Gradients, Result, Tape, Tensor, Var};
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use indexmap::IndexMap;
 use std::collections::HashSet;
@@ -7,7 +7,14 @@ use std::collections::HashSet;
 #[derive(Clone, Default)]
 pub struct ParamSet {
     tensors: IndexMap<String, Tensor>,
+    /// On a CUDA device: all weights in one tensor, of which `tensors` are parts, so that a step over all is one launch.
+    flat: Option<Tensor>,
+    /// What [`ParamSet::bind`] hands out, where that is not how the weights are kept.
+    computing_in: Option<Dtype>,
 }
+
+/// Where weights start in a flat tensor: at multiples of so many elements, as kernels read 16 bytes at a time.
+const ALIGN: usize = 64;
 
 impl ParamSet {
     /// No weights yet.
@@ -21,7 +28,137 @@ impl ParamSet {
     pub fn zeros(shapes: &[(String, Vec<usize>)]) -> Result<Self> {
         check_memory(shapes)?;
         let tensors = shapes.iter().map(|(name, shape)| (name.clone(), Tensor::zeros(shape))).collect();
-        Ok(Self { tensors })
+        Ok(Self { tensors, ..Self::default() })
+    }
+    /// The same weights on a device, kept and computed with in `dtype` (on the CPU always f32).
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        if device == Device::Cpu {
+            let host = match &self.flat {
+                // One transfer for all.
+                Some(flat) => {
+                    let flat = flat.to_host()?;
+                    let parts = self.parts();
+                    let part = |(start, t): (usize, &Tensor)| flat.part(start, t.shape());
+                    self.tensors.keys().cloned().zip(parts.zip(self.tensors.values()).map(part)).collect()
+                }
+                None => {
+                    let host = |(n, t): (&String, &Tensor)| Ok((n.clone(), t.to_host()?));
+                    self.tensors.iter().map(host).collect::<Result<_>>()?
+                }
+            };
+            return Ok(Self { tensors: host, ..Self::default() });
+        }
+        if let Some(flat) = self.flat.as_ref().filter(|flat| flat.device() == device) {
+            return Ok(self.parts_of(flat.cast(dtype)?, None));
+        }
+        let host = self.to(Device::Cpu, Dtype::F32)?;
+        let flat = Tensor::build(&[host.flat_len()], |out| {
+            out.fill(0.0);
+            for (start, t) in host.parts().zip(host.tensors.values()) {
+                out[start..start + t.numel()].copy_from_slice(t.data());
+            }
+        });
+        Ok(self.parts_of(flat.to(device, dtype)?, None))
+    }
+    /// The same weights on a device, kept in f32 and computed with in `dtype` (mixed precision, arXiv 1710.03740), as training needs;
+    /// on the CPU f32 for both.
+    ///
+    /// # Errors
+    /// As [`ParamSet::to`].
+    pub fn to_mixed(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        let kept = self.to(device, Dtype::F32)?;
+        Ok(Self { computing_in: (device != Device::Cpu).then_some(dtype), ..kept })
+    }
+    /// These weights as parts of another flat tensor.
+    fn parts_of(&self, flat: Tensor, computing_in: Option<Dtype>) -> Self {
+        let part =
+            |(start, (name, t)): (usize, (&String, &Tensor))| (name.clone(), flat.part(start, t.shape()));
+        let tensors = self.parts().zip(&self.tensors).map(part).collect();
+        Self { tensors, flat: Some(flat), computing_in }
+    }
+    /// Where each weight starts in a flat tensor.
+    fn parts(&self) -> impl Iterator<Item = usize> {
+        self.tensors.values().scan(0, |at, t| {
+            let start = *at;
+            *at += t.numel().next_multiple_of(ALIGN);
+            Some(start)
+        })
+    }
+    /// Elements of a flat tensor.
+    fn flat_len(&self) -> usize {
+        self.tensors.values().map(|t| t.numel().next_multiple_of(ALIGN)).sum()
+    }
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.tensors.values().next().map_or(Device::Cpu, Tensor::device)
+    }
+    /// Type of what [`ParamSet::bind`] hands out, and so of the arithmetic.
+    pub fn dtype(&self) -> Dtype {
+        let kept = self.tensors.values().next().map_or(Dtype::F32, Tensor::dtype);
+        self.computing_in.unwrap_or(kept)
+    }
+    /// All weights in one tensor on their device, in f32 and shared with nobody, for writing in place; and where each starts.
+    ///
+    /// # Errors
+    /// Weights on the CPU, or that were not brought to their device together.
+    pub(crate) fn flat_mut(&mut self) -> Result<(&Tensor, Vec<usize>)> {
+        let starts = self.parts().collect();
+        if let Some(flat) = &self.flat
+            // The parts are not sharers: they are these same weights.
+            && flat.sharers() > 1 + self.tensors.len()
+        {
+            let mut copy = flat.clone();
+            copy.make_unique()?;
+            *self = self.parts_of(copy, self.computing_in);
+        }
+        match &self.flat {
+            Some(flat) if flat.dtype() == Dtype::F32 => Ok((flat, starts)),
+            _ => Err(Error::invalid(
+                "parameters",
+                "weights to train on a device are brought there by to_mixed()",
+            )),
+        }
+    }
+    /// A flat tensor beside the weights, such as an optimiser's moments, from one number per weight in the order of the set.
+    ///
+    /// # Errors
+    /// Another number of numbers; not enough memory on a device.
+    pub(crate) fn pack(&self, numbers: &[f32]) -> Result<Tensor> {
+        if numbers.len() != self.numel() {
+            return Err(Error::shape(
+                "parameters",
+                "numbers",
+                &[numbers.len()],
+                format!("[{}]", self.numel()),
+            ));
+        }
+        if self.flat.is_none() {
+            return Tensor::new(&[numbers.len()], numbers.to_vec());
+        }
+        let mut from = 0;
+        Tensor::build(&[self.flat_len()], |out| {
+            out.fill(0.0);
+            for (start, t) in self.parts().zip(self.tensors.values()) {
+                out[start..start + t.numel()].copy_from_slice(&numbers[from..from + t.numel()]);
+                from += t.numel();
+            }
+        })
+        .to(self.device(), Dtype::F32)
+    }
+    /// The inverse of [`ParamSet::pack`].
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(crate) fn unpack(&self, flat: &Tensor) -> Result<Vec<f32>> {
+        let flat = flat.to_host()?;
+        if self.flat.is_none() {
+            return Ok(flat.data().to_vec());
+        }
+        let part = |(start, t): (usize, &Tensor)| flat.data()[start..start + t.numel()].iter().copied();
+        Ok(self.parts().zip(self.tensors.values()).flat_map(part).collect())
     }
     /// The tensors of `checkpoint` with these names and shapes. Nothing is read, and no memory taken, before all of them agree with
     /// the checkpoint's headers.
@@ -44,6 +181,7 @@ impl ParamSet {
     /// Adds or replaces a weight.
     pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
         self.tensors.insert(name.into(), tensor);
+        self.flat = None;
     }
     /// A weight.
     ///
@@ -75,9 +213,19 @@ impl ParamSet {
         self.tensors.values().map(Tensor::numel).sum()
     }
     /// Puts every weight on a tape: as leaves when they are to be trained, as constants when frozen.
-    pub fn bind(&self, tape: &Tape, trainable: bool) -> Bound {
+    ///
+    /// # Errors
+    /// Not enough memory on a device for a copy in the dtype that is computed in.
+    pub fn bind(&self, tape: &Tape, trainable: bool) -> Result<Bound> {
         let var = |t: &Tensor| if trainable { tape.leaf(t.clone()) } else { Var::constant(t.clone()) };
-        Bound { vars: self.tensors.iter().map(|(n, t)| (n.clone(), var(t))).collect() }
+        let bind =
+            |set: &Self| Bound { vars: set.tensors.iter().map(|(n, t)| (n.clone(), var(t))).collect() };
+        match (&self.flat, self.computing_in) {
+            (Some(flat), Some(dtype)) if flat.dtype() != dtype => {
+                Ok(bind(&self.parts_of(flat.cast(dtype)?, None)))
+            }
+            _ => Ok(bind(self)),
+        }
     }
     /// Replaces every weight by the tensor of the same name in `checkpoint`; shapes must agree.
     ///
@@ -86,16 +234,23 @@ impl ParamSet {
     pub fn load(&mut self, checkpoint: &Checkpoint, prefix: &str) -> Result<()> {
         let shapes: Vec<_> = self.iter().map(|(n, t)| (n.to_owned(), t.shape().to_vec())).collect();
         check_header(&shapes, checkpoint, prefix)?;
-        for (name, tensor) in self.tensors.iter_mut() {
-            *tensor = Tensor::from_array(&checkpoint.read(&format!("{prefix}{name}"))?);
+        let mut read = Self::default();
+        for name in self.tensors.keys() {
+            read.insert(name, Tensor::from_array(&checkpoint.read(&format!("{prefix}{name}"))?));
         }
+        let kept = self.tensors.values().next().map_or(Dtype::F32, Tensor::dtype);
+        *self = Self { computing_in: self.computing_in, ..read.to(self.device(), kept)? };
         Ok(())
     }
     /// Adds every weight to a file.
-    pub fn store(&self, writer: &mut TensorWriter, prefix: &str, dtype: Dtype) {
-        for (name, tensor) in self.iter() {
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn store(&self, writer: &mut TensorWriter, prefix: &str, dtype: Dtype) -> Result<()> {
+        for (name, tensor) in self.to(Device::Cpu, Dtype::F32)?.iter() {
             writer.add(format!("{prefix}{name}"), tensor.shape(), tensor.data(), dtype);
         }
+        Ok(())
     }
 }
 
@@ -158,7 +313,22 @@ impl Bound {
         self.vars.insert(name.to_owned(), var);
     }
     /// Takes the gradients of all weights out, in the order of the set; zeros where the loss does not depend on one.
-    pub fn take_grads(&self, grads: &mut Gradients) -> Vec<Tensor> {
-        self.vars.values().map(|v| grads.take(v).unwrap_or_else(|| Tensor::zeros(v.shape()))).collect()
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub fn take_grads(&self, grads: &mut Gradients) -> Result<Vec<Tensor>> {
+        let take = |v: &Var| match grads.take(v) {
+            Some(grad) => Ok(grad),
+            None => v.value().zeros_like(v.shape()),
+        };
+        self.vars.values().map(take).collect()
+    }
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.vars.values().next().map_or(Device::Cpu, |v| v.value().device())
+    }
+    /// Type of the weights, and so of the arithmetic.
+    pub fn dtype(&self) -> Dtype {
+        self.vars.values().next().map_or(Dtype::F32, |v| v.value().dtype())
     }
 }

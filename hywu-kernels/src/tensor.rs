@@ -281,6 +281,10 @@ impl Tensor {
             }
         }
     }
+    /// How many tensors share its device memory, itself included.
+    pub(crate) fn sharers(&self) -> usize {
+        self.view().map_or(1, |view| Arc::strong_count(&view.memory))
+    }
     /// Makes the storage its own, by a copy where others share it; then it may be written in place.
     ///
     /// # Errors

@@ -105,6 +105,13 @@ pub fn for_each_place(mut body: impl FnMut(Place)) {
     }
 }
 
+/// On the CPU: the values that bf16 would hold.
+pub fn rounded_to_bf16(x: &Tensor) -> Tensor {
+    Tensor::build(x.shape(), |out| {
+        out.iter_mut().zip(x.data()).for_each(|(o, &v)| *o = bf16::from_f32(v).to_f32());
+    })
+}
+
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().fold(0.0, |m, v| if v.is_nan() || v > m { v } else { m })
 }

@@ -2,63 +2,81 @@
 
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_kernels::{
-    ParamSet, Tensor,
-    optim::{AdamW, Optimizer, Schedule, clip_factor, grad_norm},
-    testing::{assert_close, random, widen},
+    Device, ParamSet, Tensor,
+    optim::{Optimizer, Schedule, clip_factor, grad_norm},
+    testing::{Place, assert_close, for_each_place, random, widen},
 };
 
-fn set(values: &[f32]) -> ParamSet {
+fn set(place: Place, values: &[f32]) -> ParamSet {
     let mut set = ParamSet::new();
     set.insert("w", Tensor::new(&[1, values.len()], values.to_vec()).expect("one row"));
     set.insert("b", Tensor::zeros(&[3]));
-    set
+    set.to_mixed(place.device, place.dtype).expect("the device works")
+}
+
+fn host(set: &ParamSet) -> ParamSet {
+    set.to(Device::Cpu, Dtype::F32).expect("the device works")
+}
+
+fn numbers(set: &ParamSet, name: &str) -> Vec<f32> {
+    host(set).get(name).expect("there").data().to_vec()
 }
 
 fn optimizer(set: &ParamSet) -> Optimizer {
     Optimizer::new(set, Schedule { warmup: 5, total: 400, peak: 0.05, floor: 0.001 }, 0.0, 1.0, Some(0.9))
+        .expect("enough memory")
 }
 
 /// Gradients of |w - 1|^2 + |b|^2.
-fn grads(set: &ParamSet) -> Vec<Tensor> {
+fn grads(place: Place, set: &ParamSet) -> Vec<Tensor> {
     let grad = |(name, t): (&str, &Tensor)| {
         let goal = if name == "w" { 1.0 } else { 0.0 };
-        Tensor::build(t.shape(), |out| out.iter_mut().zip(t.data()).for_each(|(o, x)| *o = 2.0 * (x - goal)))
+        place.tensor(&Tensor::build(t.shape(), |out| {
+            out.iter_mut().zip(t.data()).for_each(|(o, x)| *o = 2.0 * (x - goal));
+        }))
     };
-    set.iter().map(grad).collect()
+    host(set).iter().map(grad).collect()
 }
 
 #[test]
 fn the_first_step_follows_the_formula() {
-    let mut params = set(&[2.0, -4.0]);
-    let mut adamw = AdamW::new(params.numel(), 0.1);
-    let g = vec![Tensor::new(&[1, 2], vec![0.5, -3.0]).expect("one row"), Tensor::zeros(&[3])];
-    adamw.update(&mut params, &g, 0.01, 1.0).expect("it fits");
-    // After bias correction the first step is lr * sign(g), and the decay multiplies by 1 - lr * wd.
-    let w = params.get("w").expect("there").data();
-    assert!(
-        (w[0] - (2.0 * 0.999 - 0.01)).abs() < 1e-6 && (w[1] - (-4.0 * 0.999 + 0.01)).abs() < 1e-6,
-        "{w:?}"
-    );
+    for_each_place(|place| {
+        let mut params = set(place, &[2.0, -4.0]);
+        let schedule = Schedule { warmup: 0, total: 10, peak: 0.01, floor: 0.01 };
+        let mut optimizer = Optimizer::new(&params, schedule, 0.1, 100.0, None).expect("enough memory");
+        let g = [Tensor::new(&[1, 2], vec![0.5, -3.0]).expect("one row"), Tensor::zeros(&[3])];
+        optimizer.step(&mut params, &g.map(|g| place.tensor(&g))).expect("it fits");
+        // After bias correction the first step is lr * sign(g), and the decay multiplies by 1 - lr * wd.
+        let w = numbers(&params, "w");
+        assert!((w[0] - (2.0 * 0.999 - 0.01)).abs() < 1e-6, "{w:?}");
+        assert!((w[1] - (-4.0 * 0.999 + 0.01)).abs() < 1e-6, "{w:?}");
+    });
 }
 
-/// Weights of more than one parallel task: clipping, moments, decay, correction of the bias and average as a plain loop has them.
+/// Weights of more than one parallel task, and of ragged sizes: clipping, moments, decay, correction of the bias and average as a plain
+/// loop has them.
 #[test]
 fn many_weights_follow_the_formulas() {
+    for_each_place(many_weights);
+}
+
+fn many_weights(place: Place) {
     const STEPS: u64 = 4;
     let shapes = [&[3, 7001][..], &[20_011], &[5, 1]];
     let mut params = ParamSet::new();
     for (i, shape) in shapes.into_iter().enumerate() {
         params.insert(i.to_string(), random(i as u64, shape));
     }
-    let schedule = Schedule { warmup: 2, total: 10, peak: 0.05, floor: 0.001 };
-    let mut optimizer = Optimizer::new(&params, schedule, 0.1, 1.5, Some(0.3));
     let start: Vec<Vec<f64>> = params.iter().map(|(_, p)| widen(p)).collect();
+    let mut params = params.to_mixed(place.device, place.dtype).expect("the device works");
+    let schedule = Schedule { warmup: 2, total: 10, peak: 0.05, floor: 0.001 };
+    let mut optimizer = Optimizer::new(&params, schedule, 0.1, 1.5, Some(0.3)).expect("enough memory");
     let (mut weights, mut average) = (start.clone(), start.clone());
     let mut moments: Vec<Vec<[f64; 2]>> = start.iter().map(|p| vec![[0.0; 2]; p.len()]).collect();
     let [beta1, beta2] = [optimizer.adamw.beta1, optimizer.adamw.beta2].map(f64::from);
     for step in 0..STEPS {
-        let grads: Vec<Tensor> =
-            (shapes.iter().enumerate()).map(|(i, s)| random(10 + 3 * step + i as u64, s)).collect();
+        let grad = |(i, s): (usize, &&[usize])| place.tensor(&random(10 + 3 * step + i as u64, s));
+        let grads: Vec<Tensor> = shapes.iter().enumerate().map(grad).collect();
         optimizer.step(&mut params, &grads).expect("finite");
         let lr = f64::from(schedule.lr(step));
         let square: f64 = grads.iter().flat_map(widen).map(|g| g * g).sum();
@@ -80,6 +98,7 @@ fn many_weights_follow_the_formulas() {
     }
     // What changed, not the weights, whose size would hide a wrong step.
     let change = |set: &ParamSet| -> Vec<f32> {
+        let set = host(set);
         let all = set.iter().zip(&start);
         all.flat_map(|((_, p), s)| widen(p).into_iter().zip(s).map(|(p, s)| (p - s) as f32)).collect()
     };
@@ -90,81 +109,101 @@ fn many_weights_follow_the_formulas() {
     assert_close(&change(&params), &expected(&weights), 1e-5);
     assert_close(&change(optimizer.averaged(&params)), &expected(&average), 1e-5);
     let moment = |k: usize| moments.iter().flatten().map(|m| m[k]).collect::<Vec<f64>>();
-    assert_close(&optimizer.adamw.m, &moment(0), 1e-5);
-    assert_close(&optimizer.adamw.v, &moment(1), 1e-5);
+    let [m, v] = optimizer.adamw.moments(&params).expect("the device works");
+    assert_close(&m, &moment(0), 1e-5);
+    assert_close(&v, &moment(1), 1e-5);
     assert_eq!(optimizer.adamw.step, STEPS);
 }
 
 #[test]
 fn a_minimum_is_found() {
-    let mut params = set(&[3.0, -2.0, 0.5]);
-    let mut optimizer = optimizer(&params);
-    for _ in 0..400 {
-        let g = grads(&params);
-        optimizer.step(&mut params, &g).expect("finite");
-    }
-    assert!(params.get("w").expect("there").data().iter().all(|w| (w - 1.0).abs() < 1e-2));
-    assert!(
-        optimizer.averaged(&params).get("w").expect("there").data().iter().all(|w| (w - 1.0).abs() < 1e-2)
-    );
+    for_each_place(|place| {
+        let mut params = set(place, &[3.0, -2.0, 0.5]);
+        let mut optimizer = optimizer(&params);
+        for _ in 0..400 {
+            let g = grads(place, &params);
+            optimizer.step(&mut params, &g).expect("finite");
+        }
+        assert!(numbers(&params, "w").iter().all(|w| (w - 1.0).abs() < 1e-2));
+        assert!(numbers(optimizer.averaged(&params), "w").iter().all(|w| (w - 1.0).abs() < 1e-2));
+    });
 }
 
 #[test]
 fn a_resumed_run_is_the_same_run() {
-    let dir = tempfile::tempdir().expect("a temporary folder");
-    let file = dir.path().join("state.safetensors");
-    let mut params = set(&[3.0, -2.0, 0.5]);
-    let mut first = optimizer(&params);
-    for _ in 0..10 {
-        let g = grads(&params);
-        first.step(&mut params, &g).expect("finite");
-    }
-    let mut writer = TensorWriter::new();
-    params.store(&mut writer, "params.", Dtype::F32);
-    first.store(&mut writer);
-    writer.write(&file).expect("writable");
+    for_each_place(|place| {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let file = dir.path().join("state.safetensors");
+        let mut params = set(place, &[3.0, -2.0, 0.5]);
+        let mut first = optimizer(&params);
+        for _ in 0..10 {
+            let g = grads(place, &params);
+            first.step(&mut params, &g).expect("finite");
+        }
+        let mut writer = TensorWriter::new();
+        params.store(&mut writer, "params.", Dtype::F32).expect("the device works");
+        first.store(&params, &mut writer).expect("the device works");
+        writer.write(&file).expect("writable");
 
-    let state = Checkpoint::open(&file).expect("readable");
-    let mut resumed = set(&[0.0; 3]);
-    resumed.load(&state, "params.").expect("the same weights");
-    let mut second = optimizer(&resumed);
-    second.load(&state).expect("the same state");
-    for _ in 0..10 {
-        let g = grads(&params);
-        first.step(&mut params, &g).expect("finite");
-        let g = grads(&resumed);
-        second.step(&mut resumed, &g).expect("finite");
-    }
-    for ((_, a), (_, b)) in params.iter().zip(resumed.iter()) {
-        assert_eq!(a.data(), b.data());
-    }
-    assert_eq!(
-        first.averaged(&params).get("w").expect("there").data(),
-        second.averaged(&resumed).get("w").expect("there").data()
-    );
+        let state = Checkpoint::open(&file).expect("readable");
+        let mut resumed = set(place, &[0.0; 3]);
+        resumed.load(&state, "params.").expect("the same weights");
+        let mut second = optimizer(&resumed);
+        second.load(&resumed, &state).expect("the same state");
+        for _ in 0..10 {
+            let g = grads(place, &params);
+            first.step(&mut params, &g).expect("finite");
+            let g = grads(place, &resumed);
+            second.step(&mut resumed, &g).expect("finite");
+        }
+        for name in ["w", "b"] {
+            assert_eq!(numbers(&params, name), numbers(&resumed, name));
+        }
+        assert_eq!(numbers(first.averaged(&params), "w"), numbers(second.averaged(&resumed), "w"));
 
-    let mut other = ParamSet::new();
-    other.insert("v", Tensor::zeros(&[2]));
-    let e = other.load(&state, "params.").expect_err("other weights").to_string();
-    assert!(e.contains("missing") && e.contains("params.v") && e.contains("params.w"), "{e}");
+        let mut other = ParamSet::new();
+        other.insert("v", Tensor::zeros(&[2]));
+        let e = other.load(&state, "params.").expect_err("other weights").to_string();
+        assert!(e.contains("missing") && e.contains("params.v") && e.contains("params.w"), "{e}");
+    });
 }
 
 #[test]
 fn bad_gradients_change_nothing() {
-    let mut params = set(&[3.0]);
-    let mut optimizer = optimizer(&params);
-    let mut g = grads(&params);
-    g[0].data_mut()[0] = f32::NAN;
-    assert!(optimizer.step(&mut params, &g).expect_err("NaN").to_string().contains("NaN"));
-    assert_eq!((params.get("w").expect("there").data(), optimizer.adamw.step), (&[3.0][..], 0));
-    assert!(optimizer.step(&mut params, &g[..1]).is_err());
+    for_each_place(|place| {
+        let mut params = set(place, &[3.0]);
+        let mut optimizer = optimizer(&params);
+        let mut g: Vec<Tensor> = grads(place, &params).iter().map(|g| g.to_host().expect("works")).collect();
+        g[0].data_mut()[0] = f32::NAN;
+        let g: Vec<Tensor> = g.iter().map(|g| place.tensor(g)).collect();
+        assert!(optimizer.step(&mut params, &g).expect_err("NaN").to_string().contains("NaN"));
+        assert_eq!((numbers(&params, "w"), optimizer.adamw.step), (vec![3.0], 0));
+        assert_eq!(optimizer.adamw.moments(&params).expect("works"), [vec![0.0; 4], vec![0.0; 4]]);
+        assert!(optimizer.step(&mut params, &g[..1]).is_err());
+    });
+}
+
+/// Sets share their weights until one of them is written.
+#[test]
+fn a_copy_is_not_trained() {
+    for_each_place(|place| {
+        let mut params = set(place, &[3.0, -2.0, 0.5]);
+        let copy = params.clone();
+        let mut optimizer = optimizer(&params);
+        let g = grads(place, &params);
+        optimizer.step(&mut params, &g).expect("finite");
+        assert_eq!(numbers(&copy, "w"), [3.0, -2.0, 0.5]);
+        assert_ne!(numbers(&params, "w"), [3.0, -2.0, 0.5]);
+    });
 }
 
 #[test]
 fn clipping_and_schedule() {
-    let g = [random(1, &[1000]), Tensor::full(&[10], 3.0)];
-    let norm = g.iter().flat_map(|t| t.data()).map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-    assert!((grad_norm(&g) - norm).abs() < 1e-9 * norm);
+    for_each_place(|place| {
+        let g = [random(1, &[1000]), Tensor::full(&[10], 3.0)].map(|g| place.tensor(&g));
+        let norm = g.iter().flat_map(widen).map(|x| x.powi(2)).sum::<f64>().sqrt();
+        assert!((grad_norm(&g).expect("the device works") - norm).abs() < 1e-6 * norm);
+    });
     assert_eq!((clip_factor(0.5, 1.0), clip_factor(4.0, 1.0)), (1.0, 0.25));
     let schedule = Schedule { warmup: 4, total: 104, peak: 1.0, floor: 0.1 };
     assert_eq!((schedule.lr(0), schedule.lr(3), schedule.lr(4)), (0.25, 1.0, 1.0));

@@ -117,7 +117,7 @@ fn backbone_ms(batch: usize, size: usize, rank: Option<usize>, train: bool) -> R
     }
     if !train {
         let tape = Tape::inference();
-        let bound = backbone.params.bind(&tape, false);
+        let bound = backbone.params.bind(&tape, false)?;
         return Ok(median_ms(2.0, || {
             let text = backbone.text_tokens(&tape, &bound, &ids, batch).map_err(kernel)?;
             let p = backbone.predict(&tape, &bound, &x_t, &source, &position, &t, &text, &adapters);
@@ -125,16 +125,16 @@ fn backbone_ms(batch: usize, size: usize, rank: Option<usize>, train: bool) -> R
         })?);
     }
     let schedule = Schedule { warmup: 10, total: 1000, peak: 1e-3, floor: 1e-4 };
-    let mut optimizer = Optimizer::new(&backbone.params, schedule, 0.01, 1.0, None);
+    let mut optimizer = Optimizer::new(&backbone.params, schedule, 0.01, 1.0, None)?;
     Ok(median_ms(4.0, || {
         let tape = Tape::new();
-        let bound = backbone.params.bind(&tape, true);
+        let bound = backbone.params.bind(&tape, true)?;
         let text = backbone.text_tokens(&tape, &bound, &ids, batch).map_err(kernel)?;
         let y = backbone
             .predict(&tape, &bound, &x_t, &source, &position, &t, &text, &adapters)
             .map_err(kernel)?;
         let loss = weighted_mse(&tape, &y, &target, &vec![1.0; batch])?;
-        let grads = bound.take_grads(&mut tape.backward(&loss)?);
+        let grads = bound.take_grads(&mut tape.backward(&loss)?)?;
         drop(bound);
         optimizer.step(&mut backbone.params, &grads).map(drop)
     })?)

@@ -9,7 +9,7 @@ use hywu::{
     model::{Memory, Model},
     pipeline::{Edit, EditOptions, Editor},
 };
-use hywu_core::Adapter;
+use hywu_core::{Adapter, Dtype};
 use hywu_diffusion::{Picture, SampleOptions, Sampler, check_output, load_picture, save_picture};
 use hywu_kernels::Device;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -199,7 +199,7 @@ pub fn run(mut args: EditArgs) -> Result<()> {
         bail!("--save-adapter: the model {} generates no adapters, it is a backbone only", args.model);
     }
     let plan = args.plan(&inputs)?;
-    let editor = Editor::new(model);
+    let editor = Editor::new(model.to(args.device, Dtype::Bf16)?);
     let mut failed = 0;
     for (input, output) in &plan {
         let result = edit_one(&args, &editor, input, output, &instruction, adapter.as_ref(), &options);

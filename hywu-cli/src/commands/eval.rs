@@ -6,7 +6,9 @@ use hywu::{
     model::Model,
     pipeline::{EditOptions, Editor},
 };
+use hywu_core::Dtype;
 use hywu_diffusion::{Picture, SampleOptions, check_output, load_picture, save_picture, skills::Skill};
+use hywu_kernels::Device;
 use std::path::PathBuf;
 
 /// Measure a model on photos and phrasings that it was not trained on
@@ -36,6 +38,9 @@ pub struct EvalArgs {
     /// Factor on the adapter; 0 measures the backbone alone
     #[arg(long, default_value_t = 1.0, value_name = "F", allow_negative_numbers = true, value_parser = values::finite)]
     strength: f32,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: Device,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -51,6 +56,7 @@ const THUMB: usize = 128;
 
 /// Runs `hywu eval`.
 pub fn run(args: &EvalArgs) -> Result<()> {
+    args.device.check()?;
     interrupt::install()?;
     if let Some(file) = &args.sheet {
         check_output(file)?;
@@ -82,7 +88,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         bail!("{}: no PNG, JPEG or WebP pictures in this folder", args.photos.display());
     }
     let photos = files.iter().map(load_picture).collect::<hywu_diffusion::Result<Vec<Picture>>>()?;
-    let editor = Editor::new(Model::named(&args.model)?);
+    let editor = Editor::new(Model::named(&args.model)?.to(args.device, Dtype::Bf16)?);
     let mut triples = Vec::new();
     if !args.json {
         say("| skill | PSNR | SSIM | no-op PSNR | gain | seam | right skill | others taken for |")?;

@@ -1,6 +1,6 @@
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use hywu_core::Checkpoint;
+use hywu_core::{Checkpoint, Dtype};
 use hywu_generator::Generator;
 use hywu_kernels::{Device, Tensor};
 use std::{path::PathBuf, time::Instant};
@@ -35,7 +35,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let file = Checkpoint::open(&args.condition)?;
     let condition = file.read("condition").context("the condition file needs a tensor named `condition`")?;
-    let generator = Generator::load(&args.checkpoint)?;
+    let generator = Generator::load(&args.checkpoint)?.to(args.device, Dtype::Bf16)?;
     let start = Instant::now();
     let mut adapter = generator.generate(&Tensor::from_array(&condition))?;
     adapter.metadata.insert("program".into(), format!("hywu {}", env!("CARGO_PKG_VERSION")));

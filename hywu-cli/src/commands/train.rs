@@ -2,6 +2,7 @@ use crate::interrupt;
 use anyhow::Result;
 use clap::Args;
 use hywu::train::{Kind, Progress, Run};
+use hywu_kernels::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{io::IsTerminal, ops::ControlFlow, path::PathBuf};
 
@@ -23,6 +24,9 @@ pub struct TrainArgs {
     /// Go on with the run in that folder
     #[arg(long)]
     resume: bool,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: Device,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -46,7 +50,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         KindArg::Full => Kind::Full,
     };
     interrupt::install()?;
-    let mut run = Run::open(kind, &args.config, &args.photos, &args.out, args.resume)?;
+    let mut run = Run::open(kind, &args.config, &args.photos, &args.out, args.resume, args.device.check()?)?;
     eprintln!("{}: {} parameters", kind.name(), run.task().params().numel());
     let bar = if std::io::stderr().is_terminal() {
         let style = ProgressStyle::with_template("[{bar:30}] step {pos}/{len}, {msg}, {eta} left")
@@ -63,6 +67,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     });
     bar.finish_and_clear();
     result?;
-    eprintln!("done: {}", args.out.join("model").display());
+    let waited = 100.0 * run.data_share();
+    eprintln!("done: {}; {waited:.1} % of the time waiting for data", args.out.join("model").display());
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Training runs: steps, log, checkpoints, resuming.
 
+mod batches;
 mod config;
 mod log;
 mod task;
@@ -9,13 +10,15 @@ pub use task::{Kind, Task};
 
 use crate::model::ModelInfo;
 use anyhow::{Context, Result, bail, ensure};
+use batches::Batches;
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
-use hywu_kernels::optim::Optimizer;
+use hywu_kernels::{Device, optim::Optimizer};
 use log::{Log, Window};
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Instant,
 };
 
@@ -44,7 +47,7 @@ pub struct Progress {
 pub struct Run {
     kind: Kind,
     config: TrainConfig,
-    data: EditData,
+    data: Arc<EditData>,
     task: Task,
     optimizer: Optimizer,
     log: Log,
@@ -53,16 +56,25 @@ pub struct Run {
     parent: ModelInfo,
     /// What the run depends on beside its config, in words.
     given: String,
+    data_share: f64,
 }
 
 impl Run {
     /// Starts a run in the folder `out`, or goes on with the one that is there: from its last checkpoint, or from the start where
-    /// it was stopped before the first.
+    /// it was stopped before the first. It trains on `device`, in bf16 with weights in f32 where that is a CUDA device; a run may be
+    /// resumed on another.
     ///
     /// # Errors
     /// Photos, a config or a model to start from that can't be used; a folder that holds a run already, when it is not to be
     /// resumed; one that holds none or another run's, when it is.
-    pub fn open(kind: Kind, config: &Path, photos: &Path, out: &Path, resume: bool) -> Result<Self> {
+    pub fn open(
+        kind: Kind,
+        config: &Path,
+        photos: &Path,
+        out: &Path,
+        resume: bool,
+        device: Device,
+    ) -> Result<Self> {
         let config = TrainConfig::read(config)?;
         let state = out.join(STATE);
         if !resume && state.exists() {
@@ -82,12 +94,15 @@ impl Run {
         };
         let photos = PhotoSet::open(photos)?;
         let given = format!("photos {:?}, start {}", photos.names, task.fingerprint());
-        let optimizer = optimizer(&task, &config);
+        let task = task.to(device, Dtype::Bf16)?;
+        let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
-        let data = EditData::new(photos, &config.data.skills, text, config.seed)?;
+        let data = Arc::new(EditData::new(photos, &config.data.skills, text, config.seed)?);
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         let log = Log::new(out);
-        let mut run = Self { kind, config, data, task, optimizer, log, out: out.into(), parent, given };
+        let to = out.to_owned();
+        let mut run =
+            Self { kind, config, data, task, optimizer, log, out: to, parent, given, data_share: 0.0 };
         if state.exists() {
             run.restore(&state)?;
         } else {
@@ -103,6 +118,11 @@ impl Run {
         &self.task
     }
 
+    /// The share of the time since the run was started or resumed that steps waited for their data.
+    pub fn data_share(&self) -> f64 {
+        self.data_share
+    }
+
     /// Steps until the end. After every step `progress` may stop the run, which then leaves a checkpoint.
     ///
     /// # Errors
@@ -115,18 +135,22 @@ impl Run {
                 progress(Progress { step: 0, steps, loss: loss.into(), samples_per_second: 0.0 })
             };
             self.task.prepare(self.kind, &self.config, &mut before)?;
-            self.optimizer = optimizer(&self.task, &self.config);
+            self.optimizer = optimizer(&self.task, &self.config)?;
         }
+        let on_device = self.task.params().device() != Device::Cpu;
+        let mut batches =
+            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, on_device);
         let start = Instant::now();
         while self.optimizer.adamw.step < steps {
             let step = self.optimizer.adamw.step;
             let shape = self.config.data.shape(step);
-            let batch = self.data.batch(step, shape)?;
+            let batch = batches.next(step)?;
             let stats = self.task.step(&batch, &mut self.optimizer)?;
             // A crop counts by its area, in crops of the config's size.
             samples += shape.instances * shape.crops * (shape.crop * shape.crop)
                 / (self.config.data.crop * self.config.data.crop);
             let rate = samples as f64 / start.elapsed().as_secs_f64();
+            self.data_share = batches.waited().as_secs_f64() / start.elapsed().as_secs_f64();
             let done = step + 1;
             self.log.window.add(&stats);
             let mean = self.log.window.loss();
@@ -151,8 +175,8 @@ impl Run {
     fn checkpoint(&self) -> Result<()> {
         let step = self.optimizer.adamw.step;
         let mut writer = TensorWriter::new();
-        self.task.params().store(&mut writer, WEIGHTS, Dtype::F32);
-        self.optimizer.store(&mut writer);
+        self.task.params().store(&mut writer, WEIGHTS, Dtype::F32)?;
+        self.optimizer.store(self.task.params(), &mut writer)?;
         writer.meta("kind", self.kind.name());
         writer.meta("config", toml::to_string(&self.config)?);
         writer.meta("given", &self.given);
@@ -208,14 +232,14 @@ impl Run {
         let window: Window =
             serde_json::from_str(meta("window")?).with_context(|| state.display().to_string())?;
         self.task.params_mut().load(&file, WEIGHTS)?;
-        self.optimizer.load(&file)?;
+        self.optimizer.load(self.task.params(), &file)?;
         self.log.window = window;
         self.log.truncate(self.optimizer.adamw.step)
     }
 }
 
 /// Fresh state for the weights of a task.
-fn optimizer(task: &Task, config: &TrainConfig) -> Optimizer {
+fn optimizer(task: &Task, config: &TrainConfig) -> Result<Optimizer> {
     let o = &config.optimizer;
-    Optimizer::new(task.params(), config.schedule(), o.weight_decay, o.clip, o.ema)
+    Ok(Optimizer::new(task.params(), config.schedule(), o.weight_decay, o.clip, o.ema)?)
 }

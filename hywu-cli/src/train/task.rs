@@ -3,12 +3,14 @@
 use super::config::TrainConfig;
 use crate::model::{Memory, Model, ModelInfo, fnv1a};
 use anyhow::{Context, Result, bail};
-use hywu_core::Philox;
+use hywu_core::{Dtype, Philox};
 use hywu_diffusion::{
     Backbone, EditBatch, EditData, MiniDownstream, TextEncoder, flow_loss, learn_instructions,
 };
 use hywu_generator::{Generator, TrainStats, train_step};
-use hywu_kernels::{Bound, Downstream, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var, optim::Optimizer};
+use hywu_kernels::{
+    Bound, Device, Downstream, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var, optim::Optimizer,
+};
 use std::ops::ControlFlow;
 
 /// What `hywu train` trains.
@@ -87,6 +89,23 @@ impl Task {
         })
     }
 
+    /// The same task on a device: trained weights are kept in f32 there and computed with in `dtype`.
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(&self, device: Device, dtype: Dtype) -> Result<Self> {
+        Ok(match self {
+            Self::Backbone(backbone) => Self::Backbone(Box::new(backbone.to(device, dtype)?)),
+            Self::Generator(generator, downstream) => Self::Generator(
+                Box::new(generator.to_mixed(device, dtype)?),
+                Box::new(downstream.to(device, dtype)?),
+            ),
+            Self::Lora(params, downstream) => {
+                Self::Lora(params.to_mixed(device, dtype)?, Box::new(downstream.to(device, dtype)?))
+            }
+        })
+    }
+
     /// What comes before the first step: a new backbone learns to read instructions. `progress(done, loss)` may stop it.
     ///
     /// # Errors
@@ -115,7 +134,7 @@ impl Task {
         }
     }
 
-    /// Tells the weights that the run starts from and those that stay frozen from others.
+    /// Tells the weights that the run starts from and those that stay frozen from others; the task must be on the CPU.
     pub fn fingerprint(&self) -> String {
         let frozen = match self {
             Self::Backbone(_) => None,
@@ -153,26 +172,28 @@ impl Task {
             }
             Self::Backbone(backbone) => {
                 let tape = Tape::new();
-                let bound = backbone.params.bind(&tape, true);
+                let bound = backbone.params.bind(&tape, true)?;
                 let loss = flow_loss(&tape, backbone, &bound, batch, &LoraVars::none())?;
-                let value = loss.value().item()?;
+                let value = loss.value().clone();
                 (&mut backbone.params, value, tape.backward(&loss)?, bound)
             }
             Self::Lora(params, downstream) => {
                 let tape = Tape::new();
-                let bound = params.bind(&tape, true);
+                let bound = params.bind(&tape, true)?;
                 let adapters = shared(&bound, downstream)?;
                 let loss = downstream.loss(&tape, batch, &adapters)?;
-                let value = loss.value().item()?;
+                let value = loss.value().clone();
                 (params, value, tape.backward(&loss)?, bound)
             }
         };
-        let taken = bound.take_grads(&mut grads);
+        let taken = bound.take_grads(&mut grads)?;
         drop(bound);
-        Ok(TrainStats { loss, step: optimizer.step(params, &taken)? })
+        let step = optimizer.step(params, &taken)?;
+        // Only now, when all has been launched: to read it waits for a device.
+        Ok(TrainStats { loss: loss.item()?, step })
     }
 
-    /// The model with these trained weights; a trained backbone's condition is calibrated on `examples`,
+    /// The model with these trained weights, on the CPU; a trained backbone's condition is calibrated on `examples`,
     /// which are drawn for it alone.
     ///
     /// # Errors
@@ -183,24 +204,26 @@ impl Task {
         info: ModelInfo,
         examples: impl FnOnce() -> hywu_diffusion::Result<EditBatch>,
     ) -> Result<Model> {
+        let params = params.to(Device::Cpu, Dtype::F32)?;
         let (backbone, memory) = match self {
             Self::Backbone(backbone) => {
-                let mut trained = Backbone { params: params.clone(), ..backbone.as_ref().clone() };
+                let mut trained = backbone.to(Device::Cpu, Dtype::F32)?;
+                trained.params = params;
                 let examples = examples()?;
                 trained.calibrate(&examples.views(trained.config.views()), &examples.text)?;
                 (trained, Memory::None)
             }
             Self::Generator(generator, downstream) => {
                 let mut trained = Generator::new(generator.config.clone(), 0)?;
-                trained.params = params.clone();
-                (downstream.backbone.clone(), Memory::Functional(Box::new(trained)))
+                trained.params = params;
+                (downstream.backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained)))
             }
             Self::Lora(_, downstream) => {
                 let tape = Tape::inference();
-                let adapters = shared(&params.bind(&tape, false), downstream)?;
+                let adapters = shared(&params.bind(&tape, false)?, downstream)?;
                 let spec = downstream.adapter_spec();
                 (
-                    downstream.backbone.clone(),
+                    downstream.backbone.to(Device::Cpu, Dtype::F32)?,
                     Memory::Static(adapters.to_adapter(spec.alpha / spec.rank as f32)?),
                 )
             }

@@ -93,7 +93,7 @@ pub fn inputs(batch: usize, height: usize, width: usize) -> Inputs {
 /// One prediction without a tape, text of `instances`.
 pub fn predict(backbone: &Backbone, x: &Inputs, instances: usize, adapters: &LoraVars) -> Tensor {
     let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false);
+    let bound = backbone.params.bind(&tape, false).expect("on the CPU");
     let ids = ids(instances * backbone.config.text_len);
     let text = backbone.text_tokens(&tape, &bound, &ids, instances).unwrap();
     let Inputs { x_t, source, position, t } = x;

@@ -6,7 +6,7 @@
 
 pub mod attention;
 mod call;
-#[cfg_attr(feature = "cuda", path = "driver.rs")]
+#[cfg_attr(feature = "cuda", path = "driver/mod.rs")]
 #[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
 mod driver;
 pub mod elementwise;

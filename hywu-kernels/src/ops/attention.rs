@@ -1,9 +1,10 @@
 //! softmax(Q K^T / sqrt(d)) V with online softmax, any length, strided operands.
 
 use crate::{
-    Error, Result, Tape, Tensor, Var,
+    Device, Error, Result, Tape, Tensor, Var,
     cpu::{attention as cpu, attention_backward as cpu_backward},
 };
+use hywu_core::Dtype;
 
 const OP: &str = "attention";
 
@@ -28,6 +29,16 @@ pub struct Rotary {
     pub cos: Tensor,
     /// [tokens, head_dim / 2].
     pub sin: Tensor,
+}
+
+impl Rotary {
+    /// The same tables on a device, in f32 whatever the operands.
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn to(&self, device: Device) -> Result<Self> {
+        Ok(Self { cos: self.cos.to(device, Dtype::F32)?, sin: self.sin.to(device, Dtype::F32)? })
+    }
 }
 
 /// The shape of an attention call.

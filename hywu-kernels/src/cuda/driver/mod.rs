@@ -1,21 +1,25 @@
 //! The device layer over the CUDA driver: memory from the stream-ordered pool, pinned transfers, modules, launches, events, and the
 //! one place where the driver's errors become ours. Everything of a device runs on one stream, in the order of the calls.
 
+mod memory;
+mod transfer;
+
+pub(crate) use memory::{Memory, broken_guards, guard_allocations};
+
 use crate::{Error, Result};
 use cudarc::driver::{
     DriverError,
     result::{self, ctx, device, event, mem_pool, module, primary_ctx, stream},
     sys,
 };
+use memory::Cache;
 use std::{
     cell::Cell,
     collections::HashMap,
     ffi::{CString, c_void},
-    sync::{
-        Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Mutex, MutexGuard, OnceLock},
 };
+use transfer::Stage;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
@@ -23,12 +27,6 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 const LEAST_DRIVER: i32 = 13_000;
 /// Dynamic shared memory that a kernel gets without asking.
 const FREE_SHARED: u32 = 48 << 10;
-/// Largest part of a transfer: so much pinned memory is in use at a time.
-const STAGE: usize = 16 << 20;
-/// Stages that are kept for reuse.
-const STAGES: usize = 8;
-/// Bytes before and after a guarded allocation.
-const GUARD: usize = 256;
 
 /// What a CUDA device is.
 #[derive(Clone, Debug)]
@@ -55,6 +53,7 @@ pub(crate) struct Gpu {
     modules: Mutex<HashMap<&'static str, Module>>,
     functions: Mutex<HashMap<String, Function>>,
     stages: Mutex<Vec<Stage>>,
+    cache: Mutex<Cache>,
 }
 
 struct Module(sys::CUmodule);
@@ -66,13 +65,6 @@ struct Function {
     shared: u32,
 }
 
-/// Pinned host memory, in use by the device until its event has passed.
-struct Stage {
-    host: *mut u8,
-    bytes: usize,
-    done: Event,
-}
-
 // SAFETY: the driver's handles may be used from any thread; the mutexes keep the maps consistent.
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
@@ -81,8 +73,6 @@ unsafe impl Sync for Gpu {}
 unsafe impl Send for Module {}
 // SAFETY: a handle, valid in every thread.
 unsafe impl Send for Function {}
-// SAFETY: the memory belongs to whoever holds the stage.
-unsafe impl Send for Stage {}
 
 thread_local! {
     /// Ordinal + 1 of the device whose context is current in this thread.
@@ -90,8 +80,6 @@ thread_local! {
 }
 
 static GPUS: Mutex<Vec<(usize, &'static Gpu)>> = Mutex::new(Vec::new());
-static GUARDED: AtomicBool = AtomicBool::new(false);
-static BROKEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // The guarded maps and lists are never left half-changed.
@@ -207,8 +195,8 @@ impl Gpu {
                 std::ptr::from_mut(&mut keep).cast(),
             )
         })?;
-        let (modules, functions, stages) = Default::default();
-        Ok(Self { ordinal, context, stream, pool, properties, modules, functions, stages })
+        let (modules, functions, stages, cache) = Default::default();
+        Ok(Self { ordinal, context, stream, pool, properties, modules, functions, stages, cache })
     }
 
     pub fn ordinal(&self) -> usize {
@@ -227,136 +215,6 @@ impl Gpu {
             CURRENT.set(self.ordinal + 1);
         }
         Ok(())
-    }
-
-    /// Memory with unspecified contents.
-    pub fn allocate(&'static self, bytes: usize) -> Result<Memory> {
-        self.enter()?;
-        let guard = if GUARDED.load(Ordering::Relaxed) { GUARD } else { 0 };
-        // The driver has no empty allocation.
-        let whole = bytes.max(1) + 2 * guard;
-        // SAFETY: the stream is valid; the memory is used on this stream only.
-        let ask = || unsafe { result::malloc_async(self.stream, whole) };
-        let is_full = |r: &Result<u64, DriverError>| {
-            matches!(r, Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)))
-        };
-        let mut asked = ask();
-        if is_full(&asked) {
-            // What lies unused in the pool, in pieces of other sizes, may be enough.
-            self.synchronize()?;
-            // SAFETY: the pool is the device's own.
-            check(|| "cuMemPoolTrimTo".into(), unsafe { mem_pool::trim_to(self.pool, 0) })?;
-            asked = ask();
-        }
-        if is_full(&asked) {
-            let (free, total) = self.memory_info()?;
-            return Err(Error::OutOfMemory { ordinal: self.ordinal, requested: bytes, free, total });
-        }
-        let start = check(|| format!("allocating {bytes} bytes"), asked)?;
-        let memory = Memory { gpu: self, start, bytes, guard };
-        if guard > 0 {
-            // NaN in every dtype: what a kernel leaves out shows.
-            // SAFETY: the range was just allocated.
-            check(|| "cuMemsetD8Async".into(), unsafe {
-                result::memset_d8_async(start, 0xff, whole, self.stream)
-            })?;
-        }
-        Ok(memory)
-    }
-
-    /// A pinned buffer of at least so many bytes that the device is done with.
-    fn stage(&self, bytes: usize) -> Result<Stage> {
-        let mut stages = lock(&self.stages);
-        let fits = |s: &Stage| s.bytes >= bytes;
-        if let Some(i) = stages.iter().position(|s| fits(s) && s.done.passed()) {
-            return Ok(stages.swap_remove(i));
-        }
-        if stages.len() >= STAGES {
-            let stage = stages.swap_remove(0);
-            stage.done.wait()?;
-            if fits(&stage) {
-                return Ok(stage);
-            }
-            stage.free();
-        }
-        drop(stages);
-        let bytes = bytes.next_power_of_two().max(4096);
-        let what = || format!("{bytes} bytes of pinned memory");
-        // SAFETY: the result is checked; the memory is freed in `Stage::free` or lives as long as the process.
-        let host = check(what, unsafe { result::malloc_host(bytes, 0) })?;
-        Ok(Stage { host: host.cast(), bytes, done: self.event()? })
-    }
-
-    fn keep(&self, stage: Stage) -> Result<()> {
-        stage.done.record(self)?;
-        lock(&self.stages).push(stage);
-        Ok(())
-    }
-
-    /// Copies to the device, from byte `at` on; `data` may be changed as soon as this returns.
-    pub fn upload(&self, to: &Memory, at: usize, data: &[u8]) -> Result<()> {
-        assert!(at + data.len() <= to.bytes, "an upload leaves its allocation");
-        self.enter()?;
-        for (i, part) in data.chunks(STAGE).enumerate() {
-            let stage = self.stage(part.len())?;
-            // SAFETY: the stage is at least that long and nobody else's.
-            let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
-            host.copy_from_slice(part);
-            let target = to.address() + (at + i * STAGE) as u64;
-            // SAFETY: within the allocation; the stage is not touched before its event has passed.
-            check(|| format!("copying {} bytes to the device", part.len()), unsafe {
-                result::memcpy_htod_async(target, host, self.stream)
-            })?;
-            self.keep(stage)?;
-        }
-        Ok(())
-    }
-
-    /// Copies to the host, from byte `at` on, and waits for it.
-    pub fn download(&self, from: &Memory, at: usize, out: &mut [u8]) -> Result<()> {
-        assert!(at + out.len() <= from.bytes, "a download leaves its allocation");
-        self.enter()?;
-        for (i, part) in out.chunks_mut(STAGE).enumerate() {
-            let stage = self.stage(part.len())?;
-            // SAFETY: the stage is at least that long and nobody else's.
-            let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
-            let source = from.address() + (at + i * STAGE) as u64;
-            // SAFETY: within the allocation.
-            check(|| format!("copying {} bytes from the device", part.len()), unsafe {
-                result::memcpy_dtoh_async(host, source, self.stream)
-            })?;
-            self.synchronize()?;
-            part.copy_from_slice(host);
-            self.keep(stage)?;
-        }
-        Ok(())
-    }
-
-    /// Copies between allocations of this device, from byte offsets.
-    pub fn copy(&self, to: (&Memory, usize), from: (&Memory, usize), bytes: usize) -> Result<()> {
-        assert!(to.1 + bytes <= to.0.bytes && from.1 + bytes <= from.0.bytes, "a copy leaves its allocation");
-        self.enter()?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: within both allocations.
-        check(|| format!("copying {bytes} bytes on the device"), unsafe {
-            let (to, from) = (to.0.address() + to.1 as u64, from.0.address() + from.1 as u64);
-            result::memcpy_dtod_async(to, from, bytes, self.stream)
-        })
-    }
-
-    /// Sets bytes to zero.
-    pub fn zero(&self, memory: &Memory, at: usize, bytes: usize) -> Result<()> {
-        assert!(at + bytes <= memory.bytes, "a fill leaves its allocation");
-        self.enter()?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: within the allocation.
-        check(|| format!("clearing {bytes} bytes"), unsafe {
-            result::memset_d8_async(memory.address() + at as u64, 0, bytes, self.stream)
-        })
     }
 
     /// Launches a kernel (op, name).
@@ -440,12 +298,6 @@ impl Gpu {
         check(|| "waiting for the device".into(), unsafe { stream::synchronize(self.stream) })
     }
 
-    /// Free and total bytes of device memory.
-    pub fn memory_info(&self) -> Result<(usize, usize)> {
-        self.enter()?;
-        check(|| "cuMemGetInfo".into(), result::mem_get_info())
-    }
-
     /// A point in the device's work: everything up to now.
     pub fn event(&self) -> Result<Event> {
         self.enter()?;
@@ -454,68 +306,6 @@ impl Gpu {
         event.record(self)?;
         Ok(event)
     }
-}
-
-impl Stage {
-    fn free(self) {
-        // A failure here means that the context is gone, and the memory with it.
-        // SAFETY: allocated by `malloc_host`, and its event has passed.
-        let _ = unsafe { result::free_host(self.host.cast()) };
-    }
-}
-
-/// Device memory; freed in the order of the stream's work, so what was launched before still may use it.
-pub(crate) struct Memory {
-    gpu: &'static Gpu,
-    start: u64,
-    bytes: usize,
-    guard: usize,
-}
-
-impl Memory {
-    pub fn address(&self) -> u64 {
-        self.start + self.guard as u64
-    }
-    pub fn gpu(&self) -> &'static Gpu {
-        self.gpu
-    }
-    fn check_guards(&self) -> Result<()> {
-        let mut found = [0u8; GUARD];
-        for (side, at) in [("before", self.start), ("after", self.address() + self.bytes as u64)] {
-            // SAFETY: the guards belong to the allocation.
-            check(|| "reading a guard".into(), unsafe {
-                result::memcpy_dtoh_async(&mut found, at, self.gpu.stream)
-            })?;
-            self.gpu.synchronize()?;
-            if let Some(i) = found.iter().position(|b| *b != 0xff) {
-                lock(&BROKEN)
-                    .push(format!("byte {i} {side} an allocation of {} bytes was written", self.bytes));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // Errors can't leave a drop: after a failed launch the context is gone, and the memory with it.
-        let _ = self.gpu.enter();
-        if self.guard > 0 && self.check_guards().is_err() {
-            lock(&BROKEN).push("a guard could not be read".into());
-        }
-        // SAFETY: allocated from this stream's pool, freed once.
-        let _ = unsafe { result::free_async(self.start, self.gpu.stream) };
-    }
-}
-
-/// From now on allocations start as NaN and have guards before and after, looked at when they are freed.
-pub(crate) fn guard_allocations(on: bool) {
-    GUARDED.store(on, Ordering::Relaxed);
-}
-
-/// What was written beside its allocation since the last call.
-pub(crate) fn broken_guards() -> Vec<String> {
-    std::mem::take(&mut lock(&BROKEN))
 }
 
 /// A point in a device's work.

@@ -1,0 +1,179 @@
+//! Device memory: a cache of freed pieces over the driver's stream-ordered pool.
+//!
+//! All work of a device runs in one order, so a piece that is freed can be given out again at once: what uses it next is launched
+//! after what used it before. A step after the first therefore asks the driver for nothing.
+
+use super::{Gpu, check, lock};
+use crate::{Error, Result};
+use cudarc::driver::{
+    DriverError,
+    result::{self, mem_pool},
+    sys,
+};
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+/// Bytes before and after a guarded allocation.
+const GUARD: usize = 256;
+/// Least size of a piece.
+const LEAST: usize = 512;
+
+static GUARDED: AtomicBool = AtomicBool::new(false);
+static BROKEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Freed pieces by size.
+#[derive(Default)]
+pub(super) struct Cache {
+    free: HashMap<usize, Vec<u64>>,
+}
+
+/// Size of the piece for so many bytes: eight sizes from one power of two to the next, so that similar sizes share pieces and at most
+/// an eighth is wasted.
+fn piece(bytes: usize) -> usize {
+    let bytes = bytes.max(LEAST);
+    let step = (1usize << bytes.ilog2()) / 8;
+    bytes.next_multiple_of(step.max(LEAST))
+}
+
+impl Gpu {
+    /// Memory with unspecified contents.
+    pub fn allocate(&'static self, bytes: usize) -> Result<Memory> {
+        self.enter()?;
+        let guard = if GUARDED.load(Ordering::Relaxed) { GUARD } else { 0 };
+        // A guarded allocation is its own, so that a tool which watches allocations sees its ends.
+        let whole = if guard > 0 { bytes.max(1) + 2 * guard } else { piece(bytes) };
+        let cached = lock(&self.cache).free.get_mut(&whole).and_then(Vec::pop);
+        let start = match cached {
+            Some(start) => start,
+            None => self.ask(whole, bytes)?,
+        };
+        let memory = Memory { gpu: self, start, bytes, whole, guard };
+        if guard > 0 {
+            // NaN in every dtype: what a kernel leaves out shows.
+            // SAFETY: the range was just allocated.
+            check(|| "cuMemsetD8Async".into(), unsafe {
+                result::memset_d8_async(start, 0xff, whole, self.stream)
+            })?;
+        }
+        Ok(memory)
+    }
+
+    /// `whole` bytes from the driver; what it has not is an error that speaks of `bytes`.
+    fn ask(&self, whole: usize, bytes: usize) -> Result<u64> {
+        // SAFETY: the stream is valid; the memory is used on this stream only.
+        let ask = || unsafe { result::malloc_async(self.stream, whole) };
+        let is_full = |r: &Result<u64, DriverError>| {
+            matches!(r, Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)))
+        };
+        let mut asked = ask();
+        if is_full(&asked) {
+            // What lies unused, in pieces of other sizes, may be enough.
+            self.release()?;
+            asked = ask();
+        }
+        if is_full(&asked) {
+            let (free, total) = self.memory_info()?;
+            return Err(Error::OutOfMemory { ordinal: self.ordinal, requested: bytes, free, total });
+        }
+        check(|| format!("allocating {bytes} bytes"), asked)
+    }
+
+    /// Gives all unused memory back to the system.
+    fn release(&self) -> Result<()> {
+        let free = std::mem::take(&mut lock(&self.cache).free);
+        for start in free.into_values().flatten() {
+            // SAFETY: allocated from this stream's pool, and in no one's hands.
+            check(|| "cuMemFreeAsync".into(), unsafe { result::free_async(start, self.stream) })?;
+        }
+        self.synchronize()?;
+        // SAFETY: the pool is the device's own.
+        check(|| "cuMemPoolTrimTo".into(), unsafe { mem_pool::trim_to(self.pool, 0) })
+    }
+
+    /// Bytes that can be had, and bytes in all.
+    pub fn memory_info(&self) -> Result<(usize, usize)> {
+        self.enter()?;
+        check(|| "cuMemGetInfo".into(), result::mem_get_info())
+    }
+}
+
+/// Device memory; freed in the order of the stream's work, so what was launched before may still use it.
+pub(crate) struct Memory {
+    gpu: &'static Gpu,
+    start: u64,
+    pub(super) bytes: usize,
+    /// Bytes that the driver gave.
+    whole: usize,
+    guard: usize,
+}
+
+impl Memory {
+    pub fn address(&self) -> u64 {
+        self.start + self.guard as u64
+    }
+    pub fn gpu(&self) -> &'static Gpu {
+        self.gpu
+    }
+    fn check_guards(&self) -> Result<()> {
+        let mut found = [0u8; GUARD];
+        for (side, at) in [("before", self.start), ("after", self.address() + self.bytes as u64)] {
+            // SAFETY: the guards belong to the allocation.
+            check(|| "reading a guard".into(), unsafe {
+                result::memcpy_dtoh_async(&mut found, at, self.gpu.stream)
+            })?;
+            self.gpu.synchronize()?;
+            if let Some(i) = found.iter().position(|b| *b != 0xff) {
+                lock(&BROKEN)
+                    .push(format!("byte {i} {side} an allocation of {} bytes was written", self.bytes));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.guard == 0 {
+            return lock(&self.gpu.cache).free.entry(self.whole).or_default().push(self.start);
+        }
+        // Errors can't leave a drop: after a failed launch the context is gone, and the memory with it.
+        let _ = self.gpu.enter();
+        if self.check_guards().is_err() {
+            lock(&BROKEN).push("a guard could not be read".into());
+        }
+        // SAFETY: allocated from this stream's pool, freed once.
+        let _ = unsafe { result::free_async(self.start, self.gpu.stream) };
+    }
+}
+
+/// From now on allocations start as NaN and have guards before and after, looked at when they are freed.
+pub(crate) fn guard_allocations(on: bool) {
+    GUARDED.store(on, Ordering::Relaxed);
+}
+
+/// What was written beside its allocation since the last call.
+pub(crate) fn broken_guards() -> Vec<String> {
+    std::mem::take(&mut lock(&BROKEN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::piece;
+
+    #[test]
+    fn pieces_waste_an_eighth_at_most_and_are_few() {
+        let mut sizes = std::collections::HashSet::new();
+        for bytes in 1..200_000 {
+            let whole = piece(bytes);
+            assert!(whole >= bytes && whole <= (bytes + bytes / 8 + 1).max(bytes + 512), "{bytes}: {whole}");
+            assert_eq!(piece(whole), whole);
+            sizes.insert(whole);
+        }
+        assert!(sizes.len() < 8 * 18, "{}", sizes.len());
+    }
+}

@@ -1,0 +1,125 @@
+//! Copies between host and device through pinned memory, and on the device.
+
+use super::{Event, Gpu, Memory, check, lock};
+use crate::Result;
+use cudarc::driver::result;
+
+/// Largest part of a transfer: so much pinned memory is in use at a time.
+const STAGE: usize = 16 << 20;
+/// Stages that are kept for reuse.
+const STAGES: usize = 8;
+
+/// Pinned host memory, in use by the device until its event has passed.
+pub(super) struct Stage {
+    host: *mut u8,
+    bytes: usize,
+    done: Event,
+}
+
+// SAFETY: the memory belongs to whoever holds the stage.
+unsafe impl Send for Stage {}
+
+impl Stage {
+    fn free(self) {
+        // A failure here means that the context is gone, and the memory with it.
+        // SAFETY: allocated by `malloc_host`, and its event has passed.
+        let _ = unsafe { result::free_host(self.host.cast()) };
+    }
+}
+
+impl Gpu {
+    /// A pinned buffer of at least so many bytes that the device is done with.
+    fn stage(&self, bytes: usize) -> Result<Stage> {
+        let mut stages = lock(&self.stages);
+        let fits = |s: &Stage| s.bytes >= bytes;
+        if let Some(i) = stages.iter().position(|s| fits(s) && s.done.passed()) {
+            return Ok(stages.swap_remove(i));
+        }
+        if stages.len() >= STAGES {
+            let stage = stages.swap_remove(0);
+            stage.done.wait()?;
+            if fits(&stage) {
+                return Ok(stage);
+            }
+            stage.free();
+        }
+        drop(stages);
+        let bytes = bytes.next_power_of_two().max(4096);
+        let what = || format!("{bytes} bytes of pinned memory");
+        // SAFETY: the result is checked; the memory is freed in `Stage::free` or lives as long as the process.
+        let host = check(what, unsafe { result::malloc_host(bytes, 0) })?;
+        Ok(Stage { host: host.cast(), bytes, done: self.event()? })
+    }
+
+    fn keep(&self, stage: Stage) -> Result<()> {
+        stage.done.record(self)?;
+        lock(&self.stages).push(stage);
+        Ok(())
+    }
+
+    /// Copies to the device, from byte `at` on; `data` may be changed as soon as this returns.
+    pub fn upload(&self, to: &Memory, at: usize, data: &[u8]) -> Result<()> {
+        assert!(at + data.len() <= to.bytes, "an upload leaves its allocation");
+        self.enter()?;
+        for (i, part) in data.chunks(STAGE).enumerate() {
+            let stage = self.stage(part.len())?;
+            // SAFETY: the stage is at least that long and nobody else's.
+            let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
+            host.copy_from_slice(part);
+            let target = to.address() + (at + i * STAGE) as u64;
+            // SAFETY: within the allocation; the stage is not touched before its event has passed.
+            check(|| format!("copying {} bytes to the device", part.len()), unsafe {
+                result::memcpy_htod_async(target, host, self.stream)
+            })?;
+            self.keep(stage)?;
+        }
+        Ok(())
+    }
+
+    /// Copies to the host, from byte `at` on, and waits for it.
+    pub fn download(&self, from: &Memory, at: usize, out: &mut [u8]) -> Result<()> {
+        assert!(at + out.len() <= from.bytes, "a download leaves its allocation");
+        self.enter()?;
+        for (i, part) in out.chunks_mut(STAGE).enumerate() {
+            let stage = self.stage(part.len())?;
+            // SAFETY: the stage is at least that long and nobody else's.
+            let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
+            let source = from.address() + (at + i * STAGE) as u64;
+            // SAFETY: within the allocation.
+            check(|| format!("copying {} bytes from the device", part.len()), unsafe {
+                result::memcpy_dtoh_async(host, source, self.stream)
+            })?;
+            self.synchronize()?;
+            part.copy_from_slice(host);
+            self.keep(stage)?;
+        }
+        Ok(())
+    }
+
+    /// Copies between allocations of this device, from byte offsets.
+    pub fn copy(&self, to: (&Memory, usize), from: (&Memory, usize), bytes: usize) -> Result<()> {
+        assert!(to.1 + bytes <= to.0.bytes && from.1 + bytes <= from.0.bytes, "a copy leaves its allocation");
+        self.enter()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: within both allocations.
+        check(|| format!("copying {bytes} bytes on the device"), unsafe {
+            let (to, from) = (to.0.address() + to.1 as u64, from.0.address() + from.1 as u64);
+            result::memcpy_dtod_async(to, from, bytes, self.stream)
+        })
+    }
+
+    /// Sets bytes to zero.
+    pub fn zero(&self, memory: &Memory, at: usize, bytes: usize) -> Result<()> {
+        assert!(at + bytes <= memory.bytes, "a fill leaves its allocation");
+        self.enter()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: within the allocation.
+        check(|| format!("clearing {bytes} bytes"), unsafe {
+            result::memset_d8_async(memory.address() + at as u64, 0, bytes, self.stream)
+        })
+    }
+}
