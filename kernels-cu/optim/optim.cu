@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 #else  // once per element type of the gradients
 
-extern "C" __global__ void __launch_bounds__(BLOCK) KERNEL(squares)(const Chunk* chunks, float* squares) {
+extern "C" __global__ void __launch_bounds__(BLOCK) KERNEL(gradient_squares)(const Chunk* chunks, float* squares) {
     __shared__ float scratch[WARP];
     Chunk c = chunks[blockIdx.x];
     const Element* grad = reinterpret_cast<const Element*>(c.grad);

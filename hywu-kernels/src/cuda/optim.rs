@@ -31,7 +31,7 @@ fn chunks(grads: &[Tensor], starts: &[usize], matrix: impl Fn(usize) -> bool) ->
 /// [norm, factor] on the device.
 fn norm(first: &Tensor, (chunks, count): (&Words, usize), clip: f64) -> Result<Tensor> {
     let squares = first.empty_as(&[count], Dtype::F32)?;
-    let call = Call::new(OP, "squares", first)?.words(chunks).tensor_as(&squares, Dtype::F32)?;
+    let call = Call::new(OP, "gradient_squares", first)?.words(chunks).tensor_as(&squares, Dtype::F32)?;
     call.launch([super::blocks(count, 1)?, 1, 1], 256, 0)?;
     let norm = first.empty_as(&[2], Dtype::F32)?;
     let call = Call::named(OP, "finish_norm", first)?.tensor_as(&squares, Dtype::F32)?;

@@ -1,0 +1,2 @@
+// The language is in emulator.h, which the compiler includes by itself.
+#pragma once

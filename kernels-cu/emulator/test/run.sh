@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Builds the emulator with the test's kernels and tests it; then the same with the address sanitizer.
+#   run.sh [OUT_DIR]
+# NVCC, if set, has to take the kernels too.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${1:-$(mktemp -d)}
+CXX=${CXX:-g++}
+
+"$here/../build.sh" "$out/plain" "$here/kernels.cu"
+"$here/../build.sh" "$out/asan" --asan "$here/kernels.cu"
+"$CXX" -std=c++17 -O1 -g -pthread -Wall -Wextra "$here/main.cpp" -ldl -o "$out/main"
+"$out/main" "$out/plain/libcuda.so.1" --all
+LD_PRELOAD=$("$CXX" -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+    "$out/main" "$out/asan/libcuda.so.1" --asan
+if [ -n "${NVCC:-}" ]; then
+    "$NVCC" -gencode=arch=compute_90a,code=sm_90a -cubin -I "$here/../../common" "$here/kernels.cu" \
+        -o "$out/kernels.cubin"
+    echo "nvcc takes the kernels"
+fi
