@@ -144,7 +144,7 @@ fn casts_there_and_back() {
             }
         }
         let x = Var::constant(place.tensor(&random(1, &[3])));
-        assert_eq!(cast(&Tape::inference(), &x, Dtype::F16).is_err(), x.value().is_cuda());
+        assert!(cast(&Tape::inference(), &x, Dtype::F16).is_err());
     });
 }
 
