@@ -5,7 +5,7 @@ use crate::{
     pipeline::{EditOptions, Editor},
 };
 use anyhow::{Result, bail};
-use hywu_core::Philox;
+use hywu_core::{Dtype, Philox};
 use hywu_diffusion::{
     Picture, SampleOptions, detail_of,
     metrics::{psnr, seam, ssim},
@@ -14,7 +14,7 @@ use hywu_diffusion::{
     thumbnail_of,
     tiles::Tiling,
 };
-use hywu_kernels::{LoraVars, Tape, Tensor, ops::noise::noise_window};
+use hywu_kernels::{Device, LoraVars, Tape, Tensor, ops::noise::noise_window};
 use serde::Serialize;
 use std::ops::ControlFlow;
 
@@ -237,9 +237,11 @@ fn edit_all(
     let bound = backbone.params.bind(&tape, false)?;
     let text = backbone.text_tokens(&tape, &bound, &ids, n)?;
     let SampleOptions { seed, steps, sampler, .. } = edit.sample;
-    let noise = noise_window(seed, 0, 0, side, side, 3);
+    // All instructions start from one noise.
+    let noise = noise_window(Device::Cpu, seed, 0, 0, side, side, 3)?;
     let noise = repeated(&Picture::from_rgb(side, side, noise.data().to_vec()));
-    let source = repeated(source);
+    let there = |x: &Tensor| x.to(text.value().device(), Dtype::F32);
+    let (noise, source, position) = (there(&noise)?, there(&repeated(source))?, there(&position)?);
     let predict = |x: &Tensor, t: f32, _last: bool| {
         let t = vec![t; n];
         Ok(backbone.predict(&tape, &bound, x, &source, &position, &t, &text, &loras)?.value().clone())

@@ -2,8 +2,10 @@
 
 use crate::{Backbone, EditBatch, Result};
 use hywu_core::{Dtype, Philox};
-use hywu_kernels::{Bound, LoraVars, Tape, Tensor, Var, ops::loss::weighted_mse};
-use rayon::prelude::*;
+use hywu_kernels::{
+    Bound, LoraVars, Tape, Tensor, Var,
+    ops::{loss::weighted_mse, noise::noised},
+};
 
 /// t = sigmoid(N(mean, 1)) (logit-normal, arXiv 2403.03206 section 3.1), but 0 for a share of the batch: an edit is decided where
 /// x_t tells nothing yet, while at greater t the noisy target gives it away and the instruction need not be read.
@@ -30,7 +32,10 @@ pub struct Noised {
 
 impl Noised {
     /// Draws timesteps and noise for `target` [batch, ..]; they depend on `seed` and the place in the batch alone.
-    pub fn draw(target: &Tensor, seed: u64) -> Self {
+    ///
+    /// # Errors
+    /// Not enough memory on a device.
+    pub fn draw(target: &Tensor, seed: u64) -> Result<Self> {
         let philox = Philox::new(seed);
         let batch = target.shape().first().copied().unwrap_or(1);
         let timestep = |b: u64| match philox.uniform(TIMESTEPS, STARTS + b) < START_SHARE {
@@ -39,16 +44,7 @@ impl Noised {
         };
         let t: Vec<f32> = (0..batch as u64).map(timestep).collect();
         let weight = t.iter().map(|t| (1.0 - t).max(LEAST_REST).powi(-2)).collect();
-        let size = (target.numel() / batch.max(1)).max(1);
-        let x_t = Tensor::build(target.shape(), |out| {
-            (out.par_chunks_mut(size)).zip(target.data().par_chunks(size)).enumerate().for_each(
-                |(b, (out, x))| {
-                    philox.fill_normal(b as u64 + 1, 0, out);
-                    out.iter_mut().zip(x).for_each(|(n, x)| *n = t[b] * x + (1.0 - t[b]) * *n);
-                },
-            );
-        });
-        Self { x_t, t, weight }
+        Ok(Self { x_t: noised(target, &t, seed)?, t, weight })
     }
 }
 
@@ -73,7 +69,7 @@ pub fn flow_loss(
 ) -> Result<Var> {
     let text = backbone.text_tokens(tape, bound, &batch.text, batch.instances)?;
     let target = batch.target.to(bound.device(), Dtype::F32)?;
-    let Noised { x_t, t, mut weight } = Noised::draw(&target, batch.seed);
+    let Noised { x_t, t, mut weight } = Noised::draw(&target, batch.seed)?;
     let size = (batch.target.numel() / weight.len().max(1)).max(1);
     let pairs = batch.source.data().chunks(size).zip(batch.target.data().chunks(size));
     for (weight, (source, target)) in weight.iter_mut().zip(pairs) {

@@ -4,14 +4,18 @@ use crate::{
     Backbone, Error, Picture, Result,
     tiles::{Layout, Tiling, pad_reflect},
 };
-use hywu_kernels::{LoraVars, Tape, Tensor, ops::noise::noise_window};
-use rayon::prelude::*;
+use hywu_core::Dtype;
+use hywu_kernels::{
+    LoraVars, Tape, Tensor, Var,
+    ops::{
+        elementwise::{concat_tokens, lerp, mean_of},
+        noise::noise_window,
+    },
+};
 use std::ops::ControlFlow;
 
 /// Side of the condition's views in pixels.
 pub const VIEW: usize = 64;
-/// Elements that one parallel job updates.
-const CHUNK: usize = 1 << 14;
 
 /// Method that follows the velocity v = (x_hat - x_t) / (1 - t) from t = 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,32 +55,19 @@ impl Sampler {
             }
             // step * v = (x_hat - x) / (steps - i), since 1 - t = (steps - i) * step.
             let rate = 1.0 / (steps - i) as f32;
-            let euler = zip_map(&x, &x_hat, |x, h| x + rate * (h - x));
+            let euler = lerp(&x, &x_hat, rate)?;
             x = match self {
                 Self::Euler => euler,
                 Self::Heun => {
                     let ahead = predict(&euler, (i + 1) as f32 / steps as f32, false)?;
                     let rate_ahead = 1.0 / (steps - i - 1) as f32;
                     // x + step / 2 * (v + v_ahead) = (x + euler + step * v_ahead) / 2
-                    let next = zip_map(&euler, &ahead, |e, h| e + rate_ahead * (h - e));
-                    zip_map(&x, &next, |x, n| 0.5 * (x + n))
+                    mean_of(&x, &lerp(&euler, &ahead, rate_ahead)?)?
                 }
             };
         }
         Err(Error::Invalid("the sampler needs at least one step".into()))
     }
-}
-
-fn zip_map(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Sync) -> Tensor {
-    Tensor::build(a.shape(), |out| {
-        (out.par_chunks_mut(CHUNK)).zip(a.data().par_chunks(CHUNK)).zip(b.data().par_chunks(CHUNK)).for_each(
-            |((out, a), b)| {
-                for ((o, &a), &b) in out.iter_mut().zip(a).zip(b) {
-                    *o = f(a, b);
-                }
-            },
-        );
-    })
 }
 
 /// How a picture is sampled.
@@ -155,45 +146,50 @@ pub fn edit_picture(
     options.validate()?;
     check_picture(picture)?;
     let Picture { height, width, .. } = *picture;
-    let tiling = Tiling::new(height, width, options.tile, options.overlap);
-    let source = pad_reflect(picture, Tiling::MARGIN, tiling.height, tiling.width);
     let tape = Tape::inference();
     let bound = backbone.params.bind(&tape, false)?;
     let text = backbone.text_tokens(&tape, &bound, ids, 1)?;
-    let tile_len = tiling.size * tiling.size * 3;
+    // Everything stays where the backbone is, in f32; only the finished picture comes back.
+    let device = text.value().device();
+    let tiling = Tiling::new(height, width, options.tile, options.overlap).on(device)?;
+    let canvas = [tiling.height, tiling.width, 3];
+    let source = pad_reflect(picture, Tiling::MARGIN, tiling.height, tiling.width);
+    let source = Tensor::new(&canvas, source.rgb)?.to(device, Dtype::F32)?;
     let batches = |layout: &Layout| layout.at.len().div_ceil(options.batch);
     let earlier = options.sampler.evaluations(options.steps) - 1;
     let total = earlier * batches(&tiling.layouts[0]) + tiling.layouts.iter().map(batches).sum::<usize>();
     let mut done = 0;
     let mut look = |x: &Tensor, t: f32, layout: &Layout| {
-        let mut tiles = vec![0.0; layout.at.len() * tile_len];
-        for (at, out) in layout.at.chunks(options.batch).zip(tiles.chunks_mut(options.batch * tile_len)) {
+        let tile = [tiling.size, tiling.size, 3];
+        let mut seen = Vec::new();
+        for at in layout.at.chunks(options.batch) {
             if progress(done, total).is_break() {
                 return Err(Error::Interrupted);
             }
-            let x_t = tiling.gather(x.data(), 3, at);
-            let view = tiling.gather(&source.rgb, 3, at);
-            let position = tiling.positions(at);
+            let x_t = tiling.gather(x, at)?;
+            let view = tiling.gather(&source, at)?;
+            let position = tiling.positions(at)?;
             let t = vec![t; at.len()];
             let x_hat = backbone.predict(&tape, &bound, &x_t, &view, &position, &t, &text, adapters)?;
-            out.copy_from_slice(x_hat.value().data());
+            seen.push(x_hat.reshape(&[1, at.len(), tile.iter().product()])?);
             done += 1;
         }
-        Ok(tiles)
+        let all = concat_tokens(&tape, &seen.iter().collect::<Vec<&Var>>())?;
+        Ok(all.value().reshape(&[layout.at.len(), tile[0], tile[1], tile[2]])?)
     };
     let predict = |x: &Tensor, t: f32, last: bool| {
         if !last {
             let layout = &tiling.layouts[0];
-            return Ok(Tensor::new(x.shape(), tiling.blend(layout, &look(x, t, layout)?)?)?);
+            return tiling.blend(layout, &look(x, t, layout)?);
         }
-        let mut mean = Tensor::zeros(x.shape());
+        let mut mean = x.zeros_like(x.shape())?;
         for layout in &tiling.layouts {
-            tiling.add(layout, &look(x, t, layout)?, mean.data_mut())?;
+            tiling.add(layout, &look(x, t, layout)?, &mut mean)?;
         }
         Ok(mean)
     };
-    let noise = noise_window(options.seed, 0, 0, tiling.height, tiling.width, 3);
-    let edited = options.sampler.integrate(options.steps, noise, predict)?;
+    let noise = noise_window(device, options.seed, 0, 0, tiling.height, tiling.width, 3)?;
+    let edited = options.sampler.integrate(options.steps, noise, predict)?.to_host()?;
     // Breaking is pointless now; this only shows that all is done.
     let _ = progress(total, total);
     let mut rgb = Vec::with_capacity(height * width * 3);

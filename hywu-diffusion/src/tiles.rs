@@ -1,11 +1,11 @@
 //! Pictures of any size as overlapping square tiles.
 
 use crate::{Picture, Result, backbone::pixel_position};
+use hywu_core::Dtype;
 use hywu_kernels::{
-    Tensor,
-    ops::tile_blend::{TileAt, tile_blend},
+    Device, Tensor,
+    ops::tile_blend::{TileAt, add_tents, gather_tiles, tile_blend, tile_positions},
 };
-use rayon::prelude::*;
 
 pub use hywu_kernels::ops::local_filter::reflect;
 
@@ -67,9 +67,9 @@ pub struct Tiling {
     /// The layouts. The first covers the whole canvas.
     pub layouts: [Layout; 4],
     /// Position channel of every row of the canvas: that of the picture's row that it shows.
-    rows: Vec<f32>,
+    rows: Tensor,
     /// Position channel of every column.
-    columns: Vec<f32>,
+    columns: Tensor,
 }
 
 impl Tiling {
@@ -99,7 +99,10 @@ impl Tiling {
             Layout { shifted, at }
         });
         let positions = |canvas: usize, n: usize| {
-            (0..canvas).map(|i| pixel_position(reflect(i.abs_diff(Self::MARGIN), n), n)).collect()
+            let position = |i: usize| pixel_position(reflect(i.abs_diff(Self::MARGIN), n), n);
+            Tensor::build(&[canvas], |out| {
+                out.iter_mut().enumerate().for_each(|(i, out)| *out = position(i));
+            })
         };
         Self {
             height: canvas_height,
@@ -109,6 +112,15 @@ impl Tiling {
             rows: positions(canvas_height, height),
             columns: positions(canvas_width, width),
         }
+    }
+
+    /// The same tiling for fields on `device`.
+    ///
+    /// # Errors
+    /// A device that can't be used, or has not enough memory.
+    pub fn on(self, device: Device) -> Result<Self> {
+        let (rows, columns) = (self.rows.to(device, Dtype::F32)?, self.columns.to(device, Dtype::F32)?);
+        Ok(Self { rows, columns, ..self })
     }
 
     /// Columns of the picture, `n` wide, before which a tile of any layout starts or ends.
@@ -122,63 +134,46 @@ impl Tiling {
         borders
     }
 
-    /// Blends the tiles of a layout, [tiles, size, size, 3], to the part of the canvas that it covers and adds that to `sum`
-    /// [height, width, 3], pixel by pixel with the layout's weight. Over all layouts the weights add up to 1 in the picture.
+    /// Blends the tiles of a layout, [tiles, size, size, channels], to the part of the canvas that it covers and adds that to `sum`
+    /// [height, width, channels], pixel by pixel with the layout's weight. Over all layouts the weights add up to 1 in the picture.
     ///
     /// # Errors
-    /// Another number of tiles.
-    pub fn add(&self, layout: &Layout, tiles: &[f32], sum: &mut [f32]) -> Result<()> {
-        let [top, left] = layout.shifted.map(Layout::margin);
+    /// Another number of tiles; those of the device.
+    pub fn add(&self, layout: &Layout, tiles: &Tensor, sum: &mut Tensor) -> Result<()> {
         let blended = self.blend(layout, tiles)?;
-        let row = (self.width - 2 * left) * 3;
-        let across: Vec<f32> = (0..self.width).map(|x| Layout::tent(layout.shifted[1], x)).collect();
-        let rows = sum.par_chunks_mut(self.width * 3).skip(top).zip(blended.par_chunks(row)).enumerate();
-        rows.for_each(|(y, (sum, blended))| {
-            let down = Layout::tent(layout.shifted[0], y + top);
-            let pixels = sum[left * 3..].chunks_exact_mut(3).zip(blended.chunks_exact(3));
-            for ((sum, pixel), across) in pixels.zip(&across[left..]) {
-                (0..3).for_each(|c| sum[c] += down * across * pixel[c]);
-            }
-        });
-        Ok(())
+        let [y, x] = layout.shifted.map(Layout::margin);
+        let tents = |shifted: bool, start: usize, n: usize| -> Vec<f32> {
+            (start..start + n).map(|i| Layout::tent(shifted, i)).collect()
+        };
+        let down = tents(layout.shifted[0], y, self.height - 2 * y);
+        let across = tents(layout.shifted[1], x, self.width - 2 * x);
+        Ok(add_tents(sum, &blended, TileAt { y, x }, &down, &across)?)
     }
 
-    /// Blends the tiles of a layout, [tiles, size, size, 3], to the part of the canvas that it covers: the whole for the first.
+    /// Blends the tiles of a layout, [tiles, size, size, channels], to the part of the canvas that it covers: the whole for the first.
     ///
     /// # Errors
-    /// Another number of tiles.
-    pub fn blend(&self, layout: &Layout, tiles: &[f32]) -> Result<Vec<f32>> {
+    /// Another number of tiles; those of the device.
+    pub fn blend(&self, layout: &Layout, tiles: &Tensor) -> Result<Tensor> {
         let [top, left] = layout.shifted.map(Layout::margin);
-        let (height, width) = (self.height - 2 * top, self.width - 2 * left);
         let at: Vec<TileAt> = layout.at.iter().map(|t| TileAt { y: t.y - top, x: t.x - left }).collect();
-        let mut blended = vec![0.0; height * width * 3];
-        tile_blend(tiles, &at, self.size, 3, &mut blended, height, width)?;
-        Ok(blended)
+        Ok(tile_blend(tiles, &at, self.height - 2 * top, self.width - 2 * left)?)
     }
 
     /// Tiles of a field on the canvas, [height, width, channels]: [tiles, size, size, channels].
-    pub fn gather(&self, field: &[f32], channels: usize, tiles: &[TileAt]) -> Tensor {
-        let (s, row) = (self.size, self.size * channels);
-        Tensor::build(&[tiles.len(), s, s, channels], |out| {
-            out.par_chunks_mut(row).enumerate().for_each(|(i, out)| {
-                let at = tiles[i / s];
-                let start = ((at.y + i % s) * self.width + at.x) * channels;
-                out.copy_from_slice(&field[start..start + row]);
-            });
-        })
+    ///
+    /// # Errors
+    /// A field of another size; those of the device.
+    pub fn gather(&self, field: &Tensor, tiles: &[TileAt]) -> Result<Tensor> {
+        Ok(gather_tiles(field, tiles, self.size)?)
     }
 
     /// Position channels of tiles: [tiles, size, size, 2], (y, x) in the whole picture.
-    pub fn positions(&self, tiles: &[TileAt]) -> Tensor {
-        let s = self.size;
-        Tensor::build(&[tiles.len(), s, s, 2], |out| {
-            out.par_chunks_mut(s * 2).enumerate().for_each(|(i, out)| {
-                let at = tiles[i / s];
-                for (x, pixel) in out.chunks_exact_mut(2).enumerate() {
-                    pixel.copy_from_slice(&[self.rows[at.y + i % s], self.columns[at.x + x]]);
-                }
-            });
-        })
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn positions(&self, tiles: &[TileAt]) -> Result<Tensor> {
+        Ok(tile_positions(&self.rows, &self.columns, tiles, self.size)?)
     }
 }
 

@@ -13,7 +13,7 @@ use hywu_kernels::{
 #[test]
 fn noise_mixes_with_the_target_as_t_says() {
     let target = random(3, &[2000, 4]);
-    let Noised { x_t, t, weight } = Noised::draw(&target, 9);
+    let Noised { x_t, t, weight } = Noised::draw(&target, 9).unwrap();
     // 0.6 * E sigmoid(N(-0.8, 1)) = 0.2039; the noise that x_t implies is standard normal.
     let mean = t.iter().sum::<f32>() / t.len() as f32;
     assert!((mean - 0.2039).abs() < 0.02, "{mean}");
@@ -29,11 +29,11 @@ fn noise_mixes_with_the_target_as_t_says() {
         }
     }
     assert!((square / 8000.0 - 1.0).abs() < 0.1, "{square}");
-    assert_eq!(x_t.data(), Noised::draw(&target, 9).x_t.data());
-    assert_ne!(x_t.data(), Noised::draw(&target, 10).x_t.data());
+    assert_eq!(x_t.data(), Noised::draw(&target, 9).unwrap().x_t.data());
+    assert_ne!(x_t.data(), Noised::draw(&target, 10).unwrap().x_t.data());
     // A member's draw does not depend on how many follow.
     let first = Tensor::new(&[1, 4], target.data()[..4].to_vec()).unwrap();
-    assert_eq!(Noised::draw(&first, 9).x_t.data(), &x_t.data()[..4]);
+    assert_eq!(Noised::draw(&first, 9).unwrap().x_t.data(), &x_t.data()[..4]);
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn the_loss_of_the_identity_is_known() {
     let bound = backbone.params.bind(&tape, false).expect("on the CPU");
     let loss =
         flow_loss(&tape, &backbone, &bound, &batch, &LoraVars::none()).unwrap().value().item().unwrap();
-    let weight = Noised::draw(&batch.target, batch.seed).weight;
+    let weight = Noised::draw(&batch.target, batch.seed).unwrap().weight;
     let size = batch.source.numel() / weight.len();
     let error = |b: usize| {
         let pairs = batch.source.data().iter().zip(batch.target.data()).skip(b * size).take(size);

@@ -7,7 +7,7 @@ use hywu_diffusion::{
     Backbone, Error, Picture, SampleOptions, Sampler, edit_picture, pixel_position,
     tiles::{Tiling, pad_reflect, reflect, tile_starts},
 };
-use hywu_kernels::{LoraVars, Tensor, ops::noise::noise_window};
+use hywu_kernels::{Device, LoraVars, Tensor, ops::noise::noise_window};
 use proptest::prelude::*;
 use std::ops::ControlFlow;
 
@@ -196,13 +196,13 @@ proptest! {
         let tiling = Tiling::new(h, w, 32, 8);
         let size = tiling.size;
         prop_assert!(size <= 32);
-        let field = noise_window(seed, 0, 0, tiling.height, tiling.width, 3);
+        let field = noise_window(Device::Cpu, seed, 0, 0, tiling.height, tiling.width, 3).unwrap();
         let place = |i: usize, n: usize| pixel_position(reflect(i.abs_diff(Tiling::MARGIN), n), n);
         for layout in &tiling.layouts {
-            let tiles = tiling.gather(field.data(), 3, &layout.at);
-            let positions = tiling.positions(&layout.at);
+            let tiles = tiling.gather(&field, &layout.at).unwrap();
+            let positions = tiling.positions(&layout.at).unwrap();
             for (i, at) in layout.at.iter().enumerate() {
-                let own = noise_window(seed, at.y, at.x, size, size, 3);
+                let own = noise_window(Device::Cpu, seed, at.y, at.x, size, size, 3).unwrap();
                 prop_assert_eq!(own.data(), &tiles.data()[i * own.numel()..][..own.numel()]);
                 let first = &positions.data()[i * size * size * 2..][..2];
                 prop_assert_eq!(first, &[place(at.y, h), place(at.x, w)][..]);
@@ -215,15 +215,15 @@ proptest! {
     #[test]
     fn the_layouts_of_one_picture_add_up_to_it(h in 1usize..150, w in 1usize..150, tile in 1usize..12) {
         let tiling = Tiling::new(h, w, 8 * tile, 8);
-        let field = noise_window(1, 0, 0, tiling.height, tiling.width, 3);
-        let mut sum = vec![0.0; field.numel()];
+        let field = noise_window(Device::Cpu, 1, 0, 0, tiling.height, tiling.width, 3).unwrap();
+        let mut sum = Tensor::zeros(field.shape());
         for layout in &tiling.layouts {
-            let tiles = tiling.gather(field.data(), 3, &layout.at);
-            tiling.add(layout, tiles.data(), &mut sum).unwrap();
+            let tiles = tiling.gather(&field, &layout.at).unwrap();
+            tiling.add(layout, &tiles, &mut sum).unwrap();
         }
         for y in Tiling::MARGIN..Tiling::MARGIN + h {
             let row = (y * tiling.width + Tiling::MARGIN) * 3..(y * tiling.width + Tiling::MARGIN + w) * 3;
-            for (s, f) in sum[row.clone()].iter().zip(&field.data()[row]) {
+            for (s, f) in sum.data()[row.clone()].iter().zip(&field.data()[row]) {
                 prop_assert!((s - f).abs() < 1e-5);
             }
         }
@@ -234,7 +234,7 @@ proptest! {
 fn a_step_at_every_border_of_patches_does_not_show() {
     // Layouts that are off by 1 and -1 on a chessboard of their own patches: at the borders the error jumps by 2.
     let tiling = Tiling::new(64, 64, 64, 16);
-    let mut sum = vec![0.0; tiling.height * tiling.width * 3];
+    let mut sum = Tensor::zeros(&[tiling.height, tiling.width, 3]);
     for layout in &tiling.layouts {
         let margin = layout.shifted.map(|shifted| if shifted { 4 } else { 0 });
         let mut tiles = Vec::new();
@@ -245,10 +245,11 @@ fn a_step_at_every_border_of_patches_does_not_show() {
                 tiles.extend([if (y + x).is_multiple_of(2) { 1.0f32 } else { -1.0 }; 3]);
             }
         }
+        let tiles = Tensor::new(&[layout.at.len(), tiling.size, tiling.size, 3], tiles).unwrap();
         tiling.add(layout, &tiles, &mut sum).unwrap();
     }
     let in_picture = Tiling::MARGIN..Tiling::MARGIN + 64;
-    let at = |y: usize, x: usize| sum[(y * tiling.width + x) * 3];
+    let at = |y: usize, x: usize| sum.data()[(y * tiling.width + x) * 3];
     let steps =
         in_picture.clone().flat_map(|y| in_picture.clone().skip(1).map(move |x| at(y, x) - at(y, x - 1)));
     let worst = steps.fold(0.0f32, |worst, step| worst.max(step.abs()));

@@ -239,10 +239,17 @@ impl Tensor {
     /// # Errors
     /// Not enough memory on a device.
     pub(crate) fn empty_as(&self, shape: &[usize], dtype: Dtype) -> Result<Self> {
-        Ok(match &self.storage {
-            Storage::Host(_) => Self::build(shape, |_| {}),
-            Storage::Cuda(view) => {
-                let view = View::new(view.gpu(), shape.iter().product(), dtype)?;
+        Self::empty(self.device(), shape, dtype)
+    }
+    /// A tensor on a device, with unspecified contents.
+    ///
+    /// # Errors
+    /// As [`Device::check`]; not enough memory.
+    pub(crate) fn empty(device: Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
+        Ok(match device {
+            Device::Cpu => Self::build(shape, |_| {}),
+            Device::Cuda(n) => {
+                let view = View::new(Gpu::get(n)?, shape.iter().product(), dtype)?;
                 Self { shape: shape.to_vec(), storage: Storage::Cuda(view) }
             }
         })

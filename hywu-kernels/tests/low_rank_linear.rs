@@ -1,27 +1,40 @@
-//! Low-rank linear against its oracle, and what must hold bit for bit.
+//! Low-rank linear against its oracle, and what must hold bit for bit, at every place.
 
+use half::bf16;
+use hywu_core::Dtype;
 use hywu_kernels::{
     LoraVar, Tape, Tensor, Var,
     ops::low_rank_linear::{linear, low_rank_linear},
     reference::low_rank_linear::{Sizes, low_rank_linear as oracle},
-    testing::{assert_close, check_gradients, random, widen},
+    testing::{Place, check_gradients, check_output, for_each_place, places, random},
 };
 
 use proptest::prelude::*;
 
 const EDGES: [usize; 10] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129];
+const SCALE: f32 = 0.5;
 
 /// Columns of x around the 512 that the matrix product sums in one pass, each with several ranks.
 fn depths() -> impl Iterator<Item = (usize, usize)> {
     [511, 512, 513, 1030].into_iter().flat_map(|inner| [1, 7, 16].map(|rank| (inner, rank)))
 }
 
+#[derive(Clone)]
 struct Case {
     x: Tensor,
     w: Tensor,
     bias: Tensor,
     a: Tensor,
     b: Tensor,
+}
+
+fn update(tape: &Tape, v: &[Var]) -> hywu_kernels::Result<Var> {
+    let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: SCALE };
+    low_rank_linear(tape, &v[0], &v[1], Some(&v[2]), Some(&lora))
+}
+
+fn base(tape: &Tape, v: &[Var]) -> hywu_kernels::Result<Var> {
+    linear(tape, &v[0], &v[1], v.get(2))
 }
 
 impl Case {
@@ -34,12 +47,29 @@ impl Case {
             b: random(5, &[adapters, outer, rank]),
         }
     }
-    fn run(&self) -> Tensor {
-        let c = |t: &Tensor| Var::constant(t.clone());
-        let lora = LoraVar { a: c(&self.a), b: c(&self.b), scale: 0.5 };
-        let y =
-            low_rank_linear(&Tape::inference(), &c(&self.x), &c(&self.w), Some(&c(&self.bias)), Some(&lora));
-        y.expect("good shapes").value().clone()
+    fn inputs(&self) -> [Tensor; 5] {
+        [&self.x, &self.w, &self.bias, &self.a, &self.b].map(Clone::clone)
+    }
+    /// The output at a place, on the host.
+    fn run(&self, place: Place) -> Tensor {
+        let y = update(&Tape::inference(), &self.inputs().map(|t| place.constant(&t)));
+        y.expect("good shapes").value().to_host().expect("the device works")
+    }
+    /// The output without the update.
+    fn base(&self, place: Place) -> Tensor {
+        let v = [&self.x, &self.w, &self.bias].map(|t| place.constant(t));
+        base(&Tape::inference(), &v).expect("good shapes").value().to_host().expect("the device works")
+    }
+    /// Output and all gradients at a place, on the host.
+    fn all(&self, place: Place) -> Vec<Tensor> {
+        let tape = Tape::new();
+        let leaves = self.inputs().map(|t| tape.leaf(place.tensor(&t)));
+        let y = update(&tape, &leaves).expect("good shapes");
+        let weights = place.tensor(&random(6, y.shape()));
+        let loss = hywu_kernels::ops::loss::weighted_sum(&tape, &y, &weights).expect("same shape");
+        let mut grads = tape.backward(&loss).expect("a scalar");
+        let grads = leaves.map(|leaf| grads.take(&leaf).expect("a gradient"));
+        [y.value().clone()].into_iter().chain(grads).map(|t| t.to_host().expect("the device works")).collect()
     }
     fn sizes(&self) -> Sizes {
         Sizes {
@@ -50,9 +80,12 @@ impl Case {
             rank: self.a.shape()[1],
         }
     }
+    fn oracle(&self) -> impl Fn(&[Vec<f64>]) -> Vec<f64> + use<> {
+        let s = self.sizes();
+        move |v| oracle(s, &v[0], &v[1], &v[2], &v[3], &v[4], SCALE.into())
+    }
     fn check(&self) {
-        let [x, w, bias, a, b] = [&self.x, &self.w, &self.bias, &self.a, &self.b].map(widen);
-        assert_close(self.run().data(), &oracle(self.sizes(), &x, &w, &bias, &a, &b, 0.5), 1e-5);
+        for_each_place(|place| check_output(place, &self.inputs(), update, self.oracle(), 1e-5));
     }
 }
 
@@ -63,7 +96,10 @@ fn tile_edges_match_the_oracle() {
         Case::new(1, 7, n, 18, 1, 3).check();
         Case::new(4, 3, 21, n, 2, 16).check();
     }
-    Case::new(1, 4096 + 257, 300, 40, 1, 2).check();
+    Case::new(1, 4096 + 257, 96, 40, 1, 2).check();
+    // Large enough for the large tiles of a device, ragged and not.
+    Case::new(1, 1409, 41, 1409, 1, 3).check();
+    Case::new(2, 704, 40, 1408, 2, 8).check();
     Case::new(2, 70, 513, 129, 2, 64).check();
 }
 
@@ -79,6 +115,7 @@ fn the_update_is_added_once_however_deep() {
     }
 }
 
+/// bf16 has 8 bits: the values fit in 3, and the sums over 700 of them, which don't, are rounded once.
 #[test]
 fn small_integers_are_exact() {
     let whole = |seed, shape: &[usize]| {
@@ -87,14 +124,17 @@ fn small_integers_are_exact() {
         t
     };
     let (x, w) = (whole(1, &[1, 100, 700]), whole(2, &[90, 700]));
-    let y = linear(&Tape::inference(), &Var::constant(x.clone()), &Var::constant(w.clone()), None)
-        .expect("good shapes");
-    for (i, row) in x.data().chunks(700).enumerate() {
-        for (o, weights) in w.data().chunks(700).enumerate() {
-            let sum: f32 = row.iter().zip(weights).map(|(a, b)| a * b).sum();
-            assert_eq!(y.value().data()[i * 90 + o], sum);
+    for_each_place(|place| {
+        let y = base(&Tape::inference(), &[place.constant(&x), place.constant(&w)]).expect("good shapes");
+        let y = y.value().to_host().expect("the device works");
+        for (i, row) in x.data().chunks(700).enumerate() {
+            for (o, weights) in w.data().chunks(700).enumerate() {
+                let sum: f32 = row.iter().zip(weights).map(|(a, b)| a * b).sum();
+                let sum = place.tensor(&Tensor::scalar(sum)).item().expect("the device works");
+                assert_eq!(y.data()[i * 90 + o], sum, "at {place:?}: row {i}, column {o}");
+            }
         }
-    }
+    });
 }
 
 #[test]
@@ -104,70 +144,175 @@ fn gradients_match_finite_differences() {
         (Case::new(4, 5, 19, 23, 2, 3), 60),
         (Case::new(2, 515, 20, 15, 2, 7), 20),
         (Case::new(2, 8, 20, 515, 2, 7), 20),
+        (Case::new(2, 16, 32, 24, 1, 8), 20),
     ] {
-        let s = case.sizes();
-        check_gradients(
-            &[case.x, case.w, case.bias, case.a, case.b],
-            |tape, v| {
-                let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
-                low_rank_linear(tape, &v[0], &v[1], Some(&v[2]), Some(&lora))
-            },
-            |v| oracle(s, &v[0], &v[1], &v[2], &v[3], &v[4], 0.5),
-            samples,
-            1e-5,
-        );
+        check_gradients(&case.inputs(), update, case.oracle(), samples, 1e-5);
+        let [x, w, bias, _, _] = case.inputs();
+        let s = Sizes { adapters: 1, rank: 0, ..case.sizes() };
+        let plain = |v: &[Vec<f64>]| oracle(s, &v[0], &v[1], &v[2], &[], &[], 0.0);
+        check_gradients(&[x, w, bias], base, plain, samples, 1e-5);
+    }
+}
+
+/// Sums so long that a device cuts them into parts: S over 2100 columns of x, dW, dA and dB over 2100 rows, dS over 2100 columns of y.
+#[test]
+fn long_sums_match() {
+    for case in [
+        Case::new(1, 3, 2100, 5, 1, 2),
+        Case::new(1, 2100, 6, 5, 1, 2),
+        Case::new(1, 3, 5, 2100, 1, 2),
+        Case::new(2, 1050, 8, 8, 2, 8),
+    ] {
+        check_gradients(&case.inputs(), update, case.oracle(), 5, 1e-5);
     }
 }
 
 #[test]
 fn zero_lora_b_is_the_base() {
-    let c = |t: &Tensor| Var::constant(t.clone());
-    for (inner, rank) in depths().chain([(100, 8)]) {
-        let mut case = Case::new(2, 65, inner, 70, 2, rank);
-        case.b.data_mut().fill(0.0);
-        let base =
-            linear(&Tape::inference(), &c(&case.x), &c(&case.w), Some(&c(&case.bias))).expect("good shapes");
-        assert_eq!(case.run().data(), base.value().data(), "{inner} columns, rank {rank}");
-    }
+    for_each_place(|place| {
+        for (inner, rank) in depths().chain([(100, 8)]) {
+            let mut case = Case::new(2, 65, inner, 70, 2, rank);
+            case.b.data_mut().fill(0.0);
+            assert_eq!(case.run(place).data(), case.base(place).data(), "{inner} columns, rank {rank}");
+        }
+    });
+}
+
+/// Five entries in reverse order.
+fn reversed(t: &Tensor) -> Tensor {
+    let each = t.numel() / 5;
+    let mut out = t.clone();
+    out.data_mut().chunks_mut(each).zip(t.data().chunks(each).rev()).for_each(|(o, x)| o.copy_from_slice(x));
+    out
+}
+
+/// The first of five entries.
+fn first(t: &Tensor) -> Tensor {
+    let mut shape = t.shape().to_vec();
+    shape[0] = 1;
+    Tensor::new(&shape, t.data()[..t.numel() / 5].to_vec()).expect("a fifth")
 }
 
 #[test]
 fn permuting_the_batch_permutes_the_rows_bit_for_bit() {
-    depths().chain([(200, 8)]).for_each(|(inner, rank)| permute(Case::new(5, 50, inner, 60, 5, rank)));
+    for_each_place(|place| {
+        for (inner, rank) in depths().chain([(200, 8), (2100, 8)]) {
+            let case = Case::new(5, 50, inner, 60, 5, rank);
+            let change = |f: fn(&Tensor) -> Tensor| Case {
+                x: f(&case.x),
+                a: f(&case.a),
+                b: f(&case.b),
+                ..case.clone()
+            };
+            let y = case.run(place);
+            assert_eq!(reversed(&y).data(), change(reversed).run(place).data());
+            // One entry alone gives the same rows as in the batch.
+            assert_eq!(first(&y).data(), change(first).run(place).data());
+        }
+        // So many rows and columns that a device takes large tiles for the batch, small ones for an entry.
+        let case = Case::new(5, 300, 70, 1300, 1, 4);
+        let alone = Case { x: first(&case.x), ..case.clone() };
+        assert_eq!(first(&case.run(place)).data(), alone.run(place).data());
+        assert_eq!(first(&case.base(place)).data(), alone.base(place).data());
+    });
 }
 
-fn permute(case: Case) {
-    let swap = |t: &Tensor| {
-        let each = t.numel() / 5;
-        let mut out = t.clone();
-        out.data_mut()
-            .chunks_mut(each)
-            .zip(t.data().chunks(each).rev())
-            .for_each(|(o, x)| o.copy_from_slice(x));
-        out
-    };
-    let other = Case {
-        x: swap(&case.x),
-        a: swap(&case.a),
-        b: swap(&case.b),
-        w: case.w.clone(),
-        bias: case.bias.clone(),
-    };
-    assert_eq!(swap(&case.run()).data(), other.run().data());
-    // One entry alone gives the same rows as in the batch.
-    let first = |t: &Tensor| {
-        let mut shape = t.shape().to_vec();
-        shape[0] = 1;
-        Tensor::new(&shape, t.data()[..t.numel() / 5].to_vec()).expect("a fifth")
-    };
-    let alone = Case {
-        x: first(&case.x),
-        a: first(&case.a),
-        b: first(&case.b),
-        w: case.w.clone(),
-        bias: case.bias.clone(),
-    };
-    assert_eq!(alone.run().data(), first(&case.run()).data());
+#[test]
+fn gradients_of_an_adapter_do_not_depend_on_the_others() {
+    for_each_place(|place| {
+        let case = Case::new(5, 600, 24, 20, 5, 4);
+        let alone = Case { x: first(&case.x), a: first(&case.a), b: first(&case.b), ..case.clone() };
+        // The gradient of y is the same for the first entry.
+        let (all, one) = (case.all(place), alone.all(place));
+        for (what, i) in [("y", 0), ("dx", 1), ("da", 4), ("db", 5)] {
+            assert_eq!(first(&all[i]).data(), one[i].data(), "{what} at {place:?}");
+        }
+    });
+}
+
+/// What bf16 rounds is known: the operands, scale S, scale dS, and each result once. Sums in f64 with the same roundings then are as near as
+/// one more rounding of the result.
+#[test]
+fn bf16_rounds_nothing_else() {
+    for_each_place(|place| {
+        if place.dtype != Dtype::Bf16 {
+            return;
+        }
+        let round = |v: Vec<f64>| -> Vec<f64> { v.into_iter().map(|v| bf16::from_f64(v).to_f64()).collect() };
+        for case in [
+            Case::new(3, 3, 29, 62, 3, 16),
+            Case::new(1, 3, 2100, 5, 1, 2),
+            Case::new(1, 2100, 6, 5, 1, 2),
+            Case::new(4, 70, 64, 72, 2, 8),
+        ] {
+            let s = case.sizes();
+            let [x, w, bias, a, b] = case.inputs().map(|t| place.rounded(&t));
+            let dy = place.rounded(&random(6, &[s.rows, s.outer]));
+            let adapter = |row: usize| row / (s.rows / s.adapters);
+            let table = |rows: usize, columns: usize, f: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
+                (0..rows * columns).map(|i| f(i / columns, i % columns)).collect()
+            };
+            let sum = |n: usize, f: &dyn Fn(usize) -> f64| -> f64 { (0..n).map(f).sum() };
+            let at_a = |row, r, i| a[(adapter(row) * s.rank + r) * s.inner + i];
+            let at_b = |row, o, r| b[(adapter(row) * s.outer + o) * s.rank + r];
+            let shrunk = round(table(s.rows, s.rank, &|row, r| {
+                0.5 * sum(s.inner, &|i| x[row * s.inner + i] * at_a(row, r, i))
+            }));
+            let ds = round(table(s.rows, s.rank, &|row, r| {
+                0.5 * sum(s.outer, &|o| dy[row * s.outer + o] * at_b(row, o, r))
+            }));
+            let y = table(s.rows, s.outer, &|row, o| {
+                bias[o]
+                    + sum(s.inner, &|i| x[row * s.inner + i] * w[o * s.inner + i])
+                    + sum(s.rank, &|r| shrunk[row * s.rank + r] * at_b(row, o, r))
+            });
+            let dx = table(s.rows, s.inner, &|row, i| {
+                sum(s.outer, &|o| dy[row * s.outer + o] * w[o * s.inner + i])
+                    + sum(s.rank, &|r| ds[row * s.rank + r] * at_a(row, r, i))
+            });
+            // left^T right over the rows of every group.
+            let products = |left: &[f64], m: usize, right: &[f64], n: usize, groups: usize| {
+                let each = s.rows / groups;
+                table(groups * m, n, &|i, j| {
+                    sum(each, &|k| {
+                        let row = i / m * each + k;
+                        left[row * m + i % m] * right[row * n + j]
+                    })
+                })
+            };
+            let dw = products(&dy, s.outer, &x, s.inner, 1);
+            let db = products(&dy, s.outer, &shrunk, s.rank, s.adapters);
+            let da = products(&ds, s.rank, &x, s.inner, s.adapters);
+            let all = case.all(place);
+            for (what, got, expected) in [
+                ("y", &all[0], y),
+                ("dx", &all[1], dx),
+                ("dw", &all[2], dw),
+                ("da", &all[4], da),
+                ("db", &all[5], db),
+            ] {
+                let size = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+                for (i, (&got, e)) in got.data().iter().zip(&expected).enumerate() {
+                    let error = (f64::from(got) - e).abs();
+                    assert!(
+                        error <= e.abs() / 256.0 + 1e-5 * size,
+                        "{what}[{i}] of {s:?}: got {got}, expected {e}"
+                    );
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn two_runs_are_equal() {
+    for_each_place(|place| {
+        for case in [Case::new(2, 700, 70, 50, 2, 5), Case::new(3, 9, 64, 2056, 3, 8)] {
+            for (one, two) in case.all(place).iter().zip(case.all(place)) {
+                assert_eq!(one.data(), two.data(), "at {place:?}");
+            }
+        }
+    });
 }
 
 #[test]
@@ -176,9 +321,9 @@ fn threads_do_not_change_a_bit() {
         [1, 2, 3, 7].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads"));
     let deep = depths().map(|(inner, rank)| Case::new(3, 85, inner, 90, 3, rank));
     for case in deep.chain([Case::new(3, 200, 300, 90, 1, 8)]) {
-        let alone = pools[0].install(|| case.run());
+        let alone = pools[0].install(|| case.run(Place::CPU));
         for pool in &pools[1..] {
-            let y = pool.install(|| case.run());
+            let y = pool.install(|| case.run(Place::CPU));
             assert_eq!(y.data(), alone.data(), "{} threads: {:?}", pool.current_num_threads(), case.sizes());
         }
     }
@@ -186,21 +331,22 @@ fn threads_do_not_change_a_bit() {
 
 #[test]
 fn nan_reaches_its_row_alone() {
-    let mut case = Case::new(1, 30, 64, 40, 1, 4);
-    case.x.data_mut()[64 * 17 + 3] = f32::NAN;
-    for (i, row) in case.run().data().chunks(40).enumerate() {
-        assert_eq!(row.iter().all(|v| v.is_nan()), i == 17);
-        assert_eq!(row.iter().any(|v| v.is_nan()), i == 17);
-    }
+    for_each_place(|place| {
+        for inner in [64, 63] {
+            let mut case = Case::new(1, 30, inner, 40, 1, 4);
+            case.x.data_mut()[inner * 17 + 3] = f32::NAN;
+            for (i, row) in case.run(place).data().chunks(40).enumerate() {
+                assert_eq!(row.iter().all(|v| v.is_nan()), i == 17);
+                assert_eq!(row.iter().any(|v| v.is_nan()), i == 17);
+            }
+        }
+    });
 }
 
 #[test]
 fn wrong_shapes_are_named() {
     let refused = |case: Case, name: &str| {
-        let c = |t: &Tensor| Var::constant(t.clone());
-        let lora = LoraVar { a: c(&case.a), b: c(&case.b), scale: 0.5 };
-        let e =
-            low_rank_linear(&Tape::inference(), &c(&case.x), &c(&case.w), Some(&c(&case.bias)), Some(&lora));
+        let e = update(&Tape::inference(), &case.inputs().map(Var::constant));
         let text = e.expect_err("refused").to_string();
         assert!(text.contains(name), "{text}");
     };
@@ -213,7 +359,7 @@ fn wrong_shapes_are_named() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig::with_cases(if places().len() > 1 { 16 } else { 60 }))]
 
     /// Any sizes, forward and backward.
     #[test]
@@ -224,12 +370,6 @@ proptest! {
     ) {
         let case = Case::new(adapters * each, tokens, inner, outer, adapters, rank);
         case.check();
-        let inputs = [&case.x, &case.w, &case.bias, &case.a, &case.b].map(Clone::clone);
-        let run = |t: &Tape, v: &[Var]| {
-            let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
-            low_rank_linear(t, &v[0], &v[1], Some(&v[2]), Some(&lora))
-        };
-        let sizes = case.sizes();
-        check_gradients(&inputs, run, |v| oracle(sizes, &v[0], &v[1], &v[2], &v[3], &v[4], 0.5), 3, 2e-5);
+        check_gradients(&case.inputs(), update, case.oracle(), 15, 2e-5);
     }
 }

@@ -70,6 +70,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) KERNEL(scale)(const Element*
     zip(x, x, out, n, [f](float v, float) { return f * v; });
 }
 
+// a + rate * (b - a), never contracted to an FMA: the CPU's bits.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    KERNEL(lerp)(const Element* a, const Element* b, Element* out, int64_t n, float rate) {
+    zip(a, b, out, n, [rate](float x, float y) { return __fadd_rn(x, __fmul_rn(rate, __fsub_rn(y, x))); });
+}
+
 // Copies `length` of every `from` elements, from `start` on, to `at` of every `to` elements.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     KERNEL(copy_blocks)(Element* out, int64_t at, int64_t to, const Element* x, int64_t start, int64_t from, int length,

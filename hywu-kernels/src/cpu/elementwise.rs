@@ -5,6 +5,8 @@ use rayon::prelude::*;
 
 /// Rows a parallel task works on; fixed, so that sums don't depend on the number of threads.
 const ROWS: usize = 64;
+/// Elements that a parallel task works on where there are no rows.
+const CHUNK: usize = 1 << 14;
 
 /// a + b.
 pub fn add(a: &Tensor, b: &Tensor) -> Tensor {
@@ -21,6 +23,17 @@ pub fn add_assign(sum: &mut Tensor, x: &Tensor) {
 /// factor * x.
 pub fn scale(x: &Tensor, factor: f32) -> Tensor {
     Tensor::build(x.shape(), |out| out.iter_mut().zip(x.data()).for_each(|(o, x)| *o = factor * x))
+}
+
+/// a + rate * (b - a).
+pub fn lerp(a: &Tensor, b: &Tensor, rate: f32) -> Tensor {
+    Tensor::build(a.shape(), |out| {
+        let chunks =
+            out.par_chunks_mut(CHUNK).zip(a.data().par_chunks(CHUNK)).zip(b.data().par_chunks(CHUNK));
+        chunks.for_each(|((out, a), b)| {
+            out.iter_mut().zip(a).zip(b).for_each(|((o, a), b)| *o = a + rate * (b - a));
+        });
+    })
 }
 
 /// base + gate * y, or only gate * y; `gate` [batch, channels].

@@ -56,6 +56,13 @@ pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
     Ok(out)
 }
 
+pub fn lerp(a: &Tensor, b: &Tensor, rate: f32) -> Result<Tensor> {
+    let out = a.empty_like(a.shape())?;
+    let call = Call::new(OP, "lerp", a)?.tensor(a)?.tensor(b)?.tensor(&out)?.long(a.numel()).float(rate);
+    call.over(a.numel(), pack(a))?;
+    Ok(out)
+}
+
 pub fn gated(base: Option<&Tensor>, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
     let (batch, channels) = (gate.shape()[0], gate.dim_back(1));
     let rows = y.numel() / channels;

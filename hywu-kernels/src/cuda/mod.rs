@@ -5,6 +5,8 @@
 //! names and no device. So nothing above this folder asks whether CUDA was built in.
 
 pub mod attention;
+#[cfg_attr(not(feature = "cuda"), path = "blas_absent.rs")]
+mod blas;
 mod call;
 #[cfg_attr(feature = "cuda", path = "driver/mod.rs")]
 #[cfg_attr(not(feature = "cuda"), path = "absent.rs")]

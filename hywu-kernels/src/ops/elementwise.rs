@@ -4,9 +4,9 @@ use super::together;
 use crate::{Error, Result, Tape, Tensor, Var};
 use hywu_core::Dtype;
 
-fn same(op: &'static str, a: &Var, b: &Var) -> Result<()> {
+fn same(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     match a.shape() == b.shape() {
-        true => together(op, &[a.value(), b.value()]),
+        true => together(op, &[a, b]),
         false => Err(Error::shape(op, "second operand", b.shape(), format!("{:?}", a.shape()))),
     }
 }
@@ -16,7 +16,7 @@ fn same(op: &'static str, a: &Var, b: &Var) -> Result<()> {
 /// # Errors
 /// Shapes that differ.
 pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
-    same("add", a, b)?;
+    same("add", a.value(), b.value())?;
     let sum = on_device!(a.value(), elementwise::add(a.value(), b.value()));
     let (a_, b_) = (a.clone(), b.clone());
     Ok(tape.push(sum, &[a, b], move |grad, grads| {
@@ -43,13 +43,31 @@ pub fn scale(tape: &Tape, x: &Var, factor: f32) -> Result<Var> {
     }))
 }
 
+/// a + rate * (b - a) of constants, same shape; in f32 the same bits on every device.
+///
+/// # Errors
+/// Shapes that differ.
+pub fn lerp(a: &Tensor, b: &Tensor, rate: f32) -> Result<Tensor> {
+    same("lerp", a, b)?;
+    Ok(on_device!(a, elementwise::lerp(a, b, rate)))
+}
+
+/// 0.5 * (a + b) of constants, same shape; in f32 the same bits on every device.
+///
+/// # Errors
+/// Shapes that differ.
+pub fn mean_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    same("mean_of", a, b)?;
+    scaled(&on_device!(a, elementwise::add(a, b)), 0.5)
+}
+
 /// x + gate * y: `x`, `y` [batch, .., channels], `gate` [batch, channels].
 ///
 /// # Errors
 /// Shapes that don't agree.
 pub fn gated_residual(tape: &Tape, x: &Var, y: &Var, gate: &Var) -> Result<Var> {
     const OP: &str = "gated_residual";
-    same(OP, x, y)?;
+    same(OP, x.value(), y.value())?;
     let (batch, channels) = (x.shape().first().copied().unwrap_or(1), x.value().dim_back(1));
     if gate.shape() != [batch, channels] {
         return Err(Error::shape(OP, "gate", gate.shape(), format!("[{batch}, {channels}]")));

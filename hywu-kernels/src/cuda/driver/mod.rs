@@ -207,8 +207,13 @@ impl Gpu {
         &self.properties
     }
 
+    /// The stream of all work.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
     /// Makes the context current in this thread.
-    fn enter(&self) -> Result<()> {
+    pub(super) fn enter(&self) -> Result<()> {
         if CURRENT.get() != self.ordinal + 1 {
             // SAFETY: the context is never released.
             check(|| "cuCtxSetCurrent".into(), unsafe { ctx::set_current(self.context) })?;
