@@ -93,6 +93,13 @@ impl Drop for Buffer {
     }
 }
 
+fn computable(op: &'static str, dtype: Dtype) -> Result<()> {
+    match dtype {
+        Dtype::F16 => Err(Error::invalid(op, "f16 is a storage format; tensors are f32 or bf16")),
+        Dtype::F32 | Dtype::Bf16 => Ok(()),
+    }
+}
+
 impl Tensor {
     /// Takes row-major data.
     ///
@@ -166,9 +173,7 @@ impl Tensor {
     /// # Errors
     /// A device that can't be used, or has not enough memory; f16, which is for files only.
     pub fn to(&self, device: Device, dtype: Dtype) -> Result<Self> {
-        if dtype == Dtype::F16 {
-            return Err(Error::invalid("to", "f16 is a storage format; tensors are f32 or bf16"));
-        }
+        computable("to", dtype)?;
         match (&self.storage, device) {
             (Storage::Host(_), Device::Cpu) => Ok(self.clone()),
             (Storage::Host(buffer), Device::Cuda(n)) => {
@@ -215,6 +220,7 @@ impl Tensor {
     /// # Errors
     /// As [`Tensor::to`].
     pub fn cast(&self, dtype: Dtype) -> Result<Self> {
+        computable("cast", dtype)?;
         if !self.is_cuda() || self.dtype() == dtype {
             Ok(self.clone())
         } else {

@@ -1,13 +1,15 @@
 //! Sums, gates, cutting and joining against the oracle, forward and backward.
 
+use hywu_core::Dtype;
 use hywu_kernels::{
-    Tape, Tensor, Var,
+    Device, Tape, Tensor, Var,
     ops::elementwise::{
-        add, add_row, concat_tokens, gated_residual, mask_tokens, mean_tokens, repeat_each, scale,
-        slice_channels, slice_tokens,
+        add, add_row, cast, concat_channels, concat_tokens, gated_residual, mask_tokens, mean_tokens,
+        repeat_each, scale, slice_channels, slice_tokens, standardise,
     },
+    ops::loss::weighted_sum,
     reference::elementary as oracle,
-    testing::{check_gradients, random},
+    testing::{Place, check_gradients, check_output, for_each_place, random, rounded_to_bf16, widen},
 };
 use proptest::prelude::*;
 
@@ -80,6 +82,99 @@ fn more_rows_than_one_task_takes() {
         6,
         1e-5,
     );
+}
+
+#[test]
+fn channels_join() {
+    for widths in [[1, 1, 1], [3, 16, 5], [8, 8, 16], [64, 1, 63], [128, 192, 64]] {
+        let inputs: Vec<Tensor> =
+            widths.iter().enumerate().map(|(i, &n)| random(i as u64, &[2, 3, n])).collect();
+        let joined = |v: &[Vec<f64>]| {
+            (0..6)
+                .flat_map(|r| (0..3).flat_map(move |i| v[i][r * widths[i]..][..widths[i]].to_vec()))
+                .collect()
+        };
+        check_gradients(&inputs, |t, v| concat_channels(t, &[&v[0], &v[1], &v[2]]), joined, 20, 1e-5);
+    }
+    let (tape, x) = (Tape::inference(), Var::constant(random(1, &[2, 3, 4])));
+    let [fewer, none] = [&[2, 2, 4], &[2, 3, 0]].map(|s| Var::constant(Tensor::zeros(s)));
+    assert!(concat_channels(&tape, &[]).is_err() && concat_channels(&tape, &[&x, &fewer]).is_err());
+    assert!(concat_channels(&tape, &[&x, &none]).is_err());
+}
+
+#[test]
+fn constants_are_standardised() {
+    for_each_place(|place| {
+        for n in [1, 15, 16, 17, 63, 64, 65, 129] {
+            let (x, mean, factor) = (random(1, &[2, 5, n]), random(2, &[n]), random(3, &[n]));
+            check_output(
+                place,
+                &[x, mean, factor],
+                |_, v| Ok(Var::constant(standardise(v[0].value(), v[1].value(), v[2].value())?)),
+                |v| v[0].iter().enumerate().map(|(i, x)| (x - v[1][i % n]) * v[2][i % n]).collect(),
+                1e-5,
+            );
+        }
+    });
+    let x = random(1, &[2, 5]);
+    assert!(standardise(&x, &Tensor::zeros(&[4]), &Tensor::zeros(&[5])).is_err());
+}
+
+/// The gradient comes back in the dtype of the operand.
+#[test]
+fn casts_there_and_back() {
+    for_each_place(|place| {
+        for n in [1, 7, 8, 9, 15, 16, 17, 127, 128, 129, 4096 + 257] {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                let tape = Tape::new();
+                let x = tape.leaf(place.tensor(&random(1, &[n])));
+                let y = cast(&tape, &x, dtype).expect("the device works");
+                let arrived = if place.device == Device::Cpu { Dtype::F32 } else { dtype };
+                assert_eq!(y.value().dtype(), arrived);
+                let expected = x.value().to_host().expect("the device works");
+                let narrow = arrived == Dtype::Bf16;
+                let expected = if narrow { rounded_to_bf16(&expected) } else { expected };
+                assert_eq!(widen(y.value()), widen(&expected));
+                let weights = random(2, &[n]).to_like(y.value()).expect("the device works");
+                let loss = weighted_sum(&tape, &y, &weights).expect("one shape");
+                let grad = tape.backward(&loss).expect("a scalar").take(&x).expect("a leaf");
+                assert_eq!(grad.dtype(), x.value().dtype());
+                let weights = weights.to_like(x.value()).expect("the device works");
+                assert_eq!(widen(&grad), widen(&weights));
+            }
+        }
+        let x = Var::constant(place.tensor(&random(1, &[3])));
+        assert!(cast(&Tape::inference(), &x, Dtype::F16).is_err());
+    });
+}
+
+/// Sums over the rows of an entry have the same bits in every batch.
+#[test]
+fn an_entry_does_not_depend_on_its_batch() {
+    const ROWS: usize = 600;
+    const C: usize = 40;
+    let run = |place: Place, entries: &[usize]| -> Vec<Vec<f64>> {
+        let pick = |seed, each: usize, shape: &[usize]| {
+            let all = random(seed, &[24, each]);
+            let data = entries.iter().flat_map(|&b| all.data()[b * each..][..each].to_vec()).collect();
+            place.tensor(&Tensor::new(shape, data).expect("whole entries"))
+        };
+        let n = entries.len();
+        let tape = Tape::new();
+        let y = Var::constant(pick(1, ROWS * C, &[n, ROWS, C]));
+        let gate = tape.leaf(pick(2, C, &[n, C]));
+        let out = gated_residual(&tape, &y, &y, &gate).expect("it runs");
+        let mean = mean_tokens(&tape, &out).expect("tokens");
+        let loss = weighted_sum(&tape, &out, &pick(3, ROWS * C, &[n, ROWS, C])).expect("one shape");
+        let grad = tape.backward(&loss).expect("a scalar").take(&gate).expect("a leaf");
+        let (mean, grad) = (widen(mean.value()), widen(&grad));
+        (0..n).map(|b| [&mean[b * C..][..C], &grad[b * C..][..C]].concat()).collect()
+    };
+    for_each_place(|place| {
+        let all = run(place, &(0..24).collect::<Vec<_>>());
+        assert_eq!(run(place, &[17, 5]), [all[17].clone(), all[5].clone()]);
+        assert_eq!(run(place, &[9])[0], all[9]);
+    });
 }
 
 proptest! {

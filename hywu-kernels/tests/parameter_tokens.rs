@@ -7,7 +7,7 @@ use hywu_kernels::{
         elementwise::concat_tokens,
         parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
     },
-    testing::{check_gradients, random},
+    testing::{check_gradients, for_each_place, random, widen},
 };
 use proptest::prelude::*;
 
@@ -32,6 +32,28 @@ fn the_grid_is_the_sum_of_both_positions() {
     bad(&[7, 5], &[4, 5], 2);
     bad(&[6, 5], &[4, 6], 2);
     bad(&[6, 5], &[4, 5], 0);
+}
+
+/// Widths at the edges of packs, layers and places enough for several parts of the sums.
+#[test]
+fn grids_of_every_width() {
+    for (c, places, layers) in [
+        (1, 300, 3),
+        (15, 4, 2),
+        (16, 4, 70),
+        (17, 6, 2),
+        (63, 2, 5),
+        (64, 130, 3),
+        (65, 3, 3),
+        (129, 2, 300),
+    ] {
+        let oracle = |v: &[Vec<f64>]| {
+            let layer = |l: &[f64]| v[0].iter().enumerate().map(|(i, h)| h + l[i % c]).collect::<Vec<_>>();
+            v[1].chunks(c).flat_map(layer).collect()
+        };
+        let inputs = [random(1, &[places, c]), random(2, &[layers, c])];
+        check_gradients(&inputs, |t, v| token_grid(t, &v[0], &v[1], 1), oracle, 6, 1e-5);
+    }
 }
 
 #[test]
@@ -75,9 +97,11 @@ proptest! {
         let (ca, cb) = (count(|m| m.in_dim), count(|m| m.out_dim));
         let a = random(1, &[batch, layers, ca, rank, width]);
         let b = random(2, &[batch, layers, cb, rank, width]);
-        let (va, vb) = (Var::constant(a.clone()), Var::constant(b.clone()));
+        for_each_place(|place| {
+        let (va, vb) = (place.constant(&a), place.constant(&b));
+        let [a, b] = [&va, &vb].map(|v| widen(v.value()));
         let vars = detokenise(&Tape::inference(), &spec, &va, &vb).expect("good sizes");
-        prop_assert_eq!(vars.modules.len(), layers * spec.modules.len());
+        assert_eq!(vars.modules.len(), layers * spec.modules.len());
         for layer in 0..layers {
             let (mut at_a, mut at_b) = (0, 0);
             for (i, m) in spec.modules.iter().enumerate() {
@@ -85,14 +109,16 @@ proptest! {
                 for (got, all, count, at, n) in
                     [(&pair.a, &a, ca, &mut at_a, size(m, m.in_dim)), (&pair.b, &b, cb, &mut at_b, size(m, m.out_dim))]
                 {
+                    let got = widen(got.value());
                     for entry in 0..batch {
                         let start = (entry * layers + layer) * count * area + *at;
-                        prop_assert_eq!(&got.value().data()[entry * n..(entry + 1) * n], &all.data()[start..start + n]);
+                        assert_eq!(got[entry * n..(entry + 1) * n], all[start..start + n]);
                     }
                     *at += n.div_ceil(area) * area;
                 }
             }
         }
+        });
     }
 }
 

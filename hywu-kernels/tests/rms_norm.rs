@@ -1,9 +1,13 @@
 //! RMSNorm with modulation against the oracle, forward and backward.
 
 use hywu_kernels::{
-    ops::rms_norm::{Modulation, rms_norm},
+    Tape, Tensor, Var,
+    ops::{
+        loss::weighted_sum,
+        rms_norm::{Modulation, rms_norm},
+    },
     reference::elementary as oracle,
-    testing::{check_gradients, random},
+    testing::{Place, check_gradients, check_gradients_at, for_each_place, random},
 };
 use proptest::prelude::*;
 
@@ -41,6 +45,119 @@ fn more_rows_than_one_task_takes() {
         6,
         2e-5,
     );
+}
+
+/// Rows of a part of a warp, of a warp, and of blocks of several sizes; ragged and whole packs.
+#[test]
+fn rows_of_every_width() {
+    for c in [2, 8, 192, 256, 260, 513, 520, 1025, 2048, 4096 + 8] {
+        check_gradients(
+            &[random(1, &[2, 2, c]), random(2, &[c]), random(3, &[2, c]), random(4, &[2, c])],
+            |t, v| rms_norm(t, &v[0], Some(&v[1]), 1e-3, Some(Modulation { scale: &v[2], shift: &v[3] })),
+            |v| oracle::rms_norm(&v[0], 2, &v[1], 1e-3, &v[2], &v[3]),
+            4,
+            2e-5,
+        );
+    }
+}
+
+/// The weight alone is trained: its gradient is a sum over all rows, whatever entry they belong to.
+#[test]
+fn a_weight_over_many_rows() {
+    for c in [1, 33, 64, 200] {
+        let x = random(1, &[3, (4096 + 257) / 3, c]);
+        let zeros = vec![0.0; c];
+        for_each_place(|place| {
+            let x64 = place.rounded(&x);
+            check_gradients_at(
+                place,
+                &[random(2, &[c])],
+                |t, v| rms_norm(t, &place.constant(&x), Some(&v[0]), 1e-3, None),
+                |v| oracle::rms_norm(&x64, 1, &v[0], 1e-3, &zeros, &zeros),
+                4,
+                2e-5,
+            );
+        });
+    }
+}
+
+/// Every operand may be absent, and every one may be a constant.
+#[test]
+fn any_operand_may_be_missing_or_constant() {
+    let (x, w) = (random(1, &[2, 70, 24]), random(2, &[24]));
+    let (scale, shift) = (random(3, &[2, 24]), random(4, &[2, 24]));
+    let ones = vec![1.0; 24];
+    check_gradients(
+        &[x.clone(), scale.clone(), shift.clone()],
+        |t, v| rms_norm(t, &v[0], None, 1e-3, Some(Modulation { scale: &v[1], shift: &v[2] })),
+        |v| oracle::rms_norm(&v[0], 2, &ones, 1e-3, &v[1], &v[2]),
+        10,
+        2e-5,
+    );
+    for_each_place(|place| {
+        let [w_, scale_, shift_] = [&w, &scale, &shift].map(|t| place.constant(t));
+        let [w, scale, shift] = [&w, &scale, &shift].map(|t| place.rounded(t));
+        let modulation = Modulation { scale: &scale_, shift: &shift_ };
+        check_gradients_at(
+            place,
+            std::slice::from_ref(&x),
+            |t, v| {
+                let Modulation { scale, shift } = modulation;
+                rms_norm(t, &v[0], Some(&w_), 1e-3, Some(Modulation { scale, shift }))
+            },
+            |v| oracle::rms_norm(&v[0], 2, &w, 1e-3, &scale, &shift),
+            10,
+            2e-5,
+        );
+    });
+    let tape = Tape::inference();
+    let (x, none) = (Var::constant(x), Var::constant(Tensor::zeros(&[2, 0, 24])));
+    assert!(rms_norm(&tape, &none, None, 1e-3, None).is_err());
+    assert!(rms_norm(&tape, &x, None, 0.0, None).is_err());
+    assert!(rms_norm(&tape, &x, Some(&Var::constant(Tensor::zeros(&[23]))), 1e-3, None).is_err());
+}
+
+/// The output and all gradients of the entries `order` of a batch of five, entry by entry (the weight's, which sums over the batch, last).
+fn of_entries(place: Place, order: &[usize]) -> Vec<Vec<f32>> {
+    const ROWS: usize = 300;
+    const C: usize = 72;
+    let pick = |seed, each: usize, shape: &[usize]| {
+        let all = random(seed, &[5, each]);
+        let data = order.iter().flat_map(|&b| all.data()[b * each..][..each].to_vec()).collect();
+        place.tensor(&Tensor::new(shape, data).expect("whole entries"))
+    };
+    let n = order.len();
+    let tape = Tape::new();
+    let x = tape.leaf(pick(1, ROWS * C, &[n, ROWS, C]));
+    let (scale, shift) = (tape.leaf(pick(2, C, &[n, C])), tape.leaf(pick(3, C, &[n, C])));
+    let w = tape.leaf(place.tensor(&random(4, &[C])));
+    let out = rms_norm(&tape, &x, Some(&w), 1e-5, Some(Modulation { scale: &scale, shift: &shift }))
+        .expect("it runs");
+    let loss = weighted_sum(&tape, &out, &pick(5, ROWS * C, &[n, ROWS, C])).expect("one shape");
+    let grads = tape.backward(&loss).expect("a scalar");
+    let host = |t: &Tensor| t.to_host().expect("the device works").data().to_vec();
+    let parts = [host(out.value()), host(grads.get(&x).expect("a leaf"))];
+    let sums = [&scale, &shift].map(|v| host(grads.get(v).expect("a leaf")));
+    let mut entries: Vec<Vec<f32>> = (0..n)
+        .map(|b| {
+            parts.iter().chain(&sums).flat_map(|p| p[p.len() / n * b..][..p.len() / n].to_vec()).collect()
+        })
+        .collect();
+    entries.push(host(grads.get(&w).expect("a leaf")));
+    entries
+}
+
+#[test]
+fn equal_input_gives_equal_bits_whatever_the_batch() {
+    for_each_place(|place| {
+        let all = of_entries(place, &[0, 1, 2, 3, 4]);
+        assert_eq!(all, of_entries(place, &[0, 1, 2, 3, 4]));
+        let permuted = of_entries(place, &[3, 0, 4, 2, 1]);
+        for (i, b) in [3, 0, 4, 2, 1].into_iter().enumerate() {
+            assert_eq!(permuted[i], all[b]);
+        }
+        assert_eq!(of_entries(place, &[2])[0], all[2]);
+    });
 }
 
 proptest! {

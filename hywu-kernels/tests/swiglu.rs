@@ -1,16 +1,24 @@
 //! Activations against the oracle, forward and backward.
 
 use hywu_kernels::{
-    ops::swiglu::{silu, swiglu},
+    Tape, Tensor,
+    ops::{
+        loss::weighted_sum,
+        swiglu::{silu, swiglu},
+    },
     reference::elementary as oracle,
-    testing::{check_gradients, random},
+    testing::{check_gradients, for_each_place, random},
 };
 use proptest::prelude::*;
 
 #[test]
 fn activations() {
-    for h in [1, 15, 16, 17, 129] {
-        let x = random(1, &[3, 2, 2 * h]);
+    for h in [1, 15, 16, 17, 63, 64, 65, 127, 128, 129] {
+        let mut x = random(1, &[3, 2, 2 * h]);
+        // Gates at the ends of what exp takes.
+        for (i, gate) in [90.0, -90.0, 0.0, -20.0].into_iter().enumerate() {
+            x.data_mut()[2 * h * i + h] = gate;
+        }
         check_gradients(&[x], |t, v| swiglu(t, &v[0]), |v| oracle::swiglu(&v[0], 2 * h), 30, 1e-5);
     }
     let mut x = random(1, &[4, 30]);
@@ -22,6 +30,32 @@ fn activations() {
         120,
         1e-5,
     );
+}
+
+#[test]
+fn silu_of_every_size() {
+    for n in [0, 1, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 2047, 2049] {
+        let silu_all = |v: &[Vec<f64>]| v[0].iter().map(|&x| oracle::silu(x)).collect();
+        check_gradients(&[random(n as u64, &[n])], |t, v| silu(t, &v[0]), silu_all, 10, 1e-5);
+    }
+}
+
+/// What exp can't take becomes the limit, not NaN.
+#[test]
+fn large_values_have_limits() {
+    for_each_place(|place| {
+        let x = Tensor::new(&[6], vec![1e4, -1e4, 200.0, -200.0, 3e38, -3e38]).expect("six");
+        let tape = Tape::new();
+        let leaf = tape.leaf(place.tensor(&x));
+        let y = silu(&tape, &leaf).expect("it runs");
+        let rounded: Vec<f32> = place.rounded(&x).iter().map(|&v| v as f32).collect();
+        let host = |t: &Tensor| t.to_host().expect("the device works").data().to_vec();
+        assert_eq!(host(y.value()), [rounded[0], 0.0, 200.0, 0.0, rounded[4], 0.0]);
+        let ones = y.value().full_like(&[6], 1.0).expect("memory");
+        let loss = weighted_sum(&tape, &y, &ones).expect("one shape");
+        let grads = tape.backward(&loss).expect("a scalar");
+        assert_eq!(host(grads.get(&leaf).expect("a leaf")), [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]);
+    });
 }
 
 /// Rows enough for several parallel tasks, the last of them ragged.

@@ -20,27 +20,43 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     return warp_sum(x);
 }
 
-// Threads of a block of column_sums: 32 columns by 8 rows.
-constexpr int COLUMN_ROWS = BLOCK / WARP;
-
-// Partial sums over rows: out[split][group][column] = sum of value(row, column) over the split's part of the group's `rows` rows.
-// Grid (columns / 32, groups, splits), BLOCK threads. value(row, column) -> float, row counted over all groups.
-template <class Value>
-__device__ void column_sums(float* out, int rows, int columns, Value value) {
-    __shared__ float tile[COLUMN_ROWS][WARP + 1];
-    int column = blockIdx.x * WARP + threadIdx.x % WARP, lane_row = threadIdx.x / WARP;
-    int group = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
-    int part = (rows + splits - 1) / splits;
-    int first = split * part, last = min(rows, first + part);
-    float sum = 0.0f;
-    if (column < columns)
-        for (int row = first + lane_row; row < last; row += COLUMN_ROWS)
-            sum += value(int64_t(group) * rows + row, column);
-    tile[lane_row][threadIdx.x % WARP] = sum;
-    __syncthreads();
-    if (lane_row == 0 && column < columns) {
+// Sums over rows, K sums for every column. The block's threads share PACK columns each: `lanes` (a power of two, at most WARP) times
+// PACK columns, taken by BLOCK / lanes rows at a time. add(sum, row, column, count) adds what a row has in the `count` columns from
+// `column` on; take(k, column, sum) gets every finished sum once. The order depends on the number of rows alone.
+template <class T, int K, class Add, class Take>
+__device__ __forceinline__ void pack_sums(int first, int last, int column_block, int columns, int lanes, Add add, Take take) {
+    // The padding keeps neighbouring columns of different packs in different banks.
+    __shared__ float tile[K * PACK<T>][BLOCK + WARP / PACK<T>];
+    int lane = threadIdx.x % lanes, row_lane = threadIdx.x / lanes, row_lanes = BLOCK / lanes;
+    int width = lanes * PACK<T>, start = column_block * width, column = start + lane * PACK<T>;
+    float sum[K][PACK<T>] = {};
+    if (column < columns) {
+        int count = pack_count<T>(columns, column);
+        for (int row = first + row_lane; row < last; row += row_lanes) add(sum, row, column, count);
+    }
 #pragma unroll
-        for (int i = 1; i < COLUMN_ROWS; i++) sum += tile[i][threadIdx.x];
-        out[(int64_t(split) * gridDim.y + group) * columns + column] = sum;
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int i = 0; i < PACK<T>; i++) tile[k * PACK<T> + i][threadIdx.x] = sum[k][i];
+    __syncthreads();
+    for (int t = threadIdx.x; t < K * width; t += BLOCK) {
+        int k = t / width, at = t % width;
+        const float* part = tile[k * PACK<T> + at % PACK<T>] + at / PACK<T>;
+        float total = 0.0f;
+        for (int r = 0; r < row_lanes; r++) total += part[r * lanes];
+        if (start + at < columns) take(k, start + at, total);
     }
 }
+
+// The rows of a block of a sum over the rows of each group, split in parts: grid (columns, groups, splits).
+struct RowPart {
+    int64_t start;    // the group's first row
+    int64_t out;      // row of the result [splits][groups]
+    int first, last;  // rows of the part, counted from `start`
+
+    __device__ __forceinline__ RowPart(int rows) {
+        int part = (rows + gridDim.z - 1) / gridDim.z;
+        first = blockIdx.z * part, last = min(rows, first + part);
+        start = int64_t(blockIdx.y) * rows, out = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
+    }
+};

@@ -193,13 +193,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     store(out + int64_t(p.row) * channels + p.column, v, p.count);
 }
 
-// Parts of sums over rows; see column_sums in reduce.cuh. `y` is a factor, or null.
+// Parts of sums over the rows of each group, [splits][groups][channels]; see RowPart. `y` is a factor, or null.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    KERNEL(column_parts)(const Element* x, const Element* y, float* partial, int rows, int channels) {
-    column_sums(partial, rows, channels, [=](int64_t row, int column) {
-        int64_t at = row * channels + column;
-        return y ? to_float(x[at]) * to_float(y[at]) : to_float(x[at]);
-    });
+    KERNEL(column_parts)(const Element* x, const Element* y, float* partial, int rows, int channels, int lanes) {
+    RowPart part(rows);
+    pack_sums<Element, 1>(
+        part.first, part.last, blockIdx.x, channels, lanes,
+        [=](float(&sum)[1][PACK<Element>], int row, int column, int count) {
+            int64_t at = (part.start + row) * channels + column;
+            float v[PACK<Element>], f[PACK<Element>];
+            load(v, x + at, count);
+            if (y) load(f, y + at, count);
+#pragma unroll
+            for (int i = 0; i < PACK<Element>; i++) sum[0][i] += y ? v[i] * f[i] : v[i];
+        },
+        [=](int, int column, float total) { partial[part.out * channels + column] = total; });
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)

@@ -17,7 +17,6 @@ pub(crate) mod patchify;
 pub(crate) mod rms_norm;
 pub(crate) mod swiglu;
 pub(crate) mod tile_blend;
-pub(crate) mod timestep;
 
 /// sum += x.
 pub(crate) fn add_assign(sum: &mut [f32], x: &[f32]) {

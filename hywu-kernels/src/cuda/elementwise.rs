@@ -1,18 +1,16 @@
 //! Launchers of `kernels-cu/elementwise`; see `cpu/elementwise.rs` for what each computes.
 
-use super::{Call, Words, blocks};
+use super::{Call, Words, blocks, call::BLOCK};
 use crate::{Error, Result, Tensor};
 use hywu_core::Dtype;
 
 const OP: &str = "elementwise";
 /// Most packs of 16 bytes that a kernel of rows counts, less a block.
 const MOST_PACKS: usize = u32::MAX as usize - 256;
-/// Columns that a block of a reduction over rows takes.
-const COLUMNS: usize = 32;
-/// Rows that are worth a block of their own in such a reduction.
-const ROWS: usize = 256;
-/// Blocks that fill any GPU.
-const ENOUGH_BLOCKS: usize = 1024;
+/// Rows that a thread of a sum over rows adds up before the rows are split.
+const ROWS: usize = 8;
+/// Most parts of a sum over rows; they are added up one after the other.
+const SPLITS: usize = 512;
 
 /// `rows` for a kernel that gives a thread to every pack of every row.
 fn row_count(rows: usize, length: usize, pack: usize) -> Result<(usize, usize)> {
@@ -98,21 +96,42 @@ pub fn column_sums(x: &Tensor, n: usize) -> Result<Tensor> {
     sum_rows(x, None, 1, &[n], 1.0)
 }
 
-/// Parts into which a reduction over `rows` rows is split, so that it fills the device.
-fn splits(rows: usize, columns: usize, groups: usize) -> usize {
-    let there = columns.div_ceil(COLUMNS) * groups;
-    rows.div_ceil(ROWS).min(ENOUGH_BLOCKS.div_ceil(there.max(1))).max(1)
+/// Threads of a block of `pack_sums` (kernels-cu/common/reduce.cuh) that share a row of so many columns, a pack each.
+pub(super) fn sum_lanes(columns: usize, dtype: Dtype) -> usize {
+    columns.div_ceil(super::pack(dtype)).next_power_of_two().min(32)
+}
+
+/// The launch of a sum over the `rows` rows of each of `groups`; see `RowPart` in kernels-cu/common/reduce.cuh.
+pub(super) struct RowParts {
+    pub lanes: usize,
+    pub splits: usize,
+    pub grid: [u32; 3],
+}
+
+impl RowParts {
+    pub fn new(rows: usize, columns: usize, groups: usize, dtype: Dtype) -> Result<Self> {
+        let lanes = sum_lanes(columns, dtype);
+        // Whatever the number of groups, as an entry's sum must not depend on the other entries of its batch.
+        let splits = rows.div_ceil(ROWS * BLOCK as usize / lanes).clamp(1, SPLITS);
+        let grid = [blocks(columns, lanes * super::pack(dtype))?, blocks(groups, 1)?, blocks(splits, 1)?];
+        Ok(Self { lanes, splits, grid })
+    }
 }
 
 /// factor * the sums over the rows of each of `groups` of x, or of x * y, into `shape` = groups x columns elements.
-fn sum_rows(x: &Tensor, y: Option<&Tensor>, groups: usize, shape: &[usize], factor: f32) -> Result<Tensor> {
+pub(super) fn sum_rows(
+    x: &Tensor,
+    y: Option<&Tensor>,
+    groups: usize,
+    shape: &[usize],
+    factor: f32,
+) -> Result<Tensor> {
     let columns = shape.iter().product::<usize>() / groups;
     let rows = x.numel() / (groups * columns);
-    let splits = splits(rows, columns, groups);
+    let RowParts { lanes, splits, grid } = RowParts::new(rows, columns, groups, x.dtype())?;
     let partial = x.empty_as(&[splits, groups, columns], Dtype::F32)?;
     let call = Call::new(OP, "column_parts", x)?.tensor(x)?.optional(y)?.tensor_as(&partial, Dtype::F32)?;
-    let grid = [blocks(columns, COLUMNS)?, blocks(groups, 1)?, blocks(splits, 1)?];
-    call.size(rows)?.size(columns)?.launch(grid, 256, 0)?;
+    call.size(rows)?.size(columns)?.size(lanes)?.launch(grid, BLOCK, 0)?;
     sum_parts(&partial, x, shape, factor)
 }
 
@@ -190,12 +209,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reductions_fill_the_device_but_not_with_slivers() {
-        assert_eq!(splits(1, 192, 1), 1);
-        assert_eq!(splits(256, 32, 1), 1);
-        assert_eq!(splits(40_000, 192, 1), 157);
-        assert_eq!(splits(1 << 20, 32, 1), 1024);
-        assert_eq!(splits(1 << 20, 4096, 64), 1);
+    fn sums_over_rows_are_split() {
+        let splits = |rows, columns| {
+            let parts = RowParts::new(rows, columns, 3, Dtype::Bf16).expect("few");
+            (parts.lanes, parts.splits, parts.grid[0])
+        };
+        assert_eq!(splits(1, 1), (1, 1, 1));
+        assert_eq!(splits(300, 192), (32, 5, 1));
+        assert_eq!(splits(40_000, 264), (32, 512, 2));
+        assert_eq!(splits(40_000, 64), (8, 157, 1));
     }
 
     #[test]

@@ -23,7 +23,6 @@ pub mod patchify;
 pub mod rms_norm;
 pub mod swiglu;
 pub mod tile_blend;
-pub mod timestep;
 
 pub(crate) use call::{Call, blocks};
 pub use driver::{Event, Properties};
@@ -47,7 +46,8 @@ pub(crate) struct View {
 impl View {
     /// Unspecified contents.
     pub fn new(gpu: &'static Gpu, len: usize, dtype: Dtype) -> Result<Self> {
-        let bytes = len.checked_mul(dtype.size());
+        // No allocation is larger, and what is added to a size below can't overflow.
+        let bytes = len.checked_mul(dtype.size()).filter(|bytes| *bytes <= isize::MAX as usize);
         let bytes = bytes.ok_or_else(|| Error::invalid("allocate", format!("{len} elements")))?;
         Ok(Self { memory: Arc::new(gpu.allocate(bytes)?), offset: 0, len, dtype })
     }

@@ -136,13 +136,12 @@ pub fn standardise(x: &Tensor, mean: &Tensor, scale: &Tensor) -> Result<Tensor> 
 /// # Errors
 /// f16; not enough memory on a device.
 pub fn cast(tape: &Tape, x: &Var, dtype: Dtype) -> Result<Var> {
-    if x.value().dtype() == dtype || !x.value().is_cuda() {
+    let out = x.value().cast(dtype)?;
+    if out.same_storage(x.value()) {
         return Ok(x.clone());
     }
     let x_ = x.clone();
-    Ok(tape.push(x.value().cast(dtype)?, &[x], move |grad, grads| {
-        grads.accumulate(&x_, grad.cast(x_.value().dtype())?)
-    }))
+    Ok(tape.push(out, &[x], move |grad, grads| grads.accumulate(&x_, grad.cast(x_.value().dtype())?)))
 }
 
 /// Views a tensor as [outer, middle, inner] around the token axis of [batch, T, channels].

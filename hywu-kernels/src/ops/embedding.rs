@@ -1,6 +1,6 @@
 //! Table lookup.
 
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{Error, Result, Tape, Var};
 
 /// `table` [n, width], `ids` of shape `shape` -> [shape.., width]. The table may be trained.
 ///
@@ -18,19 +18,9 @@ pub fn embedding(tape: &Tape, table: &Var, ids: &[u32], shape: &[usize]) -> Resu
         return Err(Error::invalid(OP, format!("id {id} is not in the table of {n} entries")));
     }
     let full: Vec<usize> = shape.iter().copied().chain([width]).collect();
-    let row = move |id: u32| id as usize * width..(id as usize + 1) * width;
-    let data = table.value().data();
-    let out = Tensor::build(&full, |out| {
-        // max(1): a table of width 0 has nothing to copy.
-        out.chunks_mut(width.max(1)).zip(ids).for_each(|(o, &id)| o.copy_from_slice(&data[row(id)]));
-    });
+    let out = on_device!(table.value(), embedding::lookup(table.value(), ids, &full));
     let (table_, ids) = (table.clone(), ids.to_vec());
     Ok(tape.push(out, &[table], move |grad, grads| {
-        let mut sum = Tensor::zeros(table_.shape());
-        let data = sum.data_mut();
-        for (grad, &id) in grad.data().chunks(width.max(1)).zip(&ids) {
-            crate::cpu::add_assign(&mut data[row(id)], grad);
-        }
-        grads.accumulate(&table_, sum)
+        grads.accumulate(&table_, on_device!(grad, embedding::gradient(grad, &ids, table_.shape())))
     }))
 }

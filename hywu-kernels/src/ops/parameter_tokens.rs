@@ -1,6 +1,7 @@
 //! The generator's parameter tokens: initial grid and detokenisation (FORMAT.md sections 3 and 4).
 
-use crate::{Error, LoraVar, LoraVars, Result, Tape, Tensor, Var};
+use super::together;
+use crate::{Error, LoraVar, LoraVars, Result, Tape, Var};
 use hywu_core::{AdapterSpec, Parameter, ParameterKind};
 
 /// x0[n, s, j*c + i] = hw_pos[s*a + j, i] + layer_pos[n, i]: `hw_pos` [S * a, c], `layer_pos` [N, c] -> [1, N, S, a * c].
@@ -18,20 +19,13 @@ pub fn token_grid(tape: &Tape, hw_pos: &Var, layer_pos: &Var, a: usize) -> Resul
             return Err(Error::shape(OP, "layer_pos", other, expected));
         }
     };
-    let grid = Tensor::build(&[1, layers, rows / a, a * c], |out| {
-        for (layer, position) in out.chunks_mut(rows * c).zip(layer_pos.value().data().chunks(c)) {
-            for (row, hw) in layer.chunks_mut(c).zip(hw_pos.value().data().chunks(c)) {
-                row.iter_mut().zip(hw).zip(position).for_each(|((o, h), p)| *o = h + p);
-            }
-        }
-    });
+    let (hw, layer) = (hw_pos.value(), layer_pos.value());
+    together(OP, &[hw, layer])?;
+    let grid = on_device!(hw, parameter_tokens::token_grid(hw, layer, &[1, layers, rows / a, a * c]));
     let (hw, layer) = (hw_pos.clone(), layer_pos.clone());
     Ok(tape.push(grid, &[hw_pos, layer_pos], move |grad, grads| {
-        let (mut dhw, mut dlayer) = (Tensor::zeros(hw.shape()), Tensor::zeros(layer.shape()));
-        for (grad, dlayer) in grad.data().chunks(rows * c).zip(dlayer.data_mut().chunks_mut(c)) {
-            crate::cpu::add_assign(dhw.data_mut(), grad);
-            grad.chunks(c).for_each(|row| crate::cpu::add_assign(dlayer, row));
-        }
+        let (shape, layers) = (hw.shape(), layer.shape());
+        let [dhw, dlayer] = on_device!(grad, parameter_tokens::token_grid_gradients(grad, shape, layers));
         grads.accumulate(&hw, dhw)?;
         grads.accumulate(&layer, dlayer)
     }))

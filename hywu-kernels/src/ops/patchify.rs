@@ -4,49 +4,33 @@ use crate::{Error, Result, Tape, Tensor, Var};
 
 /// Sizes of an image cut in patches of p x p pixels.
 #[derive(Clone, Copy)]
-struct Grid {
-    batch: usize,
-    rows: usize,
-    columns: usize,
-    p: usize,
-    channels: usize,
+pub(crate) struct Grid {
+    pub batch: usize,
+    pub rows: usize,
+    pub columns: usize,
+    pub p: usize,
+    pub channels: usize,
 }
 
 impl Grid {
-    fn image(self) -> [usize; 4] {
+    /// Shape of the image.
+    pub fn image(self) -> [usize; 4] {
         [self.batch, self.rows * self.p, self.columns * self.p, self.channels]
     }
-    fn patches(self) -> [usize; 3] {
+    /// Shape of the patches.
+    pub fn patches(self) -> [usize; 3] {
         [self.batch, self.rows * self.columns, self.p * self.p * self.channels]
     }
-    /// Calls f(start in the image, start in the patches, length) for every run of pixels that stays together.
-    fn runs(self, mut f: impl FnMut(usize, usize, usize)) {
-        let Self { batch, rows, columns, p, channels } = self;
-        let run = p * channels;
-        for row in 0..batch * rows {
-            for column in 0..columns {
-                for y in 0..p {
-                    f(
-                        ((row * p + y) * columns + column) * run,
-                        ((row * columns + column) * p + y) * run,
-                        run,
-                    );
-                }
-            }
-        }
-    }
-    fn to_patches(self, image: &Tensor) -> Tensor {
-        let x = image.data();
-        Tensor::build(&self.patches(), |out| {
-            self.runs(|i, o, n| out[o..o + n].copy_from_slice(&x[i..i + n]));
-        })
-    }
-    fn to_image(self, patches: &Tensor) -> Tensor {
-        let x = patches.data();
-        Tensor::build(&self.image(), |out| {
-            self.runs(|o, i, n| out[o..o + n].copy_from_slice(&x[i..i + n]));
-        })
-    }
+}
+
+/// The patches of an image.
+fn to_patches(image: &Tensor, grid: Grid) -> Result<Tensor> {
+    Ok(on_device!(image, patchify::to_patches(image, grid)))
+}
+
+/// The image of patches.
+fn to_image(patches: &Tensor, grid: Grid) -> Result<Tensor> {
+    Ok(on_device!(patches, patchify::to_image(patches, grid)))
 }
 
 /// `image` [batch, height, width, channels] -> [batch, height/p * width/p, p * p * channels]; both sizes multiples of p.
@@ -65,8 +49,8 @@ pub fn patchify(tape: &Tape, image: &Var, p: usize) -> Result<Var> {
         }
     };
     let image_ = image.clone();
-    Ok(tape.push(grid.to_patches(image.value()), &[image], move |grad, grads| {
-        grads.accumulate(&image_, grid.to_image(grad))
+    Ok(tape.push(to_patches(image.value(), grid)?, &[image], move |grad, grads| {
+        grads.accumulate(&image_, to_image(grad, grid)?)
     }))
 }
 
@@ -89,7 +73,7 @@ pub fn unpatchify(tape: &Tape, patches: &Var, p: usize, height: usize, width: us
         return Err(Error::shape("unpatchify", "patches", patches.shape(), expected));
     };
     let patches_ = patches.clone();
-    Ok(tape.push(grid.to_image(patches.value()), &[patches], move |grad, grads| {
-        grads.accumulate(&patches_, grid.to_patches(grad))
+    Ok(tape.push(to_image(patches.value(), grid)?, &[patches], move |grad, grads| {
+        grads.accumulate(&patches_, to_patches(grad, grid)?)
     }))
 }

@@ -3,7 +3,8 @@
 use crate::Tensor;
 
 /// `t` in [0, 1] per batch entry -> [batch, width]: cos then sin of 1000 t / 10000^(i / (width / 2)), width even
-/// ("Attention Is All You Need", arXiv 1706.03762, section 3.5, with t scaled as diffusion models do).
+/// ("Attention Is All You Need", arXiv 1706.03762, section 3.5, with t scaled as diffusion models do). On the CPU, in f64 up to the
+/// result, as it is a few rows in all: [`Tensor::to`] brings it to a device.
 pub fn timestep_embedding(t: &[f32], width: usize) -> Tensor {
     let half = width / 2;
     Tensor::build(&[t.len(), width], |out| {

@@ -1,1 +1,0 @@
-//! CPU code of the op `timestep`.

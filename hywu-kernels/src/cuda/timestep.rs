@@ -1,1 +1,0 @@
-//! Launchers of `kernels-cu/timestep`; see `cpu/timestep.rs` for what each computes.

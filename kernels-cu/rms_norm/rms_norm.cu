@@ -1,0 +1,159 @@
+// RMSNorm with an optional weight and modulation. Memory-bound: x is read and out written once (4 bytes an element in bf16); backward
+// reads x and grad, writes dx, and reads both again for the sums where those are wanted (6 + 4 bytes).
+//
+// A row belongs to `threads` neighbouring threads, a power of two: a part of a warp, a warp, or a whole block. It is read twice, the
+// second time from L1, which costs nothing beside the first and keeps registers for more warps.
+#ifndef Element
+#include "common.cuh"
+#include "reduce.cuh"
+
+// Sum over the threads of a row; every thread of the block takes part.
+__device__ __forceinline__ float row_sum(float x, int threads, float* scratch) {
+    if (threads > WARP) return block_sum(x, scratch);
+    for (int offset = threads / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+// The factors of a row: absent ones are null.
+template <class T> struct Gains {
+    const T *weight, *scale;
+
+    __device__ __forceinline__ Gains(const T* weight, const T* scale, int64_t entry, int channels)
+        : weight(weight), scale(scale ? scale + entry * channels : nullptr) {}
+
+    // v *= weight * (1 + scale)
+    __device__ __forceinline__ void apply(float (&v)[PACK<T>], int column, int count) const {
+        float f[PACK<T>];
+        if (weight) {
+            load(f, weight + column, count);
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i++) v[i] *= f[i];
+        }
+        if (scale) {
+            load(f, scale + column, count);
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i++) v[i] *= 1.0f + f[i];
+        }
+    }
+};
+
+// The block's place: row, first pack and step of the thread. Rows beyond the last have no packs, but take part in the sums.
+struct RowThread {
+    int row, lane;
+    bool there;
+
+    __device__ __forceinline__ RowThread(int threads, int rows)
+        : row(blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads), lane(threadIdx.x % threads), there(row < rows) {}
+};
+
+#define KERNELS "rms_norm/rms_norm.cu"
+#include "instantiate.cuh"
+
+#else  // once per element type
+
+// out = x / sqrt(mean(x^2) + eps) * weight * (1 + scale) + shift; scale and shift of the entry, `rows_per_entry` rows each.
+extern "C" __global__ void __launch_bounds__(1024)
+    KERNEL(rms_norm)(const Element* __restrict__ x, const Element* __restrict__ weight, const Element* __restrict__ scale,
+                     const Element* __restrict__ shift, Element* __restrict__ out, int rows, int channels, int rows_per_entry,
+                     int threads, float eps) {
+    __shared__ float scratch[WARP];
+    RowThread t(threads, rows);
+    int end = t.there ? channels : 0, step = threads * PACK<Element>, first = t.lane * PACK<Element>;
+    int64_t at = int64_t(t.row) * channels, entry = t.row / rows_per_entry;
+    float v[PACK<Element>], square = 0.0f;
+    for (int column = first; column < end; column += step) {
+        load(v, x + at + column, pack_count<Element>(channels, column));
+#pragma unroll
+        for (int i = 0; i < PACK<Element>; i++) square += v[i] * v[i];
+    }
+    float inverse = 1.0f / sqrtf(row_sum(square, threads, scratch) / channels + eps);
+    Gains<Element> gains(weight, scale, entry, channels);
+    for (int column = first; column < end; column += step) {
+        int count = pack_count<Element>(channels, column);
+        load(v, x + at + column, count);
+#pragma unroll
+        for (int i = 0; i < PACK<Element>; i++) v[i] *= inverse;
+        gains.apply(v, column, count);
+        if (shift) {
+            float s[PACK<Element>];
+            load(s, shift + entry * channels + column, count);
+#pragma unroll
+            for (int i = 0; i < PACK<Element>; i++) v[i] += s[i];
+        }
+        store(out + at + column, v, count);
+    }
+}
+
+// dx = r * (d - x * mean(d * x) * r^2) with d = grad * weight * (1 + scale) and r = 1 / sqrt(mean(x^2) + eps), which is kept for
+// rms_norm_parts, if that follows.
+extern "C" __global__ void __launch_bounds__(1024)
+    KERNEL(rms_norm_dx)(const Element* __restrict__ x, const Element* __restrict__ grad, const Element* __restrict__ weight,
+                        const Element* __restrict__ scale, Element* __restrict__ dx, float* __restrict__ inverses, int rows,
+                        int channels, int rows_per_entry, int threads, float eps) {
+    __shared__ float scratch[WARP];
+    RowThread t(threads, rows);
+    int end = t.there ? channels : 0, step = threads * PACK<Element>, first = t.lane * PACK<Element>;
+    int64_t at = int64_t(t.row) * channels;
+    Gains<Element> gains(weight, scale, t.row / rows_per_entry, channels);
+    float v[PACK<Element>], d[PACK<Element>], square = 0.0f, product = 0.0f;
+    for (int column = first; column < end; column += step) {
+        int count = pack_count<Element>(channels, column);
+        load(v, x + at + column, count);
+        load(d, grad + at + column, count);
+        gains.apply(d, column, count);
+#pragma unroll
+        for (int i = 0; i < PACK<Element>; i++) square += v[i] * v[i], product += d[i] * v[i];
+    }
+    float inverse = 1.0f / sqrtf(row_sum(square, threads, scratch) / channels + eps);
+    float mean = row_sum(product, threads, scratch) * inverse * inverse / channels;
+    for (int column = first; column < end; column += step) {
+        int count = pack_count<Element>(channels, column);
+        load(v, x + at + column, count);
+        load(d, grad + at + column, count);
+        gains.apply(d, column, count);
+#pragma unroll
+        for (int i = 0; i < PACK<Element>; i++) d[i] = inverse * (d[i] - v[i] * mean);
+        store(dx + at + column, d, count);
+    }
+    if (inverses && t.there && t.lane == 0) inverses[t.row] = inverse;
+}
+
+// Parts of two sums over the rows of each group: grad * x * inverse, and grad where `shifts` is wanted; both
+// [splits][groups][channels]; see RowPart.
+extern "C" __global__ void __launch_bounds__(BLOCK, 4)
+    KERNEL(rms_norm_parts)(const Element* __restrict__ x, const Element* __restrict__ grad, const float* __restrict__ inverses,
+                           float* __restrict__ norms, float* __restrict__ shifts, int rows, int channels, int lanes) {
+    RowPart part(rows);
+    x += part.start * channels, grad += part.start * channels, inverses += part.start;
+    pack_sums<Element, 2>(
+        part.first, part.last, blockIdx.x, channels, lanes,
+        [=](float(&sum)[2][PACK<Element>], int row, int column, int count) {
+            int64_t at = int64_t(row) * channels + column;
+            float v[PACK<Element>], g[PACK<Element>], inverse = inverses[row];
+            load(v, x + at, count);
+            load(g, grad + at, count);
+#pragma unroll
+            for (int i = 0; i < PACK<Element>; i++) sum[0][i] += g[i] * (v[i] * inverse), sum[1][i] += g[i];
+        },
+        [=](int k, int column, float total) {
+            float* to = k == 0 ? norms : shifts;
+            if (to) to[part.out * channels + column] = total;
+        });
+}
+
+// Adds the parts up: dscale = weight * N, dshift, and what each entry gives to the weight's gradient, (1 + scale) * N, with N the sum
+// of `norms`. `n` = entries * channels.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    KERNEL(rms_norm_finish)(const float* __restrict__ norms, const float* __restrict__ shifts, const Element* __restrict__ weight,
+                            const Element* __restrict__ scale, Element* __restrict__ dscale, Element* __restrict__ dshift,
+                            float* __restrict__ dweight, int n, int channels, int splits) {
+    int i = blockIdx.x * BLOCK + threadIdx.x;
+    if (i >= n) return;
+    float norm = 0.0f, shift = 0.0f;
+    for (int s = 0; s < splits; s++) norm += norms[int64_t(s) * n + i], shift += shifts[int64_t(s) * n + i];
+    dscale[i] = from_float<Element>(weight ? norm * to_float(weight[i % channels]) : norm);
+    dshift[i] = from_float<Element>(shift);
+    if (dweight) dweight[i] = norm * (1.0f + to_float(scale[i]));
+}
+
+#endif
