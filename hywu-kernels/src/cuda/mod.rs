@@ -5,6 +5,7 @@
 //! names and no device. So nothing above this folder asks whether CUDA was built in.
 
 pub mod attention;
+pub mod attention_backward;
 mod call;
 #[cfg_attr(feature = "cuda", path = "driver/mod.rs")]
 #[cfg_attr(not(feature = "cuda"), path = "absent.rs")]
