@@ -1,12 +1,13 @@
 //! Attention against its f64 oracle.
 
+use hywu_core::Dtype;
 use hywu_kernels::{
-    Error, Result, Tape, Tensor, Var,
+    Device, Error, Result, Tape, Tensor, Var,
     ops::attention::{
         Attention, Layout, NormWeights, QkNorm, Rotary, Wanted, attention, backward, forward, rotary_table,
     },
     reference,
-    testing::{assert_close, check_gradients, random},
+    testing::{Place, check_gradients, check_output, for_each_place, random},
 };
 use proptest::prelude::*;
 
@@ -82,23 +83,48 @@ fn norm_weights(d: usize) -> [Tensor; 2] {
     })
 }
 
-fn wide(x: &Tensor) -> Vec<f64> {
-    x.data().iter().map(|&x| f64::from(x)).collect()
+/// The same call with its tables on a device.
+fn on(args: &Attention, device: Device) -> Attention {
+    let table = |r: &Rotary| r.to(device).unwrap();
+    Attention { rotary: args.rotary.as_ref().map(|(q, k)| (table(q), table(k))), ..args.clone() }
 }
 
-fn run(args: &Attention, [q, k, v]: &[Tensor; 3]) -> Tensor {
-    forward(args, q, k, v, None).unwrap().out
+fn host(x: &Tensor) -> Tensor {
+    x.to_host().unwrap()
+}
+
+/// The output at `place`, on the host.
+fn run(place: Place, args: &Attention, operands: &[Tensor; 3]) -> Tensor {
+    let [q, k, v] = operands.each_ref().map(|x| place.tensor(x));
+    host(&forward(&on(args, place.device), &q, &k, &v, None).unwrap().out)
+}
+
+/// The output at `place` against the oracle.
+#[track_caller]
+fn check_at(place: Place, args: &Attention, [q, k, v]: [&Tensor; 3], norm: Option<&[Tensor; 2]>) {
+    let mut inputs = vec![q.clone(), k.clone(), v.clone()];
+    inputs.extend(norm.into_iter().flatten().cloned());
+    let there = on(args, place.device);
+    check_output(
+        place,
+        &inputs,
+        |tape, x| {
+            let norm = x.get(3).zip(x.get(4)).map(|(q, k)| QkNorm { q: q.clone(), k: k.clone() });
+            let out = attention(tape, &there, &x[0], &x[1], &x[2], norm.as_ref())?;
+            assert_eq!(out.shape(), there.out_shape);
+            Ok(out)
+        },
+        |x| {
+            let norm = x.get(3).zip(x.get(4)).map(|(q, k)| (q.as_slice(), k.as_slice()));
+            reference::attention::attention(args, &x[0], &x[1], &x[2], norm)
+        },
+        TOLERANCE,
+    );
 }
 
 #[track_caller]
-fn check(args: &Attention, [q, k, v]: [&Tensor; 3], norm: Option<&[Tensor; 2]>) {
-    let weights = norm.map(|[q, k]| NormWeights { q, k });
-    let actual = forward(args, q, k, v, weights).unwrap();
-    let wide_norm = norm.map(|[q, k]| (wide(q), wide(k)));
-    let wide_norm = wide_norm.as_ref().map(|(q, k)| (q.as_slice(), k.as_slice()));
-    let expected = reference::attention::attention(args, &wide(q), &wide(k), &wide(v), wide_norm);
-    assert_eq!(actual.out.shape(), args.out_shape);
-    assert_close(actual.out.data(), &expected, TOLERANCE);
+fn check(args: &Attention, operands: [&Tensor; 3], norm: Option<&[Tensor; 2]>) {
+    for_each_place(|place| check_at(place, args, operands, norm));
 }
 
 #[track_caller]
@@ -110,11 +136,18 @@ fn check_dense(args: &Attention, seed: u64, norm: bool) {
 
 #[test]
 fn every_length_around_the_tile_edges() {
-    for (i, queries) in EDGES.into_iter().enumerate() {
-        for (j, keys) in EDGES.into_iter().enumerate() {
-            check_dense(&dense(1, queries, keys, 2, [32, 64, 128][(i + j) % 3]), 1, false);
+    for_each_place(|place| {
+        for (i, queries) in EDGES.into_iter().enumerate() {
+            for (j, keys) in EDGES.into_iter().enumerate() {
+                // On a device two of every ten pairs, so that each length is there twice.
+                if place == Place::CPU || (i + 10 - j) % 10 % 7 == 0 {
+                    let args = dense(1, queries, keys, 2, [32, 64, 128][(i + j) % 3]);
+                    let [q, k, v] = operands(&args, 1);
+                    check_at(place, &args, [&q, &k, &v], None);
+                }
+            }
         }
-    }
+    });
 }
 
 #[test]
@@ -155,23 +188,27 @@ fn layer_axis_without_a_copy() {
 fn key_lengths_mask_and_a_row_without_keys_is_zero() {
     let mut args = dense(4, 10, 40, 2, 32);
     args.key_lengths = Some(vec![40, 0, 1, 17]);
-    let [q, k, mut v] = operands(&args, 8);
+    let [q, k, v] = operands(&args, 8);
     check(&args, [&q, &k, &v], None);
-    // What is masked can be anything.
-    let before = forward(&args, &q, &k, &v, None).unwrap();
-    v.data_mut()[40 * 64..80 * 64].fill(f32::NAN);
-    let after = forward(&args, &q, &k, &v, None).unwrap();
-    assert_eq!(before.out.data(), after.out.data());
-    assert!(after.out.data()[10 * 64..20 * 64].iter().all(|&x| x == 0.0));
-    // The masked tail is as if it were not there.
-    let row = |from: usize, len: usize, x: &Tensor| {
-        Tensor::new(&[1, len / 64, 64], x.data()[from..from + len].to_vec()).unwrap()
-    };
-    let alone = run(
-        &dense(1, 10, 17, 2, 32),
-        &[row(3 * 10 * 64, 640, &q), row(3 * 40 * 64, 17 * 64, &k), row(3 * 40 * 64, 17 * 64, &v)],
-    );
-    assert_eq!(alone.data(), &before.out.data()[30 * 64..]);
+    for_each_place(|place| {
+        // What is masked can be anything.
+        let before = run(place, &args, &[q.clone(), k.clone(), v.clone()]);
+        let mut anything = v.clone();
+        anything.data_mut()[40 * 64..80 * 64].fill(f32::NAN);
+        let after = run(place, &args, &[q.clone(), k.clone(), anything]);
+        assert_eq!(before.data(), after.data());
+        assert!(after.data()[10 * 64..20 * 64].iter().all(|&x| x == 0.0));
+        // The masked tail is as if it were not there.
+        let row = |from: usize, len: usize, x: &Tensor| {
+            Tensor::new(&[1, len / 64, 64], x.data()[from..from + len].to_vec()).unwrap()
+        };
+        let alone = run(
+            place,
+            &dense(1, 10, 17, 2, 32),
+            &[row(3 * 10 * 64, 640, &q), row(3 * 40 * 64, 17 * 64, &k), row(3 * 40 * 64, 17 * 64, &v)],
+        );
+        assert_eq!(alone.data(), &before.data()[30 * 64..]);
+    });
 }
 
 #[test]
@@ -193,10 +230,13 @@ fn large_equal_and_hot_logits() {
     k.data_mut().fill(-size);
     k.data_mut()[299 * 64..].fill(size);
     q.data_mut().fill(size);
-    let out = run(&args, &[q, k, v.clone()]);
-    for row in out.data().chunks_exact(64) {
-        assert_eq!(row, &v.data()[299 * 64..]);
-    }
+    let operands = [q, k, v];
+    for_each_place(|place| {
+        let (out, v) = (run(place, &args, &operands), host(&place.tensor(&operands[2])));
+        for row in out.data().chunks_exact(64) {
+            assert_eq!(row, &v.data()[299 * 64..]);
+        }
+    });
 }
 
 #[test]
@@ -207,9 +247,14 @@ fn infinite_scores() {
     k.data_mut().fill(0.0);
     // Minus infinity for the whole first block of keys is weight zero.
     k.data_mut().iter_mut().step_by(2).take(299).for_each(|k| *k = f32::NEG_INFINITY);
-    assert_eq!(run(&args, &[q.clone(), k.clone(), v.clone()]).data(), &v.data()[598..]);
-    k.data_mut()[598] = f32::NEG_INFINITY;
-    assert!(run(&args, &[q, k, v]).data().iter().all(|x| x.is_nan()));
+    let mut all = k.clone();
+    all.data_mut()[598] = f32::NEG_INFINITY;
+    for_each_place(|place| {
+        let rounded = host(&place.tensor(&v));
+        assert_eq!(run(place, &args, &[q.clone(), k.clone(), v.clone()]).data(), &rounded.data()[598..]);
+        let nothing = run(place, &args, &[q.clone(), all.clone(), v.clone()]);
+        assert!(nothing.data().iter().all(|x| x.is_nan()));
+    });
 }
 
 #[test]
@@ -220,32 +265,35 @@ fn nan_reaches_the_rows_that_see_it() {
         out.data().chunks_exact(32).map(|row| row.iter().all(|x| x.is_nan())).collect()
     };
     let any_nan = |out: &Tensor| out.data().iter().filter(|x| x.is_nan()).count();
-    let mut bad = q.clone();
-    bad.data_mut()[25 * 64 + 40] = f32::NAN;
-    let out = run(&args, &[bad, k.clone(), v.clone()]);
-    assert_eq!((any_nan(&out), nan_heads(&out)[25 * 2 + 1]), (32, true));
-    for key in [0, 150, 299] {
-        let mut bad = k.clone();
-        bad.data_mut()[key * 64 + 3] = f32::NAN;
-        let out = run(&args, &[q.clone(), bad, v.clone()]);
-        assert!(nan_heads(&out).chunks_exact(2).all(|heads| heads == [true, false]));
-        let mut bad = v.clone();
-        bad.data_mut()[key * 64 + 3] = f32::NAN;
-        let out = run(&args, &[q.clone(), k.clone(), bad]);
-        assert_eq!(any_nan(&out), 30);
-        assert!(out.data().iter().skip(3).step_by(64).all(|x| x.is_nan()));
-    }
+    for_each_place(|place| {
+        let mut bad = q.clone();
+        bad.data_mut()[25 * 64 + 40] = f32::NAN;
+        let out = run(place, &args, &[bad, k.clone(), v.clone()]);
+        assert_eq!((any_nan(&out), nan_heads(&out)[25 * 2 + 1]), (32, true));
+        for key in [0, 150, 299] {
+            let mut bad = k.clone();
+            bad.data_mut()[key * 64 + 3] = f32::NAN;
+            let out = run(place, &args, &[q.clone(), bad, v.clone()]);
+            assert!(nan_heads(&out).chunks_exact(2).all(|heads| heads == [true, false]));
+            let mut bad = v.clone();
+            bad.data_mut()[key * 64 + 3] = f32::NAN;
+            let out = run(place, &args, &[q.clone(), k.clone(), bad]);
+            assert_eq!(any_nan(&out), 30);
+            assert!(out.data().iter().skip(3).step_by(64).all(|x| x.is_nan()));
+        }
+    });
 }
 
 /// Output, gradient of a fused projection and gradients of the norm's weights.
-fn everything(args: &Attention, qkv: &Tensor, grad: &Tensor) -> [Vec<f32>; 4] {
-    let [q, k] = norm_weights(args.head_dim);
+fn everything(place: Place, args: &Attention, qkv: &Tensor, grad: &Tensor) -> [Vec<f32>; 4] {
+    let (args, qkv, grad) = (on(args, place.device), place.tensor(qkv), place.tensor(grad));
+    let [q, k] = norm_weights(args.head_dim).map(|w| place.tensor(&w));
     let norm = Some(NormWeights { q: &q, k: &k });
-    let saved = forward(args, qkv, qkv, qkv, norm).unwrap();
+    let saved = forward(&args, &qkv, &qkv, &qkv, norm).unwrap();
     let wanted = Wanted { slots: [Some(0); 3], norm: true };
-    let result = backward(args, [qkv; 3], norm, &saved, grad, wanted).unwrap();
+    let result = backward(&args, [&qkv; 3], norm, &saved, &grad, wanted).unwrap();
     let (dq, dk) = result.norm.unwrap();
-    [&saved.out, &result.slots[0], &dq, &dk].map(|t| t.data().to_vec())
+    [&saved.out, &result.slots[0], &dq, &dk].map(|t| host(t).data().to_vec())
 }
 
 #[test]
@@ -257,13 +305,17 @@ fn the_rest_of_the_batch_does_not_show() {
         data.rotate_left(x.numel() / 3);
         Tensor::new(x.shape(), data).unwrap()
     };
-    let [out, d_qkv, _, _] = everything(&args, &qkv, &grad);
-    let [turned_out, turned_d_qkv, _, _] = everything(&args, &turned(&qkv), &turned(&grad));
-    for (x, y) in [(out, turned_out), (d_qkv, turned_d_qkv)] {
-        let third = x.len() / 3;
-        assert_eq!(x[third..], y[..2 * third]);
-        assert_eq!(x[..third], y[2 * third..]);
-    }
+    for_each_place(|place| {
+        let once = everything(place, &args, &qkv, &grad);
+        assert_eq!(once, everything(place, &args, &qkv, &grad));
+        let [out, d_qkv, _, _] = once;
+        let [turned_out, turned_d_qkv, _, _] = everything(place, &args, &turned(&qkv), &turned(&grad));
+        for (x, y) in [(out, turned_out), (d_qkv, turned_d_qkv)] {
+            let third = x.len() / 3;
+            assert_eq!(x[third..], y[..2 * third]);
+            assert_eq!(x[..third], y[2 * third..]);
+        }
+    });
 }
 
 #[test]
@@ -275,7 +327,7 @@ fn the_number_of_threads_does_not_show() {
         let grad = random(14, &[batch, 129, 32 * heads]);
         let with = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| everything(&args, &qkv, &grad))
+            pool.install(|| everything(Place::CPU, &args, &qkv, &grad))
         };
         let one = with(1);
         assert_eq!(one, with(2));
@@ -302,7 +354,7 @@ fn check_backward(
         |tape: &Tape, vars: &[Var]| -> Result<Var> {
             let [q, k, v] = sources.map(|i| &vars[i]);
             let norm = norm.then(|| QkNorm { q: vars[n - 2].clone(), k: vars[n - 1].clone() });
-            attention(tape, args, q, k, v, norm.as_ref())
+            attention(tape, &on(args, q.value().device()), q, k, v, norm.as_ref())
         },
         |x| {
             let [q, k, v] = sources.map(|i| x[i].as_slice());
@@ -376,12 +428,18 @@ fn gradients_of_elements_that_several_rows_read() {
 
 #[test]
 fn only_what_is_wanted() {
-    let args = with_rotary(dense(2, 19, 33, 2, 16));
-    let [q, k, v] = operands(&args, 27);
-    let [wq, wk] = norm_weights(16);
+    for d in [16, 130] {
+        for_each_place(|place| only_what_is_wanted_at(place, d));
+    }
+}
+
+fn only_what_is_wanted_at(place: Place, head_dim: usize) {
+    let args = on(&with_rotary(dense(2, 19, 33, 2, head_dim)), place.device);
+    let [q, k, v] = operands(&args, 27).map(|x| place.tensor(&x));
+    let [wq, wk] = norm_weights(head_dim).map(|w| place.tensor(&w));
     let norm = Some(NormWeights { q: &wq, k: &wk });
     let saved = forward(&args, &q, &k, &v, norm).unwrap();
-    let grad = random(28, &args.out_shape);
+    let grad = place.tensor(&random(28, &args.out_shape));
     let run = |slots, norm_too| {
         let wanted = Wanted { slots, norm: norm_too };
         backward(&args, [&q, &k, &v], norm, &saved, &grad, wanted).unwrap()
@@ -392,33 +450,71 @@ fn only_what_is_wanted() {
         slots[i] = Some(0);
         let one = run(slots, false);
         assert_eq!(one.slots.len(), 1);
-        assert_eq!(one.slots[0].data(), all.slots[i].data());
+        assert_eq!(host(&one.slots[0]).data(), host(&all.slots[i]).data());
         assert!(one.norm.is_none());
     }
     let weights = run([None; 3], true).norm.unwrap();
     let all_weights = all.norm.unwrap();
-    assert_eq!(weights.0.data(), all_weights.0.data());
-    assert_eq!(weights.1.data(), all_weights.1.data());
+    assert_eq!(host(&weights.0).data(), host(&all_weights.0).data());
+    assert_eq!(host(&weights.1).data(), host(&all_weights.1).data());
 }
 
 #[test]
 fn empty_calls() {
-    let none = dense(2, 0, 5, 1, 4);
-    assert_eq!(run(&none, &operands(&none, 29)).numel(), 0);
-    let args = dense(2, 3, 0, 1, 4);
-    let [q, k, v] = operands(&args, 30);
-    let saved = forward(&args, &q, &k, &v, None).unwrap();
-    assert_eq!(saved.out.data(), [0.0; 24]);
-    // The keys' tensor has elements that no key uses.
-    let wanted = Wanted { slots: [Some(0), Some(1), None], norm: false };
-    let grads = backward(&args, [&q, &q, &v], None, &saved, &q, wanted).unwrap().slots;
-    assert_eq!((grads[0].data(), grads[1].data()), ([0.0; 24].as_slice(), [0.0; 24].as_slice()));
+    for_each_place(|place| {
+        let none = dense(2, 0, 5, 1, 4);
+        assert_eq!(run(place, &none, &operands(&none, 29)).numel(), 0);
+        let args = dense(2, 3, 0, 1, 4);
+        let [q, k, v] = operands(&args, 30).map(|x| place.tensor(&x));
+        let saved = forward(&args, &q, &k, &v, None).unwrap();
+        assert_eq!(host(&saved.out).data(), [0.0; 24]);
+        // The keys' tensor has elements that no key uses.
+        let wanted = Wanted { slots: [Some(0), Some(1), None], norm: false };
+        let grads = backward(&args, [&q, &q, &v], None, &saved, &q, wanted).unwrap().slots;
+        assert!(grads.iter().all(|g| host(g).data() == [0.0; 24]));
+    });
+}
+
+#[test]
+fn gradients_of_masked_rows_are_zero_whatever_they_hold() {
+    let mut args = with_rotary(dense(2, 9, 20, 1, 8));
+    args.key_lengths = Some(vec![0, 7]);
+    let [mut q, mut k, mut v] = operands(&args, 33);
+    q.data_mut()[..9 * 8].fill(f32::NAN);
+    for x in [&mut k, &mut v] {
+        x.data_mut()[..20 * 8].fill(f32::NAN);
+        x.data_mut()[27 * 8..].fill(f32::NAN);
+    }
+    for_each_place(|place| {
+        let args = on(&args, place.device);
+        let [q, k, v] = [&q, &k, &v].map(|x| place.tensor(x));
+        let [wq, wk] = norm_weights(8).map(|w| place.tensor(&w));
+        let norm = Some(NormWeights { q: &wq, k: &wk });
+        let saved = forward(&args, &q, &k, &v, norm).unwrap();
+        let grad = place.tensor(&random(34, &args.out_shape));
+        let wanted = Wanted { slots: [Some(0), Some(1), Some(2)], norm: true };
+        let result = backward(&args, [&q, &k, &v], norm, &saved, &grad, wanted).unwrap();
+        let [dq, dk, dv] = [0, 1, 2].map(|i| host(&result.slots[i]));
+        let zero = |x: &[f32]| x.iter().all(|&x| x == 0.0);
+        assert!(zero(&dq.data()[..9 * 8]));
+        for d in [&dk, &dv] {
+            assert!(zero(&d.data()[..20 * 8]) && zero(&d.data()[27 * 8..]));
+        }
+        let (wq, wk) = result.norm.unwrap();
+        for d in [&dq, &dk, &dv, &host(&wq), &host(&wk)] {
+            assert!(d.data().iter().all(|x| x.is_finite()) && !zero(d.data()));
+        }
+    });
 }
 
 #[test]
 fn bad_arguments_are_typed_errors() {
+    for_each_place(bad_arguments);
+}
+
+fn bad_arguments(place: Place) {
     let good = dense(2, 3, 5, 2, 8);
-    let [q, k, v] = operands(&good, 31);
+    let [q, k, v] = operands(&good, 31).map(|x| place.tensor(&x));
     let shape = |args: &Attention| matches!(forward(args, &q, &k, &v, None), Err(Error::Shape { .. }));
     let invalid = |args: &Attention| matches!(forward(args, &q, &k, &v, None), Err(Error::Invalid { .. }));
     let change = |f: fn(&mut Attention)| {
@@ -441,7 +537,7 @@ fn bad_arguments_are_typed_errors() {
     assert!(shape(&change(|a| a.key_lengths = Some(vec![5]))));
     assert!(invalid(&change(|a| a.key_lengths = Some(vec![5, 6]))));
     let table = |tokens, half| {
-        let cos = Tensor::zeros(&[tokens, half]);
+        let cos = Tensor::zeros(&[tokens, half]).to(place.device, Dtype::F32).unwrap();
         Rotary { sin: cos.clone(), cos }
     };
     for (tokens_q, tokens_k, half, right) in
@@ -450,7 +546,7 @@ fn bad_arguments_are_typed_errors() {
         let args = Attention { rotary: Some((table(tokens_q, half), table(tokens_k, half))), ..good.clone() };
         assert_eq!(shape(&args), !right);
     }
-    let (w8, w7) = (Tensor::zeros(&[8]), Tensor::zeros(&[7]));
+    let [w8, w7] = [8, 7].map(|n| place.tensor(&Tensor::zeros(&[n])));
     let normed =
         |q_weight, k_weight| forward(&good, &q, &k, &v, Some(NormWeights { q: q_weight, k: k_weight }));
     assert!(normed(&w8, &w8).is_ok());
@@ -466,6 +562,13 @@ fn bad_arguments_are_typed_errors() {
     assert!(matches!(back([Some(0), Some(0), None], &saved.out), Err(Error::Shape { .. })));
     assert!(back([Some(0), None, None], &q.reshape(&[96]).unwrap()).is_ok());
     assert!(matches!(back([Some(0), None, None], &k), Err(Error::Shape { .. })));
+    if place != Place::CPU {
+        // Operands and tables must be together.
+        let elsewhere = forward(&good, &q, &host(&k), &v, None);
+        assert!(matches!(elsewhere, Err(Error::Invalid { .. })));
+        assert!(invalid(&with_rotary(good.clone())));
+        assert!(forward(&on(&with_rotary(good.clone()), place.device), &q, &k, &v, None).is_ok());
+    }
 }
 
 #[test]

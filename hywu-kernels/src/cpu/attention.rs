@@ -4,7 +4,10 @@
 #[cfg(target_arch = "x86_64")]
 use super::attention_simd::{Avx2, Avx512};
 use super::attention_simd::{Isa, Portable, Product, Simd, exp2};
-use crate::ops::attention::{Attention, Layout, Rotary};
+use crate::{
+    Tensor,
+    ops::attention::{Attention, Forward, Layout, NormWeights, Rotary},
+};
 use rayon::prelude::*;
 use std::{cell::RefCell, f32::consts::LOG2_E, ops::Range};
 
@@ -229,23 +232,24 @@ impl<'a> Operands<'a> {
     }
 }
 
+/// The output and the logarithms of the row sums; see [`crate::ops::attention::forward`].
+///
+/// # Safety
+/// `args` has been validated against the operands and the weights.
+pub(crate) unsafe fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Forward {
+    let mut lse = Tensor::zeros(&[args.batch[0], args.batch[1], args.heads, args.queries]);
+    let out = Tensor::build(&args.out_shape, |out| {
+        let norm = norm.map(|n| [n.q.data(), n.k.data()]);
+        // SAFETY: the caller's; a validated output layout is injective; the processor has what it detects.
+        unsafe { forward_on(Isa::detect(), args, qkv.map(Tensor::data), norm, out, lse.data_mut()) }
+    });
+    Forward { out, lse }
+}
+
 /// Computes the output (through `args.out`) and per row the base-2 logarithm of the sum of 2^score, [batch0, batch1, head, query].
 ///
 /// # Safety
-/// `args` has been validated against the lengths of all slices; the output layout never meets an element twice.
-pub(crate) unsafe fn forward(
-    args: &Attention,
-    qkv: [&[f32]; 3],
-    norm: Option<[&[f32]; 2]>,
-    out: &mut [f32],
-    lse: &mut [f32],
-) {
-    // SAFETY: the caller's; the processor has what it detects.
-    unsafe { forward_on(Isa::detect(), args, qkv, norm, out, lse) }
-}
-
-/// # Safety
-/// As for [`forward`], and the processor has `isa`.
+/// `args` has been validated against the lengths of all slices; the output layout never meets an element twice; the processor has `isa`.
 pub(super) unsafe fn forward_on(
     isa: Isa,
     args: &Attention,

@@ -8,7 +8,10 @@ use super::attention::{
 #[cfg(target_arch = "x86_64")]
 use super::attention_simd::{Avx2, Avx512};
 use super::attention_simd::{Isa, Portable, Product, Simd, exp2};
-use crate::ops::attention::Attention;
+use crate::{
+    Tensor,
+    ops::attention::{Attention, Backward, Forward, NormWeights, Slots},
+};
 use rayon::prelude::*;
 use std::{f32::consts::LN_2, ops::Range};
 
@@ -18,7 +21,7 @@ const QUERY_BLOCK: usize = 48;
 const KEY_BLOCK: usize = 128;
 
 /// What the forward pass left, and the gradient of its output.
-pub(crate) struct Saved<'a> {
+pub(super) struct Saved<'a> {
     /// The output.
     pub out: &'a [f32],
     /// Base-2 logarithms of the row sums.
@@ -28,7 +31,7 @@ pub(crate) struct Saved<'a> {
 }
 
 /// Where gradients go. Pointers may be equal: then the layouts tell whose element is whose.
-pub(crate) struct Sinks {
+pub(super) struct Sinks {
     /// Tensors for q, k and v; null where the gradient is not wanted.
     pub qkv: [*mut f32; 3],
     /// Is every element written exactly once? Then jobs run in parallel and overwrite; otherwise they run one after the other and add.
@@ -37,24 +40,46 @@ pub(crate) struct Sinks {
     pub norm: bool,
 }
 
+/// The wanted gradients; see [`crate::ops::attention::backward`].
+///
+/// # Safety
+/// `args` has been validated against all tensors.
+pub(crate) unsafe fn backward(
+    args: &Attention,
+    qkv: [&Tensor; 3],
+    norm: Option<NormWeights<'_>>,
+    saved: &Forward,
+    grad: &Tensor,
+    slots: &Slots<'_>,
+) -> Backward {
+    // What the jobs overwrite completely needs no zeros.
+    let tensor = |&(shape, whole): &(&[usize], bool)| match whole {
+        true => Tensor::build(shape, |_| {}),
+        false => Tensor::zeros(shape),
+    };
+    let mut tensors: Vec<Tensor> = slots.tensors.iter().map(tensor).collect();
+    let pointers: Vec<*mut f32> = tensors.iter_mut().map(|t| t.data_mut().as_mut_ptr()).collect();
+    let sinks = Sinks {
+        qkv: slots.wanted.slots.map(|s| s.map_or(std::ptr::null_mut(), |s| pointers[s])),
+        once: slots.once,
+        norm: slots.wanted.norm,
+    };
+    let weights = norm.map(|n| [n.q.data(), n.k.data()]);
+    let saved = Saved { out: saved.out.data(), lse: saved.lse.data(), grad: grad.data() };
+    // SAFETY: the caller's; the gradient tensors have their operands' sizes and nobody else holds them; the processor has what it
+    // detects.
+    let [dq, dk] =
+        unsafe { backward_on(Isa::detect(), args, qkv.map(Tensor::data), weights, &saved, &sinks) };
+    let like = |w: &Tensor, d: &[f32]| Tensor::build(w.shape(), |out| out.copy_from_slice(d));
+    let norm = norm.filter(|_| slots.wanted.norm).map(|n| (like(n.q, &dq), like(n.k, &dk)));
+    Backward { slots: tensors, norm }
+}
+
 /// Writes the wanted gradients and returns those of the norm's weights for queries and keys (zeros when not wanted).
 ///
 /// # Safety
 /// `args` has been validated against the lengths of all slices and of the tensors behind the pointers of `sinks`; these are
-/// initialised, and no other reference to them is alive.
-pub(crate) unsafe fn backward(
-    args: &Attention,
-    qkv: [&[f32]; 3],
-    norm: Option<[&[f32]; 2]>,
-    saved: &Saved<'_>,
-    sinks: &Sinks,
-) -> [Vec<f32>; 2] {
-    // SAFETY: the caller's; the processor has what it detects.
-    unsafe { backward_on(Isa::detect(), args, qkv, norm, saved, sinks) }
-}
-
-/// # Safety
-/// As for [`backward`], and the processor has `isa`.
+/// initialised, and no other reference to them is alive; the processor has `isa`.
 pub(super) unsafe fn backward_on(
     isa: Isa,
     args: &Attention,
@@ -425,7 +450,6 @@ mod tests {
     use super::super::attention::forward_on;
     use super::*;
     use crate::{
-        Tensor,
         ops::attention::{Layout, Rotary},
         reference,
     };

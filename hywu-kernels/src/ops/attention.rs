@@ -1,9 +1,7 @@
 //! softmax(Q K^T / sqrt(d)) V with online softmax, any length, strided operands.
 
-use crate::{
-    Device, Error, Result, Tape, Tensor, Var,
-    cpu::{attention as cpu, attention_backward as cpu_backward},
-};
+use super::together;
+use crate::{Device, Error, Result, Tape, Tensor, Var};
 use hywu_core::Dtype;
 
 const OP: &str = "attention";
@@ -22,7 +20,8 @@ pub struct Layout {
     pub head: usize,
 }
 
-/// Rotary tables: interleaved pairs (2i, 2i+1) of each head are rotated by the angle of (token, i).
+/// Rotary tables: interleaved pairs (2i, 2i+1) of each head are rotated by the angle of (token, i). They are f32, on the device of the
+/// operands.
 #[derive(Clone, Debug)]
 pub struct Rotary {
     /// [tokens, head_dim / 2].
@@ -93,7 +92,7 @@ pub struct NormWeights<'a> {
 pub struct Forward {
     /// The output, of shape `out_shape`.
     pub out: Tensor,
-    /// Per row the base-2 logarithm of the sum over keys of 2^(score * log2(e)): [batch0, batch1, heads, queries].
+    /// Per row the base-2 logarithm of the sum over keys of 2^(score * log2(e)): [batch0, batch1, heads, queries], in f32.
     pub lse: Tensor,
 }
 
@@ -113,6 +112,15 @@ pub struct Backward {
     pub slots: Vec<Tensor>,
     /// Gradients of the norm's weights for queries and keys, when wanted.
     pub norm: Option<(Tensor, Tensor)>,
+}
+
+/// The gradient tensors that [`backward`] fills, as it has checked them.
+pub(crate) struct Slots<'a> {
+    pub wanted: Wanted,
+    /// Is every element of every tensor reached at most once, by one row of one operand?
+    pub once: bool,
+    /// Per slot the tensor's shape, and whether all its elements are reached.
+    pub tensors: Vec<(&'a [usize], bool)>,
 }
 
 /// Sizes and strides of a layout's axes.
@@ -164,6 +172,10 @@ impl Attention {
     }
     /// Checks everything that the kernels rely on.
     fn validate(&self, [q, k, v]: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<()> {
+        together(OP, &[q, k, v])?;
+        if let Some(norm) = norm {
+            together(OP, &[q, norm.q, norm.k])?;
+        }
         let d = self.head_dim;
         if !d.is_multiple_of(2) || !(2..=256).contains(&d) {
             return Err(Error::invalid(OP, format!("head_dim is {d}, expected an even number in 2..=256")));
@@ -194,12 +206,12 @@ impl Attention {
                 }
             }
         }
-        if let Some((q, k)) = &self.rotary {
+        if let Some((of_q, of_k)) = &self.rotary {
             let tables = [
-                ("cos table of q", &q.cos, self.queries),
-                ("sin table of q", &q.sin, self.queries),
-                ("cos table of k", &k.cos, self.keys),
-                ("sin table of k", &k.sin, self.keys),
+                ("cos table of q", &of_q.cos, self.queries),
+                ("sin table of q", &of_q.sin, self.queries),
+                ("cos table of k", &of_k.cos, self.keys),
+                ("sin table of k", &of_k.sin, self.keys),
             ];
             for (what, table, tokens) in tables {
                 if table.shape().len() != 2 || table.shape()[0] < tokens || table.shape()[1] != d / 2 {
@@ -209,6 +221,13 @@ impl Attention {
                         table.shape(),
                         format!("[{tokens} or more, {}]", d / 2),
                     ));
+                }
+                if table.device() != q.device() || table.dtype() != Dtype::F32 {
+                    let (device, other, dtype) = (q.device(), table.device(), table.dtype());
+                    let text = format!(
+                        "the {what} is {dtype:?} on {other}, it must be F32 on {device}; see Rotary::to"
+                    );
+                    return Err(Error::invalid(OP, text));
                 }
             }
         }
@@ -253,7 +272,8 @@ impl Attention {
 ///
 /// # Errors
 /// [`Error::Shape`] when a layout leaves its tensor, `args.out` does not cover the output exactly once, or a norm weight, rotary table
-/// or the list of key lengths has the wrong size; [`Error::Invalid`] for a bad head_dim or key length.
+/// or the list of key lengths has the wrong size; [`Error::Invalid`] for a bad head_dim or key length, and for operands or tables that
+/// are not together on one device. Those of the device.
 pub fn forward(
     args: &Attention,
     q: &Tensor,
@@ -262,13 +282,8 @@ pub fn forward(
     norm: Option<NormWeights<'_>>,
 ) -> Result<Forward> {
     args.validate([q, k, v], norm)?;
-    let mut lse = Tensor::zeros(&[args.batch[0], args.batch[1], args.heads, args.queries]);
-    let out = Tensor::build(&args.out_shape, |out| {
-        let norm = norm.map(|n| [n.q.data(), n.k.data()]);
-        // SAFETY: validated above; the output layout is injective.
-        unsafe { cpu::forward(args, [q.data(), k.data(), v.data()], norm, out, lse.data_mut()) };
-    });
-    Ok(Forward { out, lse })
+    // SAFETY: validated.
+    Ok(unsafe { on_device!(q, attention::forward(args, [q, k, v], norm)) })
 }
 
 /// The wanted gradients of sum(`grad` * output); `saved` is what [`forward`] returned for the same arguments.
@@ -285,6 +300,7 @@ pub fn backward(
     wanted: Wanted,
 ) -> Result<Backward> {
     args.validate([q, k, v], norm)?;
+    together(OP, &[q, &saved.out, grad])?;
     let rows = args.batch[0] * args.batch[1] * args.heads * args.queries;
     let count = args.count(args.queries);
     for (what, tensor, expected) in
@@ -306,16 +322,16 @@ pub fn backward(
     let members = |slot| {
         operands.into_iter().zip(wanted.slots).filter_map(move |(o, s)| (s == Some(slot)).then_some(o))
     };
-    // Jobs run in parallel when no gradient has an element that two of them reach.
+    // Rows can be written in parallel when no gradient has an element that two of them reach.
     let once = (0..number).all(|slot| {
         let layouts: Vec<_> = members(slot).map(|(_, l, tokens)| (l, tokens)).collect();
         args.disjoint(&layouts)
     });
-    let mut slots = Vec::with_capacity(number);
+    let mut tensors = Vec::with_capacity(number);
     for slot in 0..number {
-        let mut sizes = members(slot).map(|(t, _, _)| t);
-        let Some(first) = sizes.next() else { continue };
-        if let Some(other) = sizes.find(|t| t.numel() != first.numel()) {
+        let mut shapes = members(slot).map(|(t, _, _)| t);
+        let Some(first) = shapes.next() else { continue };
+        if let Some(other) = shapes.find(|t| t.numel() != first.numel()) {
             return Err(Error::shape(
                 OP,
                 "operand of a shared gradient",
@@ -324,26 +340,11 @@ pub fn backward(
             ));
         }
         let covered: usize = members(slot).map(|(_, _, tokens)| args.count(tokens)).sum();
-        // What the jobs overwrite completely needs no zeros.
-        let whole = once && covered == first.numel();
-        slots.push(if whole { Tensor::build(first.shape(), |_| {}) } else { Tensor::zeros(first.shape()) });
+        tensors.push((first.shape(), once && covered == first.numel()));
     }
-    let pointers: Vec<*mut f32> = slots.iter_mut().map(|t| t.data_mut().as_mut_ptr()).collect();
-    let sinks = cpu_backward::Sinks {
-        qkv: wanted.slots.map(|s| s.map_or(std::ptr::null_mut(), |s| pointers[s])),
-        once,
-        norm: wanted.norm,
-    };
-    let weights = norm.map(|n| [n.q.data(), n.k.data()]);
-    let saved = cpu_backward::Saved { out: saved.out.data(), lse: saved.lse.data(), grad: grad.data() };
-    // SAFETY: validated above; the gradient tensors have their operands' sizes and nobody else holds them.
-    let [dq, dk] =
-        unsafe { cpu_backward::backward(args, [q.data(), k.data(), v.data()], weights, &saved, &sinks) };
-    let norm = match norm {
-        Some(n) if wanted.norm => Some((Tensor::new(n.q.shape(), dq)?, Tensor::new(n.k.shape(), dk)?)),
-        _ => None,
-    };
-    Ok(Backward { slots, norm })
+    let slots = Slots { wanted, once, tensors };
+    // SAFETY: validated.
+    Ok(unsafe { on_device!(q, attention_backward::backward(args, [q, k, v], norm, saved, grad, &slots)) })
 }
 
 /// Attention on a tape. `q`, `k` and `v` may be one and the same variable (a fused projection) read at different offsets.

@@ -1,0 +1,232 @@
+// Rows of the operands in their strided tensors, and what happens to them on the way into the tiles and back: QK norm, rotation, the
+// factor of the scores. A row is shared by a few lanes of a warp, 16 bytes each. Memory-bound.
+#pragma once
+
+#include "common.cuh"
+
+constexpr float NORM_EPS = 1e-6f;
+constexpr int WIDEST = 256;
+
+// Where rows are: (batch0, batch1, token, head), `channels` contiguous elements each. A unit is (batch0, batch1, head).
+struct Rows {
+    int64_t offset, batch0, batch1, token, head;
+    int size1, heads, tokens, channels;
+};
+
+__device__ __forceinline__ int64_t unit_start(const Rows& r, int unit) {
+    int entry = unit / r.heads, head = unit - entry * r.heads, b0 = entry / r.size1, b1 = entry - b0 * r.size1;
+    return r.offset + b0 * r.batch0 + b1 * r.batch1 + head * r.head;
+}
+
+// What is done to a row x of queries or of keys: normalised with `weight`, rotated by the angles of its token. Null: not.
+struct Change {
+    const void* weight;
+    const float *cos, *sin;
+};
+
+// Packs of 16 bytes that a lane holds of the widest row.
+template <class T> constexpr int PACKS = WIDEST / PACK<T> / WARP;
+
+template <class T> using Packs = float[PACKS<T>][PACK<T>];
+
+// The lanes that share a row: a power of two of them, neighbours in a warp.
+template <class T> struct Lanes {
+    int count, lane, channels;
+
+    __device__ Lanes(int width, int channels) : count(min(WARP, width / PACK<T>)), channels(channels) {
+        lane = threadIdx.x & (count - 1);
+    }
+    // Rows that a block holds at a time, and which of them this thread shares.
+    __device__ int groups() const { return BLOCK / count; }
+    __device__ int group() const { return threadIdx.x / count; }
+    __device__ int column(int pack) const { return (pack * count + lane) * PACK<T>; }
+    // Elements of a pack that are channels; `some`: is there a row at all?
+    __device__ int present(int pack, bool some) const {
+        int rest = channels - column(pack);
+        return !some || rest < 0 ? 0 : min(rest, PACK<T>);
+    }
+    __device__ void load(Packs<T>& v, const T* row, bool some) const {
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++) ::load(v[p], row + column(p), present(p, some));
+    }
+    // The whole warp calls it.
+    __device__ float sum(float x) const {
+        for (int offset = count / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+        return x;
+    }
+    __device__ float dot(const Packs<T>& a, const Packs<T>& b) const {
+        float x = 0.0f;
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i++) x += a[p][i] * b[p][i];
+        return sum(x);
+    }
+    // Turns the pairs of a row by the angles of its token, or by their negatives.
+    __device__ void rotate(Packs<T>& v, const Change& change, int token, bool back, bool some) const {
+        int64_t angles = int64_t(token) * (channels / 2);
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++) {
+            int there = present(p, some);
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i += 2) {
+                if (i < there) {
+                    int64_t at = angles + (column(p) + i) / 2;
+                    float c = change.cos[at], s = back ? -change.sin[at] : change.sin[at], x = v[p][i], y = v[p][i + 1];
+                    v[p][i] = c * x - s * y;
+                    v[p][i + 1] = s * x + c * y;
+                }
+            }
+        }
+    }
+    __device__ float inverse_rms(const Packs<T>& x) const { return 1.0f / sqrtf(dot(x, x) / channels + NORM_EPS); }
+};
+
+// Packs all rows: out[unit][token][width] = factor * rotated(normed(x)), zeros beyond the channels. A group of lanes per row.
+template <class T>
+__device__ void pack_rows(const T* x, const Rows& rows, const Change& change, float factor, T* out, int width, uint32_t count) {
+    Lanes<T> lanes(width, rows.channels);
+    uint32_t row = blockIdx.x * lanes.groups() + lanes.group();
+    bool some = row < count;
+    if (!some) row = 0;
+    int unit = row / uint32_t(rows.tokens), token = row - uint32_t(unit) * uint32_t(rows.tokens);
+    Packs<T> v;
+    lanes.load(v, x + unit_start(rows, unit) + token * rows.token, some);
+    if (change.weight) {
+        factor *= lanes.inverse_rms(v);
+        Packs<T> w;
+        lanes.load(w, static_cast<const T*>(change.weight), some);
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i++) v[p][i] *= w[p][i];
+    }
+    if (change.cos) lanes.rotate(v, change, token, false, some);
+#pragma unroll
+    for (int p = 0; p < PACKS<T>; p++) {
+#pragma unroll
+        for (int i = 0; i < PACK<T>; i++) v[p][i] *= factor;
+        if (some && lanes.column(p) < width) store_pack(out + int64_t(row) * width + lanes.column(p), v[p]);
+    }
+}
+
+// delta[unit][query] = dot product of the output's row and its gradient. `rows` finds both; a lane group per row.
+template <class T>
+__device__ void dot_rows(const T* a, const T* b, const Rows& rows, float* delta, int width, uint32_t count) {
+    Lanes<T> lanes(width, rows.channels);
+    uint32_t row = blockIdx.x * lanes.groups() + lanes.group();
+    bool some = row < count;
+    if (!some) row = 0;
+    int unit = row / uint32_t(rows.tokens), token = row - uint32_t(unit) * uint32_t(rows.tokens);
+    int64_t at = unit_start(rows, unit) + token * rows.token;
+    Packs<T> x, y;
+    lanes.load(x, a + at, some);
+    lanes.load(y, b + at, some);
+    float dot = lanes.dot(x, y);
+    if (some && lanes.lane == 0) delta[row] = dot;
+}
+
+// Which rows a launch of unpack_rows takes, per axis (batch0, batch1, token, head): `parallel` rows at once, no two of which share
+// an element, from `base` on; `loops` rows that are all the same element are added up by one group.
+struct Walk {
+    int parallel[4], loops[4], base[4];
+};
+
+// Takes the gradient of packed rows, times `factor`, back through rotation and norm.
+//  out: the operand's gradient, overwritten; or sum: the same in float, added to; both may be null
+//  partial: [block][channels], sums of the gradients of the norm's weight over the block's rows; or null
+// A row without a gradient counts as zero, whatever its elements: a token from the unit's number of keys on (`by_token`), or
+// all tokens of a unit without a key.
+template <class T>
+__device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, const float* grad, float factor, T* out, float* sum,
+                            float* partial, const int* lengths, bool by_token, const Walk& walk, int width, int per_group) {
+    __shared__ float tile[BLOCK * PACKS<T> * PACK<T>];
+    Lanes<T> lanes(width, rows.channels);
+    Packs<T> w = {}, dw = {};
+    if (change.weight) lanes.load(w, static_cast<const T*>(change.weight), true);
+    uint32_t count = uint32_t(walk.parallel[0]) * walk.parallel[1] * walk.parallel[2] * walk.parallel[3];
+    for (int step = 0; step < per_group; step++) {
+        uint32_t row = (blockIdx.x * per_group + step) * lanes.groups() + lanes.group();
+        bool inside = row < count;
+        uint32_t rest = inside ? row : 0, next;
+        int at[4];
+        // Heads are the fastest, then tokens: the order of memory in the usual layouts.
+        next = rest / uint32_t(walk.parallel[3]), at[3] = walk.base[3] + int(rest - next * walk.parallel[3]), rest = next;
+        next = rest / uint32_t(walk.parallel[2]), at[2] = walk.base[2] + int(rest - next * walk.parallel[2]), rest = next;
+        next = rest / uint32_t(walk.parallel[1]), at[1] = walk.base[1] + int(rest - next * walk.parallel[1]);
+        at[0] = walk.base[0] + int(next);
+        Packs<T> total = {};
+        int64_t place = 0;
+        int loops = walk.loops[0] * walk.loops[1] * walk.loops[2] * walk.loops[3];
+        for (int i = 0; i < loops; i++) {
+            int j = i;
+            int head = at[3] + j % walk.loops[3];
+            j /= walk.loops[3];
+            int token = at[2] + j % walk.loops[2];
+            j /= walk.loops[2];
+            int b1 = at[1] + j % walk.loops[1], b0 = at[0] + j / walk.loops[1];
+            int entry = b0 * rows.size1 + b1;
+            place = rows.offset + b0 * rows.batch0 + b1 * rows.batch1 + token * rows.token + head * rows.head;
+            bool some = inside && (!lengths || lengths[entry] > (by_token ? token : 0));
+            const float* g_row = grad + ((int64_t(entry) * rows.heads + head) * rows.tokens + token) * width;
+            Packs<T> g = {};
+#pragma unroll
+            for (int p = 0; p < PACKS<T>; p++) {
+                if (lanes.present(p, some) > 0) {
+#pragma unroll
+                    for (int i = 0; i < PACK<T>; i += 4) {
+                        float4 q = *reinterpret_cast<const float4*>(g_row + lanes.column(p) + i);
+                        g[p][i] = factor * q.x, g[p][i + 1] = factor * q.y;
+                        g[p][i + 2] = factor * q.z, g[p][i + 3] = factor * q.w;
+                    }
+                }
+            }
+            if (change.cos) lanes.rotate(g, change, token, true, some);
+            if (change.weight) {
+                // y = x * inverse * w: with g the gradient of y, dw = x g inverse and
+                // dx = inverse (w g - x inverse^2 sum(x w g) / channels).
+                Packs<T> v;
+                lanes.load(v, x + place, some);
+                float inverse = lanes.inverse_rms(v);
+#pragma unroll
+                for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+                    for (int i = 0; i < PACK<T>; i++) {
+                        dw[p][i] += v[p][i] * g[p][i] * inverse;
+                        g[p][i] *= w[p][i];
+                    }
+                float along = -inverse * inverse * lanes.dot(v, g) / rows.channels;
+#pragma unroll
+                for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+                    for (int i = 0; i < PACK<T>; i++) g[p][i] = (g[p][i] + v[p][i] * along) * inverse;
+            }
+#pragma unroll
+            for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+                for (int i = 0; i < PACK<T>; i++) total[p][i] += g[p][i];
+        }
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++) {
+            int there = lanes.present(p, inside);
+            if (there > 0 && out) store(out + place + lanes.column(p), total[p], there);
+            if (there > 0 && sum) {
+#pragma unroll
+                for (int i = 0; i < PACK<T>; i++)
+                    if (i < there) sum[place + lanes.column(p) + i] += total[p][i];
+            }
+        }
+    }
+    if (!partial) return;
+    int padded = lanes.count * PACKS<T> * PACK<T>;
+#pragma unroll
+    for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+        for (int i = 0; i < PACK<T>; i++) tile[lanes.group() * padded + lanes.column(p) + i] = dw[p][i];
+    __syncthreads();
+    for (int c = threadIdx.x; c < rows.channels; c += BLOCK) {
+        float x = 0.0f;
+        for (int group = 0; group < lanes.groups(); group++) x += tile[group * padded + c];
+        partial[int64_t(blockIdx.x) * rows.channels + c] = x;
+    }
+}
