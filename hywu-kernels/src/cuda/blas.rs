@@ -1,7 +1,8 @@
 //! Products of bf16 matrices by cuBLASLt, where that library is installed: it is loaded at run time, and nothing needs it.
 //!
 //! It chooses an algorithm by the sizes, the number of rows among them, so a row's bits may depend on how many other rows there are.
-//! A forward pass must not show that, hence [`Use`]. For given sizes the algorithm is chosen once in a process, and is deterministic.
+//! A forward pass must not show that, hence `Use` in low_rank_linear. For given sizes the algorithm is chosen once in a process; two runs
+//! are equal where the library chooses the same, HYWU_CUDA_BLAS=0 is for those who want to be sure.
 
 use super::{Gpu, Memory, call::on_gpu, low_rank_linear::Layout};
 use crate::{Error, Result, Tensor};
@@ -12,7 +13,7 @@ use cudarc::cublaslt::{
 use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
-    sync::{Mutex, MutexGuard, OnceLock},
+    sync::{Mutex, MutexGuard},
 };
 
 /// Device memory that its algorithms may use.
@@ -21,31 +22,13 @@ const WORKSPACE: usize = 32 << 20;
 const ALIGNMENT: u32 = 16;
 const OP: &str = "low_rank_linear";
 
-/// Where products may come from cuBLASLt, as the variable HYWU_CUDA_BLAS says: `0` nowhere, `1` everywhere; unset, in gradients.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Use {
-    Nowhere,
-    Gradients,
-    Everywhere,
-}
-
-/// What the environment allows.
-pub(super) fn in_use() -> Use {
-    static USE: OnceLock<Use> = OnceLock::new();
-    *USE.get_or_init(|| match std::env::var("HYWU_CUDA_BLAS").as_deref() {
-        Ok("0") => Use::Nowhere,
-        Ok("1") => Use::Everywhere,
-        _ => Use::Gradients,
-    })
-}
-
-/// A product of row-major matrices: [m, n, k]; is it added to what is in `out`, has it a bias?
+/// A product of row-major matrices, of m, n and k; is it added to what is there, has it a bias?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Shape {
-    pub layout: Layout,
-    pub dims: [usize; 3],
-    pub add: bool,
-    pub bias: bool,
+struct Shape {
+    layout: Layout,
+    dims: [usize; 3],
+    add: bool,
+    bias: bool,
 }
 
 /// The library on one device.
@@ -112,20 +95,25 @@ impl Blas {
         Ok(Self { gpu, handle, workspace, plans: Mutex::default() })
     }
 
-    /// out = A B + bias, or added to `out`; false, and nothing done, when the library can't do this shape.
+    /// `out` = A B + bias, or that added to `out`: m, n and k of matrices that lie so. False, and nothing done, when the library can't do
+    /// this.
+    ///
+    /// # Errors
+    /// Those of the library.
     pub fn product(
         &self,
-        shape: Shape,
-        a: &Tensor,
-        b: &Tensor,
-        out: &Tensor,
+        (layout, dims): (Layout, [usize; 3]),
+        [a, b]: [&Tensor; 2],
         bias: Option<&Tensor>,
+        out: &Tensor,
+        add: bool,
     ) -> Result<bool> {
-        let [m, n, k] = shape.dims;
+        let ([m, n, k], shape) = (dims, Shape { layout, dims, add, bias: bias.is_some() });
         assert!(
-            a.numel() == m * k && b.numel() == k * n && out.numel() == m * n && shape.bias == bias.is_some(),
-            "operands of {shape:?}"
+            a.numel() == m * k && b.numel() == k * n && out.numel() == m * n,
+            "the operands are of {shape:?}"
         );
+        assert!(bias.is_none_or(|bias| bias.numel() == n), "the bias is of {shape:?}");
         let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address());
         let (a, b, to) = (address(a)?, address(b)?, address(out)?);
         if [a, b, to].iter().any(|address| address % u64::from(ALIGNMENT) != 0) {
@@ -147,7 +135,7 @@ impl Blas {
                 pointer,
             )?;
         }
-        let (alpha, beta) = (1.0f32, if shape.add { 1.0f32 } else { 0.0 });
+        let (alpha, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
         let pointer = |address: u64| address as *const c_void;
         // Row-major C = A B is column-major C^T = B^T A^T: the operands change places.
         // SAFETY: the operands are of these sizes (asserted) on this device and stay allocated until the stream has passed; the

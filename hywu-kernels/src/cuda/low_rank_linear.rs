@@ -2,11 +2,12 @@
 //!
 //! What a forward pass computes for a row must not depend on the other rows. So its products are summed in an order that depends on k
 //! alone, by kernels of our own: cuBLASLt, which chooses an algorithm by the number of rows, takes part in gradients only
-//! ([`blas::Use`]).
+//! ([`Use`]).
 
 use super::{Call, blas, blocks, call::on_gpu, elementwise::sum_parts, pack};
 use crate::{Error, Result, Tensor};
 use hywu_core::Dtype;
+use std::sync::OnceLock;
 
 const OP: &str = "low_rank_linear";
 /// Blocks that fill any GPU.
@@ -27,6 +28,24 @@ pub(super) enum Layout {
     Nn,
     /// A^T B: A [k, m], B [k, n].
     Tn,
+}
+
+/// Where products may come from cuBLASLt, as the variable HYWU_CUDA_BLAS says: `0` nowhere, `1` everywhere; unset, in gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Use {
+    Nowhere,
+    Gradients,
+    Everywhere,
+}
+
+/// What the environment allows.
+fn in_use() -> Use {
+    static USE: OnceLock<Use> = OnceLock::new();
+    *USE.get_or_init(|| match std::env::var("HYWU_CUDA_BLAS").as_deref() {
+        Ok("0") => Use::Nowhere,
+        Ok("1") => Use::Everywhere,
+        _ => Use::Gradients,
+    })
 }
 
 /// May the sum over k be cut into parts, added up in order afterwards?
@@ -165,12 +184,12 @@ impl Product<'_> {
         if parts { sum_parts(&out, first.a, shape, self.alpha) } else { Ok(out) }
     }
 
-    /// By cuBLASLt where it may be used: the first term and the bias, added to the other term, which then is rounded before. By our own
-    /// kernel otherwise.
-    fn run_with(&self, using: blas::Use, shape: &[usize]) -> Result<Tensor> {
+    /// By cuBLASLt where it may be used for this: the first term and the bias, added to the other term, which is rounded before. By our
+    /// own kernel otherwise.
+    fn run_with(&self, using: Use, shape: &[usize]) -> Result<Tensor> {
         let Term { a, b, k } = self.terms[0];
         let n = self.dims[1];
-        if a.dtype() != Dtype::Bf16 || blas::in_use() < using {
+        if a.dtype() != Dtype::Bf16 || in_use() < using {
             return self.run(shape);
         }
         let Some(blas) = blas::of(on_gpu(OP, a)?.gpu())? else { return self.run(shape) };
@@ -180,9 +199,7 @@ impl Product<'_> {
         };
         // B serves every entry, so all rows are those of one product.
         let dims = [out.numel() / n, n, k];
-        let shape =
-            blas::Shape { layout: self.layout, dims, add: self.terms.len() > 1, bias: self.bias.is_some() };
-        match blas.product(shape, a, b, &out, self.bias)? {
+        match blas.product((self.layout, dims), [a, b], self.bias, &out, self.terms.len() > 1)? {
             true => Ok(out),
             false => self.run(out.shape()),
         }
@@ -240,7 +257,7 @@ pub fn expand(
         alpha: 1.0,
         split: Split::Never,
     };
-    product.run_with(blas::Use::Everywhere, shape)
+    product.run_with(Use::Everywhere, shape)
 }
 
 pub fn shrink_gradient(grad: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
@@ -275,7 +292,7 @@ pub fn expand_gradient(
         alpha: 1.0,
         split: Split::Never,
     };
-    product.run_with(blas::Use::Gradients, shape)
+    product.run_with(Use::Gradients, shape)
 }
 
 pub fn row_products(left: &Tensor, right: &Tensor, shape: &[usize]) -> Result<Tensor> {
@@ -290,7 +307,7 @@ pub fn row_products(left: &Tensor, right: &Tensor, shape: &[usize]) -> Result<Te
         split: Split::ToFill,
     };
     // The weight itself: one product.
-    if shape.len() == 2 { product.run_with(blas::Use::Gradients, shape) } else { product.run(shape) }
+    if shape.len() == 2 { product.run_with(Use::Gradients, shape) } else { product.run(shape) }
 }
 
 #[cfg(test)]
