@@ -1,4 +1,5 @@
-//! The backbone on a CUDA device against itself on the CPU. In bf16 the measure is what rounding its weights alone changes on the CPU.
+//! The backbone on a CUDA device against itself on the CPU. In bf16 the error is at most twice that of a naive bf16 implementation, which
+//! rounds the weights and the result of every op.
 
 mod common;
 
@@ -8,7 +9,7 @@ use hywu_diffusion::{Backbone, Picture, SampleOptions, edit_picture, flow_loss};
 use hywu_kernels::{
     Device, LoraVars, ParamSet, Tape, Tensor,
     optim::{Optimizer, Schedule},
-    testing::{Place, for_each_place, rounded_to_bf16},
+    testing::{Place, for_each_place, naive_bf16, rounded_to_bf16},
 };
 use std::ops::ControlFlow;
 
@@ -26,6 +27,13 @@ fn rounded(params: &ParamSet) -> ParamSet {
     let mut rounded = ParamSet::new();
     params.iter().for_each(|(name, t)| rounded.insert(name, rounded_to_bf16(t)));
     rounded
+}
+
+/// The same backbone with such weights.
+fn as_bf16(backbone: &Backbone) -> Backbone {
+    let mut naive = backbone.clone();
+    naive.params = rounded(&backbone.params);
+    naive
 }
 
 fn host(x: &Tensor) -> Tensor {
@@ -54,9 +62,7 @@ fn a_prediction_is_the_same() {
     let backbone = backbone();
     let x = inputs(6, 24, 40);
     let expected = predicted(&backbone, &x, Place::CPU);
-    let mut naive = backbone.clone();
-    naive.params = rounded(&backbone.params);
-    let naive = predicted(&naive, &x, Place::CPU);
+    let naive = naive_bf16(|| predicted(&as_bf16(&backbone), &x, Place::CPU));
     for_each_device(|place| {
         let got = predicted(&backbone, &x, place);
         let (error, allowed) = match place.dtype {
@@ -82,20 +88,21 @@ fn edited(backbone: &Backbone, source: &Picture, place: Place, batch: usize) -> 
 fn an_edit_is_the_same_in_any_batches() {
     let (backbone, source) = (backbone(), picture(70, 100));
     let expected = edited(&backbone, &source, Place::CPU, 4);
+    let naive = naive_bf16(|| edited(&as_bf16(&backbone), &source, Place::CPU, 4));
     for_each_device(|place| {
         let got = edited(&backbone, &source, place, 4);
-        let error = error(&got.rgb, &expected.rgb);
-        println!("{place:?}: error {error:e}");
-        // Half a step of 8 bits.
-        assert!(error <= if place.dtype == Dtype::F32 { 1e-5 } else { 1.0 / 255.0 }, "{place:?}: {error:e}");
+        let (error, naive) = (error(&got.rgb, &expected.rgb), error(&naive.rgb, &expected.rgb));
+        let allowed = if place.dtype == Dtype::F32 { 1e-5 } else { 2.0 * naive };
+        println!("{place:?}: error {error:e}, allowed {allowed:e}");
+        assert!(error <= allowed, "{place:?}: {error:e} > {allowed:e}");
         assert_eq!(got, edited(&backbone, &source, place, 1), "the batch shows");
     });
 }
 
-/// Losses of 50 steps from the same seed; `see` is what the arithmetic sees of the weights, and what the optimiser of the gradients.
+/// Losses of 50 steps from the same seed; naively the arithmetic sees rounded weights, while those that the optimiser moves are f32.
 fn losses(place: Place, naive: bool) -> Vec<f32> {
     let mut backbone = fresh().to(place.device, place.dtype).expect("the device works");
-    let schedule = Schedule { warmup: 3, total: 50, peak: 5e-3, floor: 1e-3 };
+    let schedule = Schedule { warmup: 3, total: 50, peak: 2e-3, floor: 5e-4 };
     let mut optimizer = Optimizer::new(&backbone.params, schedule, 0.01, 1.0, None).expect("enough memory");
     let step = |step: u64| {
         let batch = batch(&backbone, step % 3);
@@ -104,10 +111,7 @@ fn losses(place: Place, naive: bool) -> Vec<f32> {
         let bound = seen.bind(&tape, true).expect("enough memory");
         let loss = flow_loss(&tape, &backbone, &bound, &batch, &LoraVars::none()).expect("it fits");
         let value = loss.value().clone();
-        let mut grads = bound.take_grads(&mut tape.backward(&loss).expect("a loss")).expect("enough memory");
-        if naive {
-            grads = grads.iter().map(rounded_to_bf16).collect();
-        }
+        let grads = bound.take_grads(&mut tape.backward(&loss).expect("a loss")).expect("enough memory");
         drop((bound, loss, seen));
         optimizer.step(&mut backbone.params, &grads).expect("finite");
         value.item().expect("the device works")
@@ -118,7 +122,7 @@ fn losses(place: Place, naive: bool) -> Vec<f32> {
 #[test]
 fn training_follows_the_same_curve() {
     let expected = losses(Place::CPU, false);
-    let naive = distance(&losses(Place::CPU, true), &expected);
+    let naive = naive_bf16(|| distance(&losses(Place::CPU, true), &expected));
     for_each_device(|place| {
         let got = losses(place, false);
         let error = distance(&got, &expected);

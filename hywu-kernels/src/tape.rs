@@ -1,4 +1,4 @@
-use crate::{Error, Result, Tensor};
+use crate::{Error, Result, Tensor, testing};
 use std::cell::RefCell;
 
 type Backward = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<()>>;
@@ -78,6 +78,7 @@ impl Tape {
         inputs: &[&Var],
         backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<()> + 'static,
     ) -> Var {
+        let value = testing::as_naive(value);
         if self.inference || !inputs.iter().any(|v| v.requires_grad()) {
             return Var::constant(value);
         }
@@ -127,6 +128,7 @@ impl Gradients {
         if grad.numel() != var.value.numel() {
             return Err(Error::shape("gradient", "contribution", grad.shape(), format!("{:?}", var.shape())));
         }
+        let grad = testing::as_naive(grad);
         match &mut self.grads[i] {
             Some(sum) => sum.add_assign(&grad),
             slot => {

@@ -3,7 +3,7 @@
 use crate::{Device, Result, Tape, Tensor, Var, cuda, ops::loss::weighted_sum};
 use half::bf16;
 use hywu_core::{Dtype, Philox};
-use std::sync::OnceLock;
+use std::{cell::Cell, sync::OnceLock};
 
 /// Relative Frobenius error |actual - expected| / |expected|; NaN when anything is NaN, infinite when the lengths differ.
 pub fn relative_error(actual: &[f32], expected: &[f64]) -> f64 {
@@ -112,14 +112,44 @@ pub fn rounded_to_bf16(x: &Tensor) -> Tensor {
     })
 }
 
+thread_local! {
+    static NAIVE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `body` as a naive bf16 implementation would on the CPU: whatever an op or its gradient computes on this thread is rounded to
+/// bf16. With weights that are rounded too it is the measure for what a model computes on a device.
+pub fn naive_bf16<T>(body: impl FnOnce() -> T) -> T {
+    /// Switches off again, also when the body panics.
+    struct Off;
+    impl Drop for Off {
+        fn drop(&mut self) {
+            NAIVE.set(false);
+        }
+    }
+    NAIVE.set(true);
+    let _off = Off;
+    body()
+}
+
+/// What [`naive_bf16`] makes of an op's result; itself elsewhere.
+pub(crate) fn as_naive(x: Tensor) -> Tensor {
+    if NAIVE.get() && !x.is_cuda() { rounded_to_bf16(&x) } else { x }
+}
+
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().fold(0.0, |m, v| if v.is_nan() || v > m { v } else { m })
 }
 
-/// Values that differ as rounding once more to bf16 would make them differ: by up to 2^-9 of themselves, drawn by `seed`.
+/// Half the distance from |v| to the next bf16: what rounding to it may add.
+fn half_unit(v: f64) -> f64 {
+    // 8 bits, the first of which is 1.
+    if v == 0.0 { 0.0 } else { 2f64.powf(v.abs().log2().floor() - 8.0) }
+}
+
+/// Values that differ as rounding once more to bf16 would make them differ, drawn by `seed`.
 fn jittered(values: &[Vec<f64>], seed: u64) -> Vec<Vec<f64>> {
     let mut random = Philox::new(0xb16).stream(seed);
-    let mut jitter = |v: &f64| v * (1.0 + f64::from(random.range(-1.0, 1.0)) / 512.0);
+    let mut jitter = |v: &f64| v + half_unit(*v) * f64::from(random.range(-1.0, 1.0));
     values.iter().map(|x| x.iter().map(&mut jitter).collect()).collect()
 }
 
@@ -146,7 +176,7 @@ pub fn assert_near(
     let size = largest(expected.iter().map(|e| e.abs()));
     let draws = NAIVE_ERRORS.div_ceil(expected.len().max(1)).min(MOST_DRAWS);
     // At least half a unit of the largest value is allowed: the naive result may be exact by chance.
-    let mut rounding = size / 512.0;
+    let mut rounding = half_unit(size);
     for seed in 0..draws as u64 {
         let errors = naive(seed).into_iter().zip(expected);
         rounding = largest(errors.map(|(n, e)| (f64::from(bf16::from_f64(n)) - e).abs()).chain([rounding]));

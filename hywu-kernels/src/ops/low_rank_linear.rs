@@ -1,7 +1,9 @@
 //! Y`[b]` = X`[b]` W^T + bias + scale * (X`[b]` A`[b]`^T) B`[b]`^T (LoRA, arXiv 2106.09685), an adapter per batch entry.
 //!
 //! On a CUDA device a row's result depends on that row and its adapter alone, bit for bit: not on the rest of the batch, nor on the number
-//! of its rows. Gradients are the same in every run, but may be summed in another order for another number of rows.
+//! of its rows. Gradients of bf16 tensors may come from cuBLASLt where it is installed; `HYWU_CUDA_BLAS=0` does without it, so that they
+//! are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses it in forward passes too, whose rows then may depend on their
+//! number.
 
 use super::together;
 use crate::{Error, LoraVar, Result, Tape, Var, ops::elementwise::column_sums};
