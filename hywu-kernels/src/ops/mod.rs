@@ -1,4 +1,4 @@
-//! One module per op. Each has plain `forward` and `backward` functions over [`Tensor`](crate::Tensor)s and a function
+//! One module per op. Each has plain `forward` and `backward` functions over [`Tensor`]s and a function
 //! of the op's own name that records it on a [`Tape`](crate::Tape).
 //!
 //! An op checks its arguments once, for every device; the arithmetic is in `cpu/<op>.rs` and `cuda/<op>.rs`.

@@ -29,7 +29,7 @@ pub fn gather_tiles(field: &Tensor, at: &[TileAt], size: usize) -> Result<Tensor
     Ok(out)
 }
 
-/// Positions of the pixels of tiles, [n, size, size, 2]: the (y, x) of a pixel from `down` [height] and `across` [width].
+/// Positions of the pixels of tiles, [n, size, size, 2]: the (y, x) of a pixel from `down` `[height]` and `across` `[width]`.
 ///
 /// # Errors
 /// Other shapes, empty tiles, a tile outside of the canvas; positions that are not f32.
