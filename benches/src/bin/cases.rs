@@ -8,6 +8,7 @@ use hywu_kernels::Device;
 use serde_json::{Map, Value, json};
 use std::{
     io::{Write, stdout},
+    panic,
     process::ExitCode,
 };
 
@@ -39,6 +40,12 @@ fn main() -> Result<ExitCode> {
     // The main thread is one of the workers: handing every call to another thread costs more than a small op.
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).use_current_thread().build_global()?;
     args.device.check()?;
+    // Panics are reported as the case's error; only the place is missing there.
+    panic::set_hook(Box::new(|info| {
+        if let Some(place) = info.location() {
+            eprintln!("panic at {place}");
+        }
+    }));
     if args.smoke {
         let failed = smoke::run(args.device, &args.only);
         return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
