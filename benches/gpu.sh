@@ -13,7 +13,7 @@ set -euo pipefail
 usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 
 package() {
-  local root out work
+  local root out
   root=$(cd "$(dirname "$0")/.." && pwd)
   mkdir -p "$1"
   out=$(cd "$1" && pwd)
@@ -82,7 +82,7 @@ known() {
 }
 
 run_sanitizer() {
-  local tool code log more help
+  local tool code log more help limit
   code=0
   (cd "$work" && timeout -k 5 60 "$cases" --device cuda --smoke) >"$run/smoke.log" 2>&1 || code=$?
   row smoke "every op, both dtypes" "$(tail -n 1 "$run/smoke.log")"
@@ -92,18 +92,23 @@ run_sanitizer() {
   for tool in memcheck racecheck synccheck initcheck; do
     more=()
     case $tool in
-    memcheck) mapfile -t more < <(known --check-bulk-copy=yes --check-warpgroup-mma=yes) ;;
+    # The program checks what the driver returns itself, and asks events that have not passed, which is no error.
+    memcheck) mapfile -t more < <(known --report-api-errors=no --check-bulk-copy=yes --check-warpgroup-mma=yes) ;;
     racecheck) mapfile -t more < <(known --racecheck-memcpy-async=yes) ;;
     esac
     log=$run/sanitizer-$tool.log
+    # The comparison keeps its part of the time.
+    limit=$(($(left) - seconds * 4 / 10))
+    limit=$((limit < 60 ? limit : 60))
+    if [ "$limit" -lt 10 ]; then row sanitizer "$tool" "not run: the time is up"; continue; fi
     code=0
     # 99 tells the sanitizer's errors from the smoke run's own.
-    timeout -k 5 60 compute-sanitizer --tool "$tool" --print-level=warn --print-limit=100 --error-exitcode=99 "${more[@]}" \
+    timeout -k 5 "$limit" compute-sanitizer --tool "$tool" --print-level=warn --print-limit=100 --error-exitcode=99 "${more[@]}" \
       "$cases" --device cuda --smoke >"$log" 2>&1 || code=$?
     if grep -qi 'device not supported' "$log"; then row sanitizer "$tool" "not run: it refuses this device"; continue; fi
     case $code in
     0) row sanitizer "$tool" "no errors" ;;
-    124 | 137) row sanitizer "$tool" "stopped after 60 s: $(grep -c '^========= .*\(Error\|Invalid\|Race\|Uninit\)' "$log" || true) errors so far" ;;
+    124 | 137) row sanitizer "$tool" "stopped after $limit s: $(grep -c '^========= .*\(Error\|Invalid\|Race\|Uninit\)' "$log" || true) errors so far" ;;
     99) row sanitizer "$tool" "FAILED: $(grep 'ERROR SUMMARY' "$log" | tail -n 1 | sed 's/=* *//')"; failed=1 ;;
     *) row sanitizer "$tool" "FAILED: ended with $code, $(tail -n 1 "$log")"; failed=1 ;;
     esac
