@@ -115,6 +115,9 @@ class Comparison:
                 failures = result[side].get("failures", {})
                 for case, error in failures.items():
                     self.failures[f"{side}, {case}"] = error
+                for case, detail in result[side].get("details", {}).items():
+                    for way, error in detail.get("errors", {}).items():
+                        self.failures[f"{side}, {case}, {way}"] = error
                 # A program that says what failed ends with an error too.
                 if trouble and not failures:
                     self.failures[f"{side}, round {i + 1}"] = trouble
@@ -176,7 +179,7 @@ class Comparison:
             row["tflops"] = round(rates["flops"] / 1e12, 3)
         if rates["bytes"]:
             row["gbs"] = round(rates["bytes"] / 1e9, 1)
-        parts = [rate / ceiling for rate, ceiling in zip(rates.values(), self.ceilings()) if ceiling]
+        parts = [rate / ceiling for rate, ceiling in zip(rates.values(), self.ceilings()) if rate and ceiling]
         if parts:
             row["of_ceiling"] = round(max(parts), 3)
         return row
