@@ -1,240 +1,183 @@
-"""PyTorch's side of the CPU comparison: the same cases as `cargo run --release -p hywu-benches --bin cpu_cases`.
+"""PyTorch's side of the comparisons: the same cases as `cargo run --release -p hywu-benches --bin cases`, timed by the same rules.
 
-Prints one JSON object: PyTorch's version, threads, parameters of the backbone, and {case: median milliseconds}. Written from
-the description of the model in the crate `hywu-diffusion`; used by compare_cpu.py, which runs both programs in turn.
+    torch_peer.py [--device cpu] [--threads 2]
+    torch_peer.py --device cuda [--only PREFIX] [--quick] [--no-compile]
+
+Prints one JSON object: PyTorch's version, threads, parameters of the backbone, and {case: median milliseconds}, a case a line
+as soon as it is timed. On CUDA everything is bf16, the optimiser's weights are f32, and where there is more than one way to
+run a case (eager, torch.compile, cuDNN's attention) the fastest counts; all are in the details. Two cases more than the other
+side has, `ceiling/..`, measure what the card can do. Used by compare_cpu.py and compare_gpu.py.
 """
 
-import functools
+import argparse
 import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch_mini import COEFFICIENTS, EPS, FEATURES, HIDDEN, Mini, local_filter, modulated, patchify, with_adapter
 
-EPS = 1e-6
-THREADS = int(sys.argv[1]) if len(sys.argv) > 1 else 2
-torch.set_num_threads(THREADS)
-torch.manual_seed(0)
+parser = argparse.ArgumentParser()
+parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--only", default="", help="cases whose names start so")
+parser.add_argument("--quick", action="store_true", help="few calls of small shapes: shows that everything runs")
+parser.add_argument("--no-compile", action="store_true", help="eager only")
+ARGS = parser.parse_args()
+CUDA = ARGS.device == "cuda"
+DEVICE = ARGS.device
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+# Inputs and outputs of consecutive calls on a device add up to more than this (bytes): see benches/src/timing.rs.
+ROTATED_BYTES, MOST_COPIES, SAMPLE_MS, CASE_MS = 180e6, 64, 0.2, 1500.0
 
 
-def median_ms(f, seconds=1.0, least=7):
-    """Median of many calls after a warm-up; the same rule as the Rust side."""
+def randn(*shape, scale=1.0, dtype=None):
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype or DTYPE)
+
+
+def tensors(x):
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    values = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else []
+    return [t for value in values for t in tensors(value)]
+
+
+def cpu_times(call, seconds):
+    """Many calls after a warm-up."""
     for _ in range(3):
-        f()
+        call()
     times, start = [], time.perf_counter()
-    while len(times) < least or (time.perf_counter() - start < seconds and len(times) < 1000):
+    while len(times) < 7 or (time.perf_counter() - start < seconds and len(times) < 1000):
         t = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - t)
-    return 1e3 * statistics.median(times)
+        call()
+        times.append(1e3 * (time.perf_counter() - t))
+    return times, 1
 
 
-def with_adapter(y, x, a, b, scale):
-    """y + scale * (x a^T) b^T, one adapter per batch entry."""
-    return torch.baddbmm(y, torch.bmm(x, a.mT), b.mT, alpha=scale)
+def cuda_times(call):
+    """Samples of many calls between two events; nothing waits between the samples."""
+
+    def sample(calls):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        return start, end
+
+    def lasted(events):
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1])
+
+    lasted(sample(1 if ARGS.quick else 10))
+    calls, number = 1, 3
+    if not ARGS.quick:
+        ms = lasted(sample(calls))
+        while ms < SAMPLE_MS and calls < 4096:
+            calls *= 2
+            ms = lasted(sample(calls))
+        number = min(max(int(CASE_MS / ms), 5), 100)
+    events = [sample(calls) for _ in range(number)]
+    return [lasted(e) / calls for e in events], calls
 
 
-def low_rank_linear(b, m, k, n, r):
+def measure(make, call, seconds=1.0, rotate=True, grad=False):
+    """Times of call(*make()); on a device as many copies of the inputs take turns as it takes to leave the cache."""
+    with nullcontext() if grad else torch.inference_mode() if not CUDA else torch.no_grad():
+        inputs = [make()]
+        if not CUDA:
+            times, calls = cpu_times(lambda: call(*inputs[0]), seconds)
+        else:
+            out = call(*inputs[0])
+            size = sum(t.nbytes for t in tensors(inputs) + tensors(out))
+            copies = 2 if ARGS.quick else min(int(ROTATED_BYTES / max(size, 1)) + 1, MOST_COPIES)
+            copies = copies if rotate else 1
+            inputs += [make() for _ in range(copies - 1)]
+            outputs, turn = [None] * copies, 0
+
+            def next_call():
+                nonlocal turn
+                outputs[turn] = call(*inputs[turn])
+                turn = (turn + 1) % copies
+
+            times, calls = cuda_times(next_call)
+    times.sort()
+    at = lambda part: times[round(part * (len(times) - 1))]
+    return {"ms": statistics.median(times), "p10": at(0.1), "p90": at(0.9), "samples": len(times), "calls": calls}
+
+
+def ways(call, compiled=False, **more):
+    """The ways to run a case on a device: eager, compiled where asked for, and others."""
+    known = {"eager": call}
+    if CUDA and compiled and not ARGS.no_compile:
+        known["compiled"] = torch.compile(call, dynamic=False)
+    return known | (more if CUDA else {})
+
+
+def fastest(make, calls, **options):
+    """Times of the fastest way, with all of them beside it. A way that fails leaves the others."""
+    results, errors = {}, {}
+    for name, call in calls.items():
+        try:
+            results[name] = measure(make, call, **options)
+        except Exception as e:  # noqa: BLE001: whatever it is, the next way may work.
+            errors[name] = f"{type(e).__name__}: {e}"[:500]
+    if not results:
+        raise RuntimeError("; ".join(f"{name}: {e}" for name, e in errors.items()))
+    best = min(results, key=lambda name: results[name]["ms"])
+    return results[best] | {"way": best, "ways": {n: r["ms"] for n, r in results.items()}, "errors": errors}
+
+
+LINEARS = [(1, 1024, 4096, 4096, 16), (32, 84, 192, 576, 8), (32, 84, 192, 1024, 8), (32, 84, 512, 192, 8), (1, 64, 768, 256, 8)]
+LARGE_LINEARS = [(1, 4096, 4096, 4096, 16), (1, 16384, 1024, 4096, 16), (1, 4096, 4096, 6144, 16), (16, 4096, 4096, 4096, 16)]
+ATTENTIONS = [(32, 84, 3, 64), (16, 276, 3, 64), (1, 1024, 4, 64)]
+LARGE_ATTENTIONS = [(1, 4096, 16, 128), (4, 1024, 16, 64)]
+
+
+def linear(b, m, k, n, r, adapters):
     """x [b, m, k], one adapter per batch entry."""
-    x, w, bias = torch.randn(b, m, k), torch.randn(n, k) / k**0.5, torch.randn(n)
-    a, lb = torch.randn(b, r, k) / k**0.5, torch.randn(b, n, r)
 
-    @torch.inference_mode()
-    def run():
-        return with_adapter(F.linear(x, w, bias), x, a, lb, 0.5)
+    def make():
+        x, w, bias = randn(b, m, k), randn(n, k, scale=k**-0.5), randn(n)
+        pair = (randn(b, r, k, scale=k**-0.5), randn(b, n, r, scale=0.1)) if adapters else ()
+        return x, w, bias, *pair
 
-    @torch.inference_mode()
-    def plain():
-        return F.linear(x, w, bias)
+    def call(x, w, bias, *pair):
+        y = F.linear(x, w, bias)
+        return with_adapter(y, x, *pair, 0.5) if pair else y
 
-    return median_ms(run), median_ms(plain)
+    return fastest(make, ways(call))
 
 
-def attention(b, t, h, d, backward=False):
+def attention(b, t, h, d, backward):
     """Fused projection [b, t, 3 h d] -> [b, t, h d]."""
-    qkv = torch.randn(b, t, 3 * h * d, requires_grad=backward)
-    grad = torch.randn(b, t, h * d)
 
-    def forward():
+    def forward(qkv):
         q, k, v = qkv.view(b, t, 3, h, d).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, h * d)
 
-    def train():
+    def cudnn(call):
+        def run(*inputs):
+            with nn.attention.sdpa_kernel(nn.attention.SDPBackend.CUDNN_ATTENTION):
+                return call(*inputs)
+
+        return run
+
+    def train(qkv, grad):
         qkv.grad = None
-        forward().backward(grad)
+        forward(qkv).backward(grad)
+        return qkv.grad
 
-    if backward:
-        return median_ms(train)
-    with torch.inference_mode():
-        return median_ms(forward)
-
-
-class RmsNorm(nn.Module):
-    def __init__(self, n):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, EPS)
-
-
-def modulated(y, scale, shift):
-    """y [b, t, n] * (1 + scale) + shift, both [b, 1, n]."""
-    return torch.addcmul(shift, y, 1 + scale)
-
-
-def rotate(x, turns):
-    """Turns the pairs of channels of x [b, h, t, d] by `turns`, complex [t, d / 2]."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
-
-
-class Linear(nn.Linear):
-    """Without a bias, with an optional adapter (a [b, r, in], b [b, out, r], scale) per batch entry."""
-
-    def __init__(self, inner, outer):
-        super().__init__(inner, outer, bias=False)
-
-    def forward(self, x, lora=None):
-        y = super().forward(x)
-        return y if lora is None else with_adapter(y, x, *lora)
-
-
-class Block(nn.Module):
-    def __init__(self, width, head_dim, hidden, offset):
-        super().__init__()
-        self.heads, self.d = width // head_dim, head_dim
-        self.norm1, self.norm2 = RmsNorm(width), RmsNorm(width)
-        self.q_norm, self.k_norm = RmsNorm(head_dim), RmsNorm(head_dim)
-        self.qkv_proj, self.o_proj = Linear(width, 3 * width), Linear(width, width)
-        self.gate_and_up_proj, self.down_proj = Linear(width, 2 * hidden), Linear(hidden, width)
-        self.offset = nn.Parameter(torch.zeros(6 * width)) if offset else None
-
-    def attention(self, x, turns, lora):
-        b, t, _ = x.shape
-        q, k, v = self.qkv_proj(x, lora.get("qkv_proj")).view(b, t, 3, self.heads, self.d).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.q_norm(q), turns), rotate(self.k_norm(k), turns)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1)
-        return self.o_proj(y, lora.get("o_proj"))
-
-    def mlp(self, x, lora):
-        up, gate = self.gate_and_up_proj(x, lora.get("gate_and_up_proj")).chunk(2, -1)
-        return self.down_proj(up * F.silu(gate), lora.get("down_proj"))
-
-    def forward(self, x, turns, modulation=None, lora=None):
-        lora = lora or {}
-        if modulation is None:
-            x = x + self.attention(self.norm1(x), turns, lora)
-            return x + self.mlp(self.norm2(x), lora)
-        scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.offset)[:, None].chunk(6, -1)
-        x = torch.addcmul(x, gate1, self.attention(modulated(self.norm1(x), scale1, shift1), turns, lora))
-        return torch.addcmul(x, gate2, self.mlp(modulated(self.norm2(x), scale2, shift2), lora))
-
-
-FEATURES, HIDDEN = 31, 32
-COEFFICIENTS = 3 * FEATURES + 3 * HIDDEN + HIDDEN
-SPLINE = (torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16).repeat(3, 1, 1, 1)
-LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
-SOBEL = torch.stack([SOBEL, SOBEL.T])[:, None]
-
-
-def smooth(x, hole):
-    """One level of the a trous transform of [b, 3, h, w]."""
-    pad = 2 * hole
-    across = F.conv2d(F.pad(x, (pad, pad, 0, 0), "reflect"), SPLINE, dilation=(1, hole), groups=3)
-    return F.conv2d(F.pad(across, (0, 0, pad, pad), "reflect"), SPLINE.mT, dilation=(hole, 1), groups=3)
-
-
-def pixel_features(source, p):
-    """[b, h, w, 3] -> [b, h, w, 31]: see hywu-kernels/src/ops/local_filter.rs."""
-    b, h, w, _ = source.shape
-    rgb = source.permute(0, 3, 1, 2)
-    fine = smooth(rgb, 1)
-    middle = smooth(fine, 2)
-    coarse = smooth(middle, 4)
-    luma = F.conv2d(fine, LUMA)
-    edge = 0.25 * F.conv2d(F.pad(luma, (1, 1, 1, 1), "reflect"), SOBEL).square().sum(1, keepdim=True).sqrt()
-    mean = F.interpolate(F.avg_pool2d(rgb, p), scale_factor=p)
-    one = torch.ones_like(edge)
-    place = (2 * (torch.arange(max(h, w)) % p) + 1) / p - 1
-    colour = torch.cat([one, rgb], 1)
-    x, y = place[:w].view(1, 1, 1, w) * colour, place[:h].view(1, 1, h, 1) * colour
-    parts = [one, rgb, rgb * rgb, rgb * rgb.roll(-1, 1), fine, middle, coarse, edge, mean, x, y]
-    return torch.cat([part.permute(0, 2, 3, 1) for part in parts], -1)
-
-
-class Mini(nn.Module):
-    """The backbone `mini`: see hywu-diffusion/src/backbone.rs and config.rs. No instruction here has padding, so none is masked."""
-
-    def __init__(
-        self, width=192, layers=6, head_dim=64, hidden=512, text_dim=64, text_len=20, text_layers=2, p=8, words=1000
-    ):
-        super().__init__()
-        self.p, self.width, self.head_dim, self.text_len = p, width, head_dim, text_len
-        self.patch_in = nn.Linear(8 * p * p, width)
-        self.register_buffer("table", torch.randn(words, text_dim))
-        self.text_in, self.text_position = nn.Linear(text_dim, width), nn.Parameter(torch.zeros(text_len, width))
-        self.text = nn.ModuleList(Block(width, head_dim, hidden, False) for _ in range(text_layers))
-        self.time_in, self.text_pool = nn.Linear(width, width), nn.Linear(width, width)
-        # Six parts for the blocks, two for the norm before the head.
-        self.time_out = nn.Linear(width, 8 * width)
-        self.layers = nn.ModuleList(Block(width, head_dim, hidden, True) for _ in range(layers))
-        self.norm, self.head = RmsNorm(width), nn.Linear(width, 3 * p * p + COEFFICIENTS)
-        self.pixel_in = nn.Linear(FEATURES, HIDDEN, bias=False)
-        half = width // 2
-        # Only the condition uses these; they count as parameters on the other side.
-        self.condition_mean, self.condition_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.ones(width))
-        self.register_buffer("frequencies", 1000 * 10000 ** (-torch.arange(half) / half))
-        # Made once for each size of picture.
-        self.turns = functools.cache(self.turns)
-
-    def turns(self, rows, columns):
-        """Rotary turns: image tokens at (row, column), then text token i at (64 + i, 64 + i)."""
-        text = (64 + torch.arange(self.text_len))[:, None].expand(-1, 2)
-        places = torch.cat([torch.cartesian_prod(torch.arange(rows), torch.arange(columns)), text])
-        quarter = self.head_dim // 4
-        angles = places[:, :, None] * 10000 ** (-torch.arange(quarter) / quarter)
-        return torch.polar(torch.ones(len(places), 2 * quarter), angles.flatten(1))
-
-    def patchify(self, x):
-        b, h, w, c = x.shape
-        p = self.p
-        return x.reshape(b, h // p, p, w // p, p, c).transpose(2, 3).reshape(b, -1, p * p * c)
-
-    def unpatchify(self, x, h, w):
-        b, p = len(x), self.p
-        return x.view(b, h // p, w // p, p, p, -1).transpose(2, 3).reshape(b, h, w, -1)
-
-    def local_filter(self, coef, source):
-        """coef [b, n, COEFFICIENTS] -> [b, n, 3 p p]: linear . features + mix . relu(hidden + shift) of every pixel."""
-        features = self.patchify(pixel_features(source, self.p)).view(-1, self.p**2, FEATURES)
-        linear, mix, shift = coef.flatten(0, 1).split([3 * FEATURES, 3 * HIDDEN, HIDDEN], -1)
-        active = (self.pixel_in(features) + shift[:, None]).relu_()
-        out = torch.bmm(features, linear.unflatten(-1, (3, FEATURES)).mT)
-        return torch.baddbmm(out, active, mix.unflatten(-1, (3, HIDDEN)).mT).view(*coef.shape[:2], -1)
-
-    def forward(self, x_t, source, position, t, ids, loras=None):
-        _, h, w, _ = source.shape
-        y = self.text_in(F.embedding(ids, self.table)) + self.text_position
-        for block in self.text:
-            y = block(y, self.turns(0, 0))
-        tokens = self.patch_in(self.patchify(torch.cat([x_t, source, position], -1)))
-        n = tokens.shape[1]
-        z = torch.cat([tokens, y], 1)
-        angles = t[:, None] * self.frequencies
-        whole = F.rms_norm(y.mean(1), y.shape[-1:], None, EPS)
-        modulation = F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1)) + self.text_pool(whole))
-        shared, scale, shift = self.time_out(modulation).split([6 * self.width, self.width, self.width], -1)
-        turns = self.turns(h // self.p, w // self.p)
-        for i, block in enumerate(self.layers):
-            z = block(z, turns, shared, loras[i] if loras else None)
-        out = self.head(modulated(self.norm(z[:, :n]), scale[:, None], shift[:, None]))
-        residual, coef = out.split([3 * self.p**2, COEFFICIENTS], -1)
-        return self.unpatchify(self.patchify(source) + residual + self.local_filter(coef, source), h, w)
+    if not backward:
+        return fastest(lambda: (randn(b, t, 3 * h * d),), ways(forward, cudnn=cudnn(forward)))
+    make = lambda: (randn(b, t, 3 * h * d).requires_grad_(), randn(b, t, h * d))
+    return fastest(make, ways(train, cudnn=cudnn(train)), grad=True)
 
 
 PROJECTIONS = ["qkv_proj", "o_proj", "gate_and_up_proj", "down_proj"]
@@ -243,48 +186,199 @@ PROJECTIONS = ["qkv_proj", "o_proj", "gate_and_up_proj", "down_proj"]
 def pair(linear, batch, rank):
     """Random adapters of one projection."""
     inner, outer = linear.in_features, linear.out_features
-    return torch.randn(batch, rank, inner) / inner**0.5, 0.1 * torch.randn(batch, outer, rank), 1.0
+    return randn(batch, rank, inner, scale=inner**-0.5), randn(batch, outer, rank, scale=0.1), 1.0
 
 
-def mini(batch, size, lora, train):
-    model = Mini()
-    x_t, source, position, target = (torch.randn(batch, size, size, c) for c in (3, 3, 2, 3))
-    t, ids = torch.rand(batch), torch.randint(1000, (batch, model.text_len))
+def mini(batch, size, lora=False, train=False):
+    model = Mini().to(DEVICE).computing_in(DTYPE)
+    t, ids = torch.rand(batch, device=DEVICE), torch.randint(1000, (batch, model.text_len), device=DEVICE)
+    pictures = lambda: tuple(randn(batch, size, size, c, dtype=torch.float32) for c in (3, 3, 2, 3))
     if not train:
         loras = None
         if lora:
             loras = [{name: pair(getattr(block, name), batch, 8) for name in PROJECTIONS} for block in model.layers]
-        with torch.inference_mode():
-            return median_ms(lambda: model(x_t, source, position, t, ids, loras), seconds=2.0)
+        # Called once before it is compiled, so that the tables of rotary turns are known.
+        model(*(p for p in pictures()[:3]), t, ids, loras)
+        call = lambda f: lambda x_t, source, position, target: f(x_t, source, position, t, ids, loras)
+        calls = {name: call(f) for name, f in ways(model, compiled=True).items()}
+        return fastest(pictures, calls, seconds=2.0)
+    weights = list(model.parameters())
+    # In mixed precision the optimiser has weights of its own, in f32.
+    master = [nn.Parameter(w.detach().float()) for w in weights] if CUDA else weights
     # Only matrices decay.
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in master if p.dim() > 1], "weight_decay": 0.01},
+        {"params": [p for p in master if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimiser = torch.optim.AdamW(groups, 1e-3, (0.9, 0.95), fused=True)
 
-    def step():
-        optimiser.zero_grad()
-        F.mse_loss(model(x_t, source, position, t, ids), target).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+    def step(f):
+        def run(x_t, source, position, target):
+            for w in weights:
+                w.grad = None
+            f(x_t, source, position, target).backward()
+            if CUDA:
+                used = [(w, m) for w, m in zip(weights, master) if w.grad is not None]
+                for w, m in used:
+                    m.grad = torch.empty_like(m) if m.grad is None else m.grad
+                torch._foreach_copy_([m.grad for _, m in used], [w.grad for w, _ in used])
+            nn.utils.clip_grad_norm_(master, 1.0)
+            optimiser.step()
+            if CUDA:
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, master)
 
-    return median_ms(step, seconds=4.0)
+        return run
+
+    loss = lambda x_t, source, position, target: F.mse_loss(model(x_t, source, position, t, ids), target)
+    loss(*pictures())
+    calls = {name: step(f) for name, f in ways(loss, compiled=True).items()}
+    return fastest(pictures, calls, seconds=4.0, grad=True)
+
+
+def backward_of(forward):
+    """Forward and backward: gradients of all inputs but the last, which is the output's."""
+
+    def run(*inputs):
+        *leaves, grad = inputs
+        y = forward(*leaves)
+        wanted = [x for x in leaves if x.requires_grad]
+        return y.detach(), *torch.autograd.grad(y, wanted, grad)
+
+    return run
+
+
+def memory(b, t, c):
+    """The ops that memory bounds: {name: (make, forward pass, backward too, compiled too)}."""
+    x, row, per_batch = lambda: randn(b, t, c), lambda: randn(c), lambda: randn(b, 1, c)
+    leaf = lambda y: y.requires_grad_()
+    norm = lambda x, w, scale, shift: modulated(F.rms_norm(x, (c,), w, EPS), scale, shift)
+    norm_inputs = lambda: (x(), row(), per_batch(), per_batch())
+
+    def swiglu(y):
+        up, gate = y.chunk(2, -1)
+        return up * F.silu(gate)
+
+    cases = {
+        "elementwise/add": (lambda: (x(), x()), torch.add, False, False),
+        "elementwise/scale": (lambda: (x(),), lambda y: y * 0.75, False, False),
+        "elementwise/gated_residual": (lambda: (x(), x(), per_batch()), lambda u, v, g: torch.addcmul(u, v, g), False, True),
+        "elementwise/add_row": (lambda: (x(), row()), torch.add, False, False),
+        "elementwise/add_row fwd+bwd": (lambda: (x(), leaf(row()), x()), torch.add, True, False),
+        "elementwise/cast to f32": (lambda: (x(),), lambda y: y.float(), False, False),
+        "loss/weighted_mse": (lambda: (x(), x()), F.mse_loss, False, True),
+        "rms_norm/modulated fwd": (norm_inputs, norm, False, True),
+        "rms_norm/modulated fwd+bwd": (lambda: (*map(leaf, norm_inputs()), x()), norm, True, True),
+        "swiglu/fwd": (lambda: (randn(b, t, 2 * c),), swiglu, False, True),
+        "swiglu/fwd+bwd": (lambda: (leaf(randn(b, t, 2 * c)), x()), swiglu, True, True),
+        "swiglu/silu": (lambda: (x(),), F.silu, False, False),
+    }
+    return {f"{name} b{b} t{t} c{c}": case for name, case in cases.items()}
+
+
+def gathers():
+    b, side = (1, 64) if ARGS.quick else (16, 1024)
+    entries, width, count = (512, 64, 1024) if ARGS.quick else (49408, 1024, 65536)
+    ids = torch.arange(count, device=DEVICE) * 2654435761 % entries
+    batch, n, p2 = (1, 64, 64) if ARGS.quick else (16, 1024, 64)
+    patches = batch * n
+    filter_inputs = lambda: (randn(patches, COEFFICIENTS), randn(patches, p2, FEATURES), randn(patches, p2, HIDDEN))
+    return {
+        f"patchify/b{b} {side}px p8": (lambda: (randn(b, side, side, 3),), lambda x: patchify(x, 8), False, False),
+        f"embedding/n{entries} c{width} ids{count}": (lambda: (randn(entries, width),), lambda t: F.embedding(ids, t), False, False),
+        f"local_filter/fwd b{batch} t{n}": (filter_inputs, local_filter, False, True),
+    }
+
+
+def op(make, forward, grad, compiled):
+    """Times one of the above."""
+    calls = ways(forward, compiled)
+    return fastest(make, {name: backward_of(f) if grad else f for name, f in calls.items()}, grad=grad)
+
+
+def optimiser(count):
+    """Norm, clipping, AdamW and the average; gradients are f32, as AdamW wants them."""
+    side = round((count / 16) ** 0.5)
+    params = [nn.Parameter(randn(side, side, scale=0.02, dtype=torch.float32)) for _ in range(16)]
+    average = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = randn(side, side, dtype=torch.float32)
+    adamw = torch.optim.AdamW(params, 1e-3, (0.9, 0.95), weight_decay=0.01, fused=True)
+
+    def step():
+        nn.utils.clip_grad_norm_(params, 1.0)
+        adamw.step()
+        torch._foreach_lerp_(average, [p.detach() for p in params], 0.001)
+
+    return measure(lambda: (), step, rotate=False)
+
+
+def copy_ceiling():
+    count = 2**20 if ARGS.quick else 2**30
+    make = lambda: (torch.randint(256, (2, count), dtype=torch.uint8, device=DEVICE).unbind(),)
+    return measure(make, lambda pair: pair[0].copy_(pair[1])) | {"bytes": 2 * count, "flops": 0}
+
+
+def matmul_ceiling():
+    n = 256 if ARGS.quick else 8192
+    return measure(lambda: (randn(n, n), randn(n, n)), torch.matmul) | {"bytes": 6 * n * n, "flops": 2 * n**3}
+
+
+def cases():
+    """{name: function that times it}."""
+    large = CUDA and not ARGS.quick
+    out = {}
+    if CUDA:
+        out |= {"ceiling/copy": copy_ceiling, "ceiling/matmul": matmul_ceiling}
+    for shape in LINEARS + (LARGE_LINEARS if large else []):
+        name = "b{} m{} k{} n{} r{}".format(*shape)
+        out[f"low_rank_linear/{name}"] = lambda shape=shape: linear(*shape, adapters=True)
+        out[f"linear/{name}"] = lambda shape=shape: linear(*shape, adapters=False)
+    attentions = ATTENTIONS[:1] if CUDA and ARGS.quick else ATTENTIONS + (LARGE_ATTENTIONS if large else [])
+    for shape in attentions:
+        name = "b{} t{} h{} d{}".format(*shape)
+        out[f"attention/fwd {name}"] = lambda shape=shape: attention(*shape, backward=False)
+        out[f"attention/fwd+bwd {name}"] = lambda shape=shape: attention(*shape, backward=True)
+    if ARGS.quick:
+        out["backbone/forward b1 64px r8"] = lambda: mini(1, 64, lora=True)
+        out["backbone/train step b1 64px"] = lambda: mini(1, 64, train=True)
+    else:
+        out["backbone/forward b32 64px"] = lambda: mini(32, 64)
+        out["backbone/forward b32 64px r8"] = lambda: mini(32, 64, lora=True)
+        out["backbone/forward b8 128px"] = lambda: mini(8, 128)
+        out["backbone/train step b32 64px"] = lambda: mini(32, 64, train=True)
+    if not CUDA:
+        return out
+    for name, (make, call, grad, compiled) in (memory(*((2, 16, 256) if ARGS.quick else (16, 1024, 2048))) | gathers()).items():
+        out[name] = lambda case=(make, call, grad, compiled): op(*case)
+    count = 2**16 if ARGS.quick else 2**24
+    out[f"optim/step with average n{count}"] = lambda: optimiser(count)
+    return out
 
 
 def main():
-    out = {}
-    for b, m, k, n, r in [(1, 1024, 4096, 4096, 16), (32, 84, 192, 576, 8), (32, 84, 192, 1024, 8), (32, 84, 512, 192, 8), (1, 64, 768, 256, 8)]:
-        name = f"b{b} m{m} k{k} n{n} r{r}"
-        out[f"low_rank_linear/{name}"], out[f"linear/{name}"] = low_rank_linear(b, m, k, n, r)
-    for b, t, h, d in [(32, 84, 3, 64), (16, 276, 3, 64), (1, 1024, 4, 64)]:
-        out[f"attention/fwd b{b} t{t} h{h} d{d}"] = attention(b, t, h, d)
-        out[f"attention/fwd+bwd b{b} t{t} h{h} d{d}"] = attention(b, t, h, d, backward=True)
-    out["backbone/forward b32 64px"] = mini(32, 64, lora=False, train=False)
-    out["backbone/forward b32 64px r8"] = mini(32, 64, lora=True, train=False)
-    out["backbone/forward b8 128px"] = mini(8, 128, lora=False, train=False)
-    out["backbone/train step b32 64px"] = mini(32, 64, lora=False, train=True)
+    torch.set_num_threads(ARGS.threads)
+    torch.manual_seed(0)
     parameters = sum(p.numel() for p in Mini().parameters())
-    print(json.dumps({"torch": torch.__version__, "threads": THREADS, "parameters": parameters, "ms": out}, indent=1))
+    head = {"torch": torch.__version__, "device": DEVICE, "threads": ARGS.threads, "parameters": parameters}
+    print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
+    details, failures = {}, {}
+    for name, run in cases().items():
+        if not name.startswith(ARGS.only):
+            continue
+        try:
+            detail = run()
+        except Exception as e:  # noqa: BLE001: one case must not lose the others.
+            failures[name] = f"{type(e).__name__}: {e}"[:500]
+            print(f"{name}: {failures[name]}", file=sys.stderr)
+            continue
+        print("," if details else "", f'\n  {json.dumps(name)}: {detail["ms"]:.6f}', sep="", end="", flush=True)
+        details[name] = detail
+        if CUDA:
+            # Else what is compiled for many shapes falls back to eager after the eighth.
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+    print(f'\n}}, "details": {json.dumps(details)}, "failures": {json.dumps(failures)}}}')
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+//! This project's side of the comparisons with PyTorch: prints `{"threads": n, "parameters": those of the backbone, "ms": {case: median
+//! milliseconds}, "details": .., "failures": ..}`, a case a line as soon as it is timed, so that a run that is cut off has not been in
+//! vain. `benches/peer/torch_peer.py` runs the same cases; `benches/peer/compare_cpu.py` and `compare_gpu.py` run both in turn.
+
+use clap::Parser;
+use hywu_benches::{Result, attempt, cases, edit, smoke, timing::Bench};
+use hywu_kernels::Device;
+use serde_json::{Map, Value, json};
+use std::{
+    io::{Write, stdout},
+    panic,
+    process::ExitCode,
+};
+
+/// Times this project's ops and models.
+#[derive(Parser)]
+struct Args {
+    /// cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Threads on the CPU.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Only cases whose names start so.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Few calls of small shapes: shows that everything runs, not how fast.
+    #[arg(long)]
+    quick: bool,
+    /// Every op once forward and backward at ragged shapes, untimed: what compute-sanitizer looks at.
+    #[arg(long)]
+    smoke: bool,
+    /// Whole edits with the bundled model.
+    #[arg(long)]
+    edit: bool,
+}
+
+fn main() -> Result<ExitCode> {
+    let args = Args::parse();
+    // The main thread is one of the workers: handing every call to another thread costs more than a small op.
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).use_current_thread().build_global()?;
+    args.device.check()?;
+    // Panics are reported as the case's error; only the place is missing there.
+    panic::set_hook(Box::new(|info| {
+        if let Some(place) = info.location() {
+            eprintln!("panic at {place}");
+        }
+    }));
+    if args.smoke {
+        let failed = smoke::run(args.device, &args.only);
+        return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if args.edit {
+        let rows = edit::run(args.device, 3)?;
+        println!("{:#}", json!({ "device": args.device.to_string(), "edits": rows }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let bench = Bench { device: args.device, quick: args.quick };
+    print!("{{\"device\": \"{}\", \"threads\": {}, ", args.device, args.threads);
+    print!("\"parameters\": {}, \"ms\": {{", cases::parameters()?);
+    let (mut details, mut failures) = (Map::new(), Map::new());
+    for case in cases::all(&bench).into_iter().filter(|case| case.name.starts_with(&args.only)) {
+        match attempt(|| case.run(&bench)) {
+            Ok(times) => {
+                let comma = if details.is_empty() { "" } else { "," };
+                print!("{comma}\n  {}: {:.6}", Value::from(case.name.as_str()), times.median);
+                stdout().flush()?;
+                let detail = json!({
+                    "p10": times.p10, "p90": times.p90, "samples": times.samples, "calls": times.calls,
+                    "copies": times.copies, "bytes": case.floor.bytes, "flops": case.floor.flops,
+                });
+                details.insert(case.name, detail);
+            }
+            Err(e) => {
+                eprintln!("{}: {e}", case.name);
+                failures.insert(case.name, Value::from(e.to_string()));
+            }
+        }
+    }
+    let failed = !failures.is_empty();
+    println!("\n}}, \"details\": {}, \"failures\": {}}}", Value::from(details), Value::from(failures));
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
