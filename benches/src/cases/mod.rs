@@ -22,13 +22,16 @@ pub struct Floor {
     pub flops: f64,
 }
 
+/// Times a case.
+type Run = dyn Fn(&Bench) -> Result<Times>;
+
 /// Something to time.
 pub struct Case {
     /// `bench/case`.
     pub name: String,
     /// What it must move and compute.
     pub floor: Floor,
-    run: Box<dyn Fn(&Bench) -> Result<Times>>,
+    run: Box<Run>,
 }
 
 impl Case {

@@ -51,7 +51,8 @@ pub(crate) struct Gpu {
     pool: sys::CUmemoryPool,
     properties: Properties,
     modules: Mutex<HashMap<&'static str, Module>>,
-    functions: Mutex<HashMap<String, Function>>,
+    /// By op and name.
+    functions: Mutex<HashMap<&'static str, HashMap<String, Function>>>,
     stages: Mutex<Vec<Stage>>,
     cache: Mutex<Cache>,
 }
@@ -250,6 +251,7 @@ impl Gpu {
 
     fn function(&self, op: &'static str, name: &str, shared: u32) -> Result<sys::CUfunction> {
         let mut functions = lock(&self.functions);
+        let functions = functions.entry(op).or_default();
         let mut function = match functions.get(name) {
             Some(function) => *function,
             None => {
