@@ -22,13 +22,15 @@ pub struct Floor {
     pub flops: f64,
 }
 
+type Run = dyn Fn(&Bench) -> Result<Times>;
+
 /// Something to time.
 pub struct Case {
     /// `bench/case`.
     pub name: String,
     /// What it must move and compute.
     pub floor: Floor,
-    run: Box<dyn Fn(&Bench) -> Result<Times>>,
+    run: Box<Run>,
 }
 
 impl Case {
