@@ -51,7 +51,7 @@ fn main() -> Result<ExitCode> {
         return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     if args.edit {
-        let rows = edit::run(args.device, 3)?;
+        let rows = attempt(|| edit::run(args.device, 3))?;
         println!("{:#}", json!({ "device": args.device.to_string(), "edits": rows }));
         return Ok(ExitCode::SUCCESS);
     }

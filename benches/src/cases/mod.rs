@@ -22,7 +22,6 @@ pub struct Floor {
     pub flops: f64,
 }
 
-/// Times a case.
 type Run = dyn Fn(&Bench) -> Result<Times>;
 
 /// Something to time.
