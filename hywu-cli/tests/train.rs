@@ -5,7 +5,7 @@ use hywu::{
     model::{Memory, Model},
     train::{Kind, Progress, Run},
 };
-use hywu_kernels::Device;
+use hywu_kernels::{Device, testing::places};
 use predicates::str::contains;
 use std::{
     fs,
@@ -65,9 +65,20 @@ fn photos() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples")
 }
 
-/// Runs until `stop` steps are done.
+/// Runs on the CPU until `stop` steps are done.
 fn train(kind: Kind, config: &Path, out: &Path, resume: bool, stop: u64) -> anyhow::Result<()> {
-    let mut run = Run::open(kind, config, &photos(), out, resume, Device::Cpu)?;
+    train_on(Device::Cpu, kind, config, out, resume, stop)
+}
+
+fn train_on(
+    device: Device,
+    kind: Kind,
+    config: &Path,
+    out: &Path,
+    resume: bool,
+    stop: u64,
+) -> anyhow::Result<()> {
+    let mut run = Run::open(kind, config, &photos(), out, resume, device)?;
     run.train(&mut |Progress { step, .. }| {
         if step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })
@@ -100,6 +111,34 @@ fn thirty_steps_lower_the_loss() {
     assert!(mean(&losses[22..]) < 0.8 * mean(&losses[..8]), "{losses:?}");
     assert!(fs::read_to_string(out.join("loss.svg")).expect("drawn").contains("<svg"));
     Model::load(out.join("model")).expect("a model folder");
+}
+
+/// On a CUDA device every kind starts with the CPU's loss, and a run that was stopped goes on bit for bit.
+#[test]
+fn a_device_trains_as_the_cpu_does() {
+    let Some(place) = places().into_iter().find(|p| p.device != Device::Cpu) else { return };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let start = backbone(dir.path()).join("model");
+    for kind in [Kind::Backbone, Kind::Generator, Kind::Lora, Kind::Full] {
+        let config = config(dir.path(), 8, (kind != Kind::Backbone).then_some(&start));
+        let folder = |name: &str| dir.path().join(format!("{name}-{}", kind.name()));
+        let (cpu, whole, stopped) = (folder("cpu"), folder("whole"), folder("stopped"));
+        train(kind, &config, &cpu, false, u64::MAX).expect("a run");
+        train_on(place.device, kind, &config, &whole, false, u64::MAX).expect("a run");
+        let losses = |out: &Path| -> Vec<f64> {
+            let loss = |l: &String| l.split(',').nth(1).expect("loss").parse().expect("a number");
+            log(out).iter().skip(1).map(loss).collect()
+        };
+        // At this learning rate bf16's roundings grow from step to step; hywu-diffusion's tests follow a calmer curve.
+        let (a, b) = (losses(&whole), losses(&cpu));
+        assert!((a[0] - b[0]).abs() < b[0] / 128.0 && a.len() == b.len(), "{kind:?}: {a:?} {b:?}");
+        train_on(place.device, kind, &config, &stopped, false, 3).expect_err("interrupted");
+        train_on(place.device, kind, &config, &stopped, true, u64::MAX).expect("a run");
+        assert_eq!(log(&whole), log(&stopped), "{kind:?}");
+        let state = |out: &Path| fs::read(out.join("state.safetensors")).expect("written");
+        assert!(state(&whole) == state(&stopped), "{kind:?}");
+        Model::load(whole.join("model")).expect("a model folder");
+    }
 }
 
 #[test]

@@ -222,15 +222,24 @@ fn join(tape: &Tape, op: &'static str, parts: &[&Var], shape: &[usize], lengths:
     }))
 }
 
-/// Cuts `length` of every `from` elements starting at `start`.
-fn cut(tape: &Tape, x: &Var, shape: &[usize], start: usize, from: usize, length: usize) -> Result<Var> {
+/// Cuts `length` of every `from` elements starting at `start`, into this shape.
+pub(crate) fn cut(
+    tape: &Tape,
+    x: &Var,
+    shape: &[usize],
+    start: usize,
+    from: usize,
+    length: usize,
+) -> Result<Var> {
     let mut out = x.value().empty_like(shape)?;
     on_device!(out, elementwise::copy_blocks(&mut out, (0, length), x.value(), (start, from), length));
     let x_ = x.clone();
     Ok(tape.push(out, &[x], move |grad, grads| {
-        let mut dx = grad.zeros_like(x_.shape())?;
-        on_device!(grad, elementwise::copy_blocks(&mut dx, (start, from), grad, (0, length), length));
-        grads.accumulate(&x_, dx)
+        // In place, so that many cuts of one tensor cost no more than the tensor.
+        if let Some(sum) = grads.slot(&x_)? {
+            on_device!(grad, elementwise::add_blocks(sum, (start, from), grad, length));
+        }
+        Ok(())
     }))
 }
 

@@ -39,7 +39,7 @@ pub fn repeat_batch(tape: &Tape, x: &Var, batch: usize) -> Result<Var> {
     if x.shape().first() != Some(&1) {
         return Err(Error::shape("repeat_batch", "x", x.shape(), "[1, ..]"));
     }
-    super::elementwise::repeat_each(tape, x, batch)
+    elementwise::repeat_each(tape, x, batch)
 }
 
 /// Splits the token axis: `rows` [b, N, T, r, c] -> the first `count` tokens [b, N, count, r, c] and the rest.
@@ -51,8 +51,8 @@ pub fn split_tokens(tape: &Tape, rows: &Var, count: usize) -> Result<(Var, Var)>
         return Err(Error::shape("split_tokens", "rows", rows.shape(), "[b, N, T, r, c]"));
     };
     let flat = rows.reshape(&[b * n, t, r * c])?;
-    let first = super::elementwise::slice_tokens(tape, &flat, 0, count)?;
-    let rest = super::elementwise::slice_tokens(tape, &flat, count, t.saturating_sub(count))?;
+    let first = elementwise::slice_tokens(tape, &flat, 0, count)?;
+    let rest = elementwise::slice_tokens(tape, &flat, count, t.saturating_sub(count))?;
     Ok((first.reshape(&[b, n, count, r, c])?, rest.reshape(&[b, n, t - count, r, c])?))
 }
 
@@ -104,24 +104,10 @@ fn cut(
         let shape: Vec<usize> = [batch].into_iter().chain(p.shape.iter().copied()).collect();
         let mut layers = Vec::new();
         for layer in 0..spec.layers {
-            layers.push(piece(tape, tokens, &shape, layer * line + start, spec.layers * line, n)?);
+            layers.push(elementwise::cut(tape, tokens, &shape, layer * line + start, spec.layers * line, n)?);
         }
         out.push((p.module, layers));
         start += p.tokens(area) * area;
     }
     Ok(out)
-}
-
-/// `n` elements from `start` on of every batch entry of `each` elements. The gradient is added in place, so that many pieces of
-/// one big tensor cost no more than the tensor.
-fn piece(tape: &Tape, x: &Var, shape: &[usize], start: usize, each: usize, n: usize) -> Result<Var> {
-    let mut out = x.value().empty_like(shape)?;
-    on_device!(out, elementwise::copy_blocks(&mut out, (0, n), x.value(), (start, each), n));
-    let x_ = x.clone();
-    Ok(tape.push(out, &[x], move |grad, grads| {
-        if let Some(sum) = grads.slot(&x_)? {
-            on_device!(grad, elementwise::add_blocks(sum, (start, each), grad, n));
-        }
-        Ok(())
-    }))
 }
