@@ -1,5 +1,6 @@
 //! The generator's parameter tokens: initial grid and detokenisation (FORMAT.md sections 3 and 4).
 
+use super::elementwise;
 use super::together;
 use crate::{Error, LoraVar, LoraVars, Result, Tape, Var};
 use hywu_core::{AdapterSpec, Parameter, ParameterKind};
