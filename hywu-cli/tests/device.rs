@@ -3,7 +3,7 @@
 
 use assert_cmd::Command;
 use hywu_kernels::{Device, Error};
-use predicates::str::contains;
+use predicates::{prelude::PredicateBooleanExt, str::contains};
 use std::path::Path;
 
 fn edit(folder: &Path, device: &str) -> Command {
@@ -75,4 +75,27 @@ fn auto_does_without_a_device() {
         .assert()
         .success();
     assert!(folder.path().join("out.png").exists());
+}
+
+/// A picture that does not fit costs only itself: the device is as good as before for the next.
+#[test]
+fn the_next_picture_finds_a_device_that_works() {
+    if !emulated() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let out = folder.path().join("out");
+    let picture = |name: &str, side: u32| {
+        let file = folder.path().join(name);
+        image::RgbImage::from_fn(side, side, |x, y| image::Rgb([x as u8, y as u8, 90]))
+            .save(&file)
+            .expect("writable");
+        file
+    };
+    let mut command = Command::cargo_bin("hywu").expect("built");
+    command.arg("edit").args([picture("large.png", 1500), picture("small.png", 24)]).arg("make it warmer");
+    command.arg("--output-dir").arg(&out).args(["--steps", "1", "--device", "cuda", "--tile", "64"]);
+    command.env("HYWU_EMULATOR_MEMORY", "80000000");
+    command.assert().code(1).stderr(contains("large.png").and(contains("out of memory")));
+    assert!(!out.join("large.png").exists() && out.join("small.png").exists());
 }
