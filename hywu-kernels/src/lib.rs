@@ -25,6 +25,12 @@ pub use params::{Bound, ParamSet};
 pub use tape::{Gradients, Tape, Var};
 pub use tensor::Tensor;
 
+/// The compiler of the CUDA kernels in this build and what they were compiled for, e.g. "nvcc 13.0.88 for 80,90a"; none without them.
+pub fn cuda_build() -> Option<String> {
+    let release = option_env!("HYWU_NVCC_RELEASE").filter(|release| !release.is_empty())?;
+    Some(format!("nvcc {release} for {}", option_env!("HYWU_CUDA_ARCHS").unwrap_or("nothing")))
+}
+
 /// The widest instruction set that the CPU kernels use on this machine: "AVX-512", "AVX2" or "portable".
 pub fn simd_level() -> &'static str {
     cpu::gemm::simd_level()
