@@ -1,10 +1,11 @@
 //! The edit pipeline: photo + instruction -> condition -> adapter -> edited photo.
 
-use crate::model::{Memory, Model};
+use crate::model::{Memory, Model, fnv1a};
 use anyhow::{Context, Result, bail, ensure};
 use hywu_core::Adapter;
 use hywu_diffusion::{Picture, SampleOptions, condition_of, edit_picture};
 use hywu_kernels::{Device, LoraVars};
+use rayon::prelude::*;
 use std::{
     ops::ControlFlow,
     time::{Duration, Instant},
@@ -124,13 +125,25 @@ impl Editor {
             sample.batch = sample.batch.saturating_mul(DEVICE_BATCH);
         }
         let edited = edit_picture(&self.model.backbone, picture, &ids, &loras, &sample, progress)?;
-        let sum: f64 = edited.rgb.iter().zip(&picture.rgb).map(|(a, b)| f64::from((a - b).abs())).sum();
-        let change = sum * 127.5 / picture.rgb.len().max(1) as f64;
+        let change = distance(&edited.rgb, &picture.rgb) * 127.5 / picture.rgb.len().max(1) as f64;
         Ok(Edit { picture: edited, adapter, generating, sampling: start.elapsed(), change })
     }
 }
 
-/// FNV-1a over the picture's values: tells pictures apart in an adapter's provenance, no more.
+/// Values that a parallel task works on; fixed, so that sums don't depend on the number of threads.
+const CHUNK: usize = 1 << 16;
+
+/// Sum of the absolute differences.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let part =
+        |(a, b): (&[f32], &[f32])| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())).sum() };
+    let parts: Vec<f64> = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)).map(part).collect();
+    parts.iter().sum()
+}
+
+/// FNV-1a over those of the picture's parts: tells pictures apart in an adapter's provenance, no more.
 fn source_hash(picture: &Picture) -> String {
-    format!("{:016x}", crate::model::fnv1a(picture.rgb.iter().map(|v| v.to_bits())))
+    let part = |values: &[f32]| fnv1a(values.iter().map(|v| v.to_bits()));
+    let parts: Vec<u64> = picture.rgb.par_chunks(CHUNK).map(part).collect();
+    format!("{:016x}", fnv1a(parts.into_iter().flat_map(|h| [h as u32, (h >> 32) as u32])))
 }

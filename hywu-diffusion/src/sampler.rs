@@ -12,6 +12,7 @@ use hywu_kernels::{
         noise::noise_window,
     },
 };
+use rayon::prelude::*;
 use std::ops::ControlFlow;
 
 /// Side of the condition's views in pixels.
@@ -192,10 +193,12 @@ pub fn edit_picture(
     let edited = options.sampler.integrate(options.steps, noise, predict)?.to_host()?;
     // Breaking is pointless now; this only shows that all is done.
     let _ = progress(total, total);
-    let mut rgb = Vec::with_capacity(height * width * 3);
-    for row in edited.data().chunks_exact(tiling.width * 3).skip(Tiling::MARGIN).take(height) {
-        rgb.extend(row[Tiling::MARGIN * 3..][..width * 3].iter().map(|v| v.clamp(-1.0, 1.0)));
-    }
+    let mut rgb = vec![0.0; height * width * 3];
+    let rows = edited.data().par_chunks_exact(tiling.width * 3).skip(Tiling::MARGIN);
+    rgb.par_chunks_exact_mut(width * 3).zip(rows).for_each(|(out, row)| {
+        let row = &row[Tiling::MARGIN * 3..];
+        out.iter_mut().zip(row).for_each(|(o, v)| *o = v.clamp(-1.0, 1.0));
+    });
     Ok(Picture { alpha: picture.alpha.clone(), ..Picture::from_rgb(height, width, rgb) })
 }
 

@@ -6,6 +6,7 @@ use hywu_kernels::{
     Device, Tensor,
     ops::tile_blend::{TileAt, add_tents, gather_tiles, tile_blend, tile_positions},
 };
+use rayon::prelude::*;
 
 pub use hywu_kernels::ops::local_filter::reflect;
 
@@ -180,13 +181,13 @@ impl Tiling {
 /// A canvas of `height` x `width` pixels around a picture that starts at row and column `margin`: all around it is continued by
 /// reflection; alpha is dropped.
 pub fn pad_reflect(picture: &Picture, margin: usize, height: usize, width: usize) -> Picture {
-    let mut rgb = Vec::with_capacity(height * width * 3);
     let columns: Vec<usize> = (0..width).map(|x| reflect(x.abs_diff(margin), picture.width) * 3).collect();
-    for y in 0..height {
+    let mut rgb = vec![0.0; height * width * 3];
+    rgb.par_chunks_mut((width * 3).max(1)).enumerate().for_each(|(y, out)| {
         let row = reflect(y.abs_diff(margin), picture.height) * picture.width * 3;
-        for x in &columns {
-            rgb.extend_from_slice(&picture.rgb[row + x..][..3]);
+        for (out, x) in out.chunks_exact_mut(3).zip(&columns) {
+            out.copy_from_slice(&picture.rgb[row + x..][..3]);
         }
-    }
+    });
     Picture::from_rgb(height, width, rgb)
 }
