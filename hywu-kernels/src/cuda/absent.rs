@@ -9,7 +9,7 @@ pub(crate) enum Gpu {}
 pub(crate) enum Memory {}
 
 /// A point in a device's work.
-pub enum Event {}
+pub struct Event(Gpu);
 
 /// What a CUDA device is.
 #[derive(Clone, Debug)]
@@ -87,7 +87,7 @@ impl Event {
     /// # Errors
     /// Those of the device.
     pub fn since(&self, _earlier: &Self) -> Result<f32> {
-        match *self {}
+        match self.0 {}
     }
 }
 
