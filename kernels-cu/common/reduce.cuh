@@ -48,15 +48,18 @@ __device__ __forceinline__ void pack_sums(int first, int last, int column_block,
     }
 }
 
-// The rows of a block of a sum over the rows of each group, split in parts: grid (columns, groups, splits).
-struct RowPart {
-    int64_t start;    // the group's first row
-    int64_t out;      // row of the result [splits][groups]
-    int first, last;  // rows of the part, counted from `start`
+// The rows of a block of a sum over the rows of each group, split in parts: grid (groups x blocks of columns, splits). A grid's y and z
+// would not take every number of groups.
+template <class T> struct RowPart {
+    int64_t start;     // the group's first row
+    int64_t out;       // row of the result [splits][groups]
+    int first, last;   // rows of the part, counted from `start`
+    int column_block;  // `lanes` packs of columns
 
-    __device__ __forceinline__ RowPart(int rows) {
-        int part = (rows + gridDim.z - 1) / gridDim.z;
-        first = blockIdx.z * part, last = min(rows, first + part);
-        start = int64_t(blockIdx.y) * rows, out = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
+    __device__ __forceinline__ RowPart(int rows, int columns, int lanes) {
+        uint32_t width = lanes * PACK<T>, across = (columns + width - 1) / width, group = blockIdx.x / across;
+        int part = (rows + gridDim.y - 1) / gridDim.y;
+        first = blockIdx.y * part, last = min(rows, first + part), column_block = int(blockIdx.x - group * across);
+        start = int64_t(group) * rows, out = int64_t(blockIdx.y) * (gridDim.x / across) + group;
     }
 };

@@ -196,9 +196,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 // Parts of sums over the rows of each group, [splits][groups][channels]; see RowPart. `y` is a factor, or null.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     KERNEL(column_parts)(const Element* x, const Element* y, float* partial, int rows, int channels, int lanes) {
-    RowPart part(rows);
+    RowPart<Element> part(rows, channels, lanes);
     pack_sums<Element, 1>(
-        part.first, part.last, blockIdx.x, channels, lanes,
+        part.first, part.last, part.column_block, channels, lanes,
         [=](float(&sum)[1][PACK<Element>], int row, int column, int count) {
             int64_t at = (part.start + row) * channels + column;
             float v[PACK<Element>], f[PACK<Element>];

@@ -123,10 +123,10 @@ extern "C" __global__ void __launch_bounds__(1024)
 extern "C" __global__ void __launch_bounds__(BLOCK, 4)
     KERNEL(rms_norm_parts)(const Element* __restrict__ x, const Element* __restrict__ grad, const float* __restrict__ inverses,
                            float* __restrict__ norms, float* __restrict__ shifts, int rows, int channels, int lanes) {
-    RowPart part(rows);
+    RowPart<Element> part(rows, channels, lanes);
     x += part.start * channels, grad += part.start * channels, inverses += part.start;
     pack_sums<Element, 2>(
-        part.first, part.last, blockIdx.x, channels, lanes,
+        part.first, part.last, part.column_block, channels, lanes,
         [=](float(&sum)[2][PACK<Element>], int row, int column, int count) {
             int64_t at = int64_t(row) * channels + column;
             float v[PACK<Element>], g[PACK<Element>], inverse = inverses[row];

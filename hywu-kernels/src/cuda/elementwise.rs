@@ -113,7 +113,8 @@ impl RowParts {
         let lanes = sum_lanes(columns, dtype);
         // Whatever the number of groups, as an entry's sum must not depend on the other entries of its batch.
         let splits = rows.div_ceil(ROWS * BLOCK as usize / lanes).clamp(1, SPLITS);
-        let grid = [blocks(columns, lanes * super::pack(dtype))?, blocks(groups, 1)?, blocks(splits, 1)?];
+        let column_blocks = columns.div_ceil(lanes * super::pack(dtype));
+        let grid = [blocks(groups.saturating_mul(column_blocks), 1)?, splits as u32, 1];
         Ok(Self { lanes, splits, grid })
     }
 }
@@ -214,10 +215,10 @@ mod tests {
             let parts = RowParts::new(rows, columns, 3, Dtype::Bf16).expect("few");
             (parts.lanes, parts.splits, parts.grid[0])
         };
-        assert_eq!(splits(1, 1), (1, 1, 1));
-        assert_eq!(splits(300, 192), (32, 5, 1));
-        assert_eq!(splits(40_000, 264), (32, 512, 2));
-        assert_eq!(splits(40_000, 64), (8, 157, 1));
+        assert_eq!(splits(1, 1), (1, 1, 3));
+        assert_eq!(splits(300, 192), (32, 5, 3));
+        assert_eq!(splits(40_000, 264), (32, 512, 6));
+        assert_eq!(splits(40_000, 64), (8, 157, 3));
     }
 
     #[test]
