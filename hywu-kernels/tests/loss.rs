@@ -23,7 +23,7 @@ fn weighted_loss() {
 /// Several blocks of sums, the last of them ragged; entries of odd sizes.
 #[test]
 fn losses_of_every_size() {
-    for (batch, each) in [(1, 1), (2, 17), (3, 1365), (2, 4096 + 257), (5, 8192 + 1)] {
+    for (batch, each) in [(1, 1), (300, 1), (40, 3), (2, 17), (3, 1365), (2, 4096 + 257), (5, 8192 + 1)] {
         let shape = [batch, each];
         let target = random(2, &shape);
         let weight: Vec<f32> = (0..batch).map(|b| 0.5 + b as f32).collect();
