@@ -104,7 +104,7 @@ struct Place {
 // One thread per pack, row after row; the launcher keeps the number of packs below 2^32, as a 64-bit division would take longer
 // than the memory.
 template <class T> __device__ __forceinline__ bool row_place(Place& p, uint32_t rows, int length) {
-    uint32_t packs = (length + PACK<T> - 1) / PACK<T>, i = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t packs = (uint32_t(length) + PACK<T> - 1) / PACK<T>, i = blockIdx.x * blockDim.x + threadIdx.x;
     p.row = i / packs;
     p.column = int(i - p.row * packs) * PACK<T>;
     p.count = pack_count<T>(length, p.column);
