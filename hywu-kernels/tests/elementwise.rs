@@ -124,9 +124,8 @@ fn constants_are_standardised() {
 #[test]
 fn means_of_very_many_entries() {
     let x = random(1, &[66_000, 2, 3]);
-    let means = |v: &[Vec<f64>]| {
-        v[0].chunks(6).flat_map(|x| (0..3).map(move |c| 0.5 * (x[c] + x[3 + c]))).collect()
-    };
+    let means =
+        |v: &[Vec<f64>]| v[0].chunks(6).flat_map(|x| (0..3).map(move |c| 0.5 * (x[c] + x[3 + c]))).collect();
     for_each_place(|place| {
         check_output(place, std::slice::from_ref(&x), |t, v| mean_tokens(t, &v[0]), means, 1e-6);
     });

@@ -9,7 +9,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kernels=$(dirname "$here")
 CXX=${CXX:-g++}
 flags=(-std=c++17 -O2 -g1 -ffp-contract=off -fPIC -fvisibility=hidden -fno-gnu-unique -fno-extern-tls-init
-    -fno-strict-aliasing -pthread -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function
+    -fno-strict-aliasing -fsanitize=alignment -fno-sanitize-recover=alignment -pthread -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function
     -I "$here/include" -I "$kernels/common" -I "$kernels")
 language=(-x c++ -include "$here/emulator.h")
 lower() { if command -v nice >/dev/null; then nice -n 5 "$@"; else "$@"; fi; }

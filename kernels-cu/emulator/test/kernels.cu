@@ -128,6 +128,10 @@ extern "C" __global__ void test_trap(int when) {
     if (when) __trap();
 }
 
+extern "C" __global__ void test_misaligned(float* x, int at) {
+    *reinterpret_cast<float4*>(x + at) = make_float4(1, 2, 3, 4);
+}
+
 extern "C" __global__ void test_outside(float* x, int64_t at) { x[at] = 1; }
 
 extern "C" __global__ void test_outside_shared(float* out, int at) {

@@ -359,6 +359,14 @@ static void outside_shared() {
     launch("test_outside_shared", 1, 1, 400, x.address, 100);
 }
 
+static void aligned() {
+    Array<float> x(10);
+    launch("test_misaligned", 1, 1, 0, x.address, 4);
+}
+static void misaligned() {
+    Array<float> x(10);
+    launch("test_misaligned", 1, 1, 0, x.address, 2);
+}
 static void missing_barrier() { exit(block_sum_is_right("test_missing_barrier") ? 0 : 3); }
 static void deadlock() { launch("test_deadlock", 1, 32, 0); }
 static void no_image() { exit(call("cuModuleLoadData", &module, "image")); }
@@ -374,7 +382,7 @@ static const std::map<std::string, void (*)()> CASES = {
     {"deadlock", deadlock},   {"out_of_memory", out_of_memory},
     {"trap", trap},           {"fail_launch", fail_launch},
     {"no_image", no_image},   {"outside", outside},
-    {"outside_shared", outside_shared},
+    {"outside_shared", outside_shared}, {"aligned", aligned}, {"misaligned", misaligned},
 };
 
 /// The exit status, or minus the signal, of a case in a process of its own.
@@ -413,6 +421,8 @@ int main(int count, char** arguments) {
         EXPECT(run("no_image", {"HYWU_EMULATOR_NO_IMAGE=1"}) == 209);
         EXPECT(finds_missing_barrier());
         EXPECT(run("deadlock", {}) == -SIGABRT);
+        EXPECT(run("aligned", {}) == 0);
+        EXPECT(run("misaligned", {}, true) != 0);
     } else if (count > 2 && !strcmp(arguments[2], "--asan")) {
         EXPECT(run("standard", {}) == 0);
         EXPECT(run("standard", {"HYWU_EMULATOR_SEED=5"}) == 0);
