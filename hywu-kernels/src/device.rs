@@ -1,6 +1,6 @@
 use crate::{
     Error, Result,
-    cuda::{Event, Gpu, Properties},
+    cuda::{Event, Gpu, Properties, Replay},
 };
 use std::{fmt, str::FromStr};
 
@@ -68,6 +68,15 @@ impl Device {
             Self::Cpu => Ok(None),
             Self::Cuda(n) => Ok(Some(Gpu::get(n)?.event()?)),
         }
+    }
+
+    /// For something that is repeated there, a training step say: a CUDA device launches it as a whole. The CPU just does it.
+    pub fn replay(self) -> Replay {
+        Replay::new(match self {
+            Self::Cpu => None,
+            // A device that can't be used says so at the first tensor.
+            Self::Cuda(n) => Gpu::get(n).ok(),
+        })
     }
 }
 

@@ -18,7 +18,7 @@ mod tensor;
 pub mod testing;
 
 pub use adapter::{Downstream, LoraVar, LoraVars};
-pub use cuda::{Event, Properties};
+pub use cuda::{Event, Properties, Replay};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use params::{Bound, ParamSet};

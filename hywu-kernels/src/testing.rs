@@ -94,6 +94,21 @@ pub fn places() -> Vec<Place> {
     vec![Place::CPU, on(Dtype::F32), on(Dtype::Bf16)]
 }
 
+/// Runs `body` with allocations as they are outside tests; those of [`places`] are guarded. For all threads: tests of one process that
+/// use a device must take turns.
+pub fn unguarded<T>(body: impl FnOnce() -> T) -> T {
+    /// Guards again, also when the body panics.
+    struct On;
+    impl Drop for On {
+        fn drop(&mut self) {
+            cuda::guard_allocations(true);
+        }
+    }
+    cuda::guard_allocations(false);
+    let _on = On;
+    body()
+}
+
 /// Runs a test body at every one of [`places`]. Panics when something was written beside an allocation meanwhile.
 #[track_caller]
 pub fn for_each_place(mut body: impl FnMut(Place)) {

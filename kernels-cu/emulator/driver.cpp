@@ -324,10 +324,11 @@ static int launch(const Launch& l) {
     return SUCCESS;
 }
 
-API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                   unsigned bz, unsigned dynamic, void* stream_handle, void** parameters, void** extra) {
-    ENTER();
+int emu::launch_work(void* function, dim3 grid, dim3 block, unsigned dynamic, void** parameters, void** extra,
+                     std::function<int()>& work) {
     auto* kernel = static_cast<const Kernel*>(function);
+    auto [gx, gy, gz] = grid;
+    auto [bx, by, bz] = block;
     if (!kernel) return INVALID_HANDLE;
     if (!gx || !gy || !gz || gx > 2147483647u || gy > 65535 || gz > 65535) return INVALID_VALUE;
     if (!bx || !by || !bz || bx > 1024 || by > 1024 || bz > 64) return INVALID_VALUE;
@@ -338,8 +339,17 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
         if (dynamic > kernel->max_dynamic) return INVALID_VALUE;
     }
     auto copies = copy_parameters(*kernel, parameters);
-    Launch l{kernel, {gx, gy, gz}, {bx, by, bz}, dynamic, copies.get()};
-    return submit(stream_handle, [l, copies] { return launch(l); });
+    Launch l{kernel, grid, block, dynamic, copies.get()};
+    work = [l, copies] { return launch(l); };
+    return SUCCESS;
+}
+
+API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned dynamic, void* stream_handle, void** parameters, void** extra) {
+    ENTER();
+    std::function<int()> work;
+    int error = launch_work(function, {gx, gy, gz}, {bx, by, bz}, dynamic, parameters, extra, work);
+    return error ? error : submit(stream_handle, std::move(work));
 }
 
 // Errors

@@ -41,7 +41,7 @@ struct Device {
     uint64_t used = 0, high = 0, release_threshold = 0;
 };
 
-/// What a capture recorded.
+/// What a capture recorded, or what was put together node by node.
 struct Graph {
     std::vector<std::function<int()>> nodes;
     /// Device memory that the capture allocated.
@@ -80,6 +80,12 @@ int unsafe_call();
 /// Does the work now, or records it.
 int submit(void* stream_handle, std::function<int()> work);
 int free_memory(uint64_t address);
+/// The work of a launch, a copy or a fill, after the driver's checks.
+int launch_work(void* function, dim3 grid, dim3 block, unsigned dynamic, void** parameters, void** extra,
+                std::function<int()>& work);
+int copy_work(uint64_t to, bool to_device, uint64_t from, bool from_device, size_t bytes,
+              std::function<int()>& work);
+int clear_work(uint64_t to, unsigned char value, size_t bytes, std::function<int()>& work);
 uint64_t total_memory();
 
 } // namespace emu

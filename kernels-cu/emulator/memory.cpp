@@ -94,15 +94,32 @@ static bool is_device_memory(uint64_t address, size_t bytes) {
     return address - start <= allocation.bytes && bytes <= allocation.bytes - (address - start);
 }
 
-static int copy(void* stream, uint64_t to, bool to_device, uint64_t from, bool from_device, size_t bytes) {
-    if (!bytes) return SUCCESS;
+int copy_work(uint64_t to, bool to_device, uint64_t from, bool from_device, size_t bytes,
+              std::function<int()>& work) {
     if (!to || !from) return INVALID_VALUE;
     if (to_device && !is_device_memory(to, bytes)) return INVALID_VALUE;
     if (from_device && !is_device_memory(from, bytes)) return INVALID_VALUE;
-    return submit(stream, [=] {
+    work = [=] {
         memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
         return int(SUCCESS);
-    });
+    };
+    return SUCCESS;
+}
+
+static int copy(void* stream, uint64_t to, bool to_device, uint64_t from, bool from_device, size_t bytes) {
+    if (!bytes) return SUCCESS;
+    std::function<int()> work;
+    int error = copy_work(to, to_device, from, from_device, bytes, work);
+    return error ? error : submit(stream, std::move(work));
+}
+
+int clear_work(uint64_t to, unsigned char value, size_t bytes, std::function<int()>& work) {
+    if (!is_device_memory(to, bytes)) return INVALID_VALUE;
+    work = [=] {
+        memset(reinterpret_cast<void*>(to), value, bytes);
+        return int(SUCCESS);
+    };
+    return SUCCESS;
 }
 
 template <class T>

@@ -14,8 +14,22 @@ struct Event {
     std::shared_ptr<Capture> capture = nullptr;
 };
 
+/// A graph as its maker holds it.
+struct Handle {
+    std::shared_ptr<Graph> graph;
+};
+
+/// A node of a graph that was put together; it lives as long as its graph.
+struct Node {
+    std::shared_ptr<Graph> graph;
+    size_t index;
+    enum Kind { LAUNCH, COPY, FILL } kind;
+};
+
+/// An instance has its own nodes, in the graph's order.
 struct Executable {
     std::shared_ptr<Graph> graph;
+    std::vector<std::function<int()>> nodes;
 };
 
 /// The handles that are valid.
@@ -237,7 +251,7 @@ API cuStreamEndCapture(void* handle, void** graph) {
         if (theirs == capture) theirs = nullptr;
     }
     if (capture->invalid) return CAPTURE_INVALIDATED;
-    *graph = keep(new Executable{capture->graph});
+    *graph = keep(new Handle{capture->graph});
     return SUCCESS;
 }
 
@@ -251,22 +265,151 @@ API cuStreamIsCapturing(void* handle, int* status) {
     return SUCCESS;
 }
 
-// Graphs: a graph and its executable form are the same here
+// Graphs: nodes run in the order in which they were added
+
+// As in cuda.h.
+struct KernelNodeParams { // CUDA_KERNEL_NODE_PARAMS_v2
+    void* function;
+    unsigned grid[3], block[3], dynamic;
+    void **parameters, **extra;
+    void *kernel, *context;
+};
+struct CopyEnd {
+    size_t x, y, z, lod;
+    int memory_type; // 1: host, 2: device
+    void* host;
+    uint64_t device;
+    void *array, *reserved;
+    size_t pitch, height;
+};
+struct Memcpy3D { // CUDA_MEMCPY3D
+    CopyEnd from, to;
+    size_t width, height, depth;
+};
+struct MemsetNodeParams { // CUDA_MEMSET_NODE_PARAMS
+    uint64_t to;
+    size_t pitch;
+    unsigned value, element;
+    size_t width, height;
+};
+static_assert(sizeof(KernelNodeParams) == 72 && sizeof(Memcpy3D) == 200 && sizeof(MemsetNodeParams) == 40);
+
+API cuGraphCreate(void** made, unsigned flags) {
+    ENTER();
+    if (!made || flags) return INVALID_VALUE;
+    std::lock_guard lock(state);
+    *made = keep(new Handle{std::make_shared<Graph>()});
+    return SUCCESS;
+}
+
+static int add_node(void** made, void* graph, void* const* before, size_t count, Node::Kind kind,
+                    std::function<int()> work) {
+    std::lock_guard lock(state);
+    auto* to = find<Handle>(graph);
+    if (!made || !to || (count && !before)) return INVALID_VALUE;
+    for (size_t i = 0; i < count; i++) {
+        auto* node = find<Node>(before[i]);
+        if (!node || node->graph != to->graph) return INVALID_VALUE;
+    }
+    to->graph->nodes.push_back(std::move(work));
+    *made = keep(new Node{to->graph, to->graph->nodes.size() - 1, kind});
+    return SUCCESS;
+}
+
+static int kernel_work(const KernelNodeParams* p, std::function<int()>& work) {
+    // A CUkernel, which stands for a function in every context, is not emulated.
+    if (!p || p->kernel) return INVALID_VALUE;
+    auto dims = [](const unsigned* d) { return dim3{d[0], d[1], d[2]}; };
+    return launch_work(p->function, dims(p->grid), dims(p->block), p->dynamic, p->parameters, p->extra, work);
+}
+
+API cuGraphAddKernelNode_v2(void** made, void* graph, void* const* before, size_t count,
+                            const KernelNodeParams* p) {
+    ENTER();
+    std::function<int()> work;
+    int error = kernel_work(p, work);
+    return error ? error : add_node(made, graph, before, count, Node::LAUNCH, std::move(work));
+}
+
+static int copy_node_work(const Memcpy3D* p, void* context, std::function<int()>& work) {
+    if (!p || context != current()) return INVALID_VALUE;
+    // Of one row only.
+    if (!p->width || p->height != 1 || p->depth != 1) return INVALID_VALUE;
+    for (auto* end : {&p->from, &p->to}) {
+        if (end->memory_type != 1 && end->memory_type != 2) return INVALID_VALUE;
+        if (end->y || end->z || end->lod || end->reserved) return INVALID_VALUE;
+    }
+    auto start = [](const CopyEnd& end) {
+        return (end.memory_type == 2 ? end.device : reinterpret_cast<uint64_t>(end.host)) + end.x;
+    };
+    return copy_work(start(p->to), p->to.memory_type == 2, start(p->from), p->from.memory_type == 2, p->width,
+                     work);
+}
+
+API cuGraphAddMemcpyNode(void** made, void* graph, void* const* before, size_t count, const Memcpy3D* p,
+                         void* context) {
+    ENTER();
+    std::function<int()> work;
+    int error = copy_node_work(p, context, work);
+    return error ? error : add_node(made, graph, before, count, Node::COPY, std::move(work));
+}
+
+static int fill_node_work(const MemsetNodeParams* p, void* context, std::function<int()>& work) {
+    // Of one row of bytes only.
+    if (!p || context != current() || p->element != 1 || p->height != 1 || !p->width) return INVALID_VALUE;
+    return clear_work(p->to, static_cast<unsigned char>(p->value), p->width, work);
+}
+
+API cuGraphAddMemsetNode(void** made, void* graph, void* const* before, size_t count,
+                         const MemsetNodeParams* p, void* context) {
+    ENTER();
+    std::function<int()> work;
+    int error = fill_node_work(p, context, work);
+    return error ? error : add_node(made, graph, before, count, Node::FILL, std::move(work));
+}
 
 API cuGraphInstantiateWithFlags(void** made, void* graph, unsigned long long) {
     ENTER();
     if (!made) return INVALID_VALUE;
     std::lock_guard lock(state);
-    auto* from = find<Executable>(graph);
+    auto* from = find<Handle>(graph);
     if (!from) return INVALID_VALUE;
-    *made = keep(new Executable{from->graph});
+    *made = keep(new Executable{from->graph, from->graph->nodes});
     return SUCCESS;
+}
+
+static int set_node(void* executable, void* handle, Node::Kind kind, std::function<int()> work) {
+    std::lock_guard lock(state);
+    auto* e = find<Executable>(executable);
+    auto* node = find<Node>(handle);
+    if (!e || !node || node->graph != e->graph || node->kind != kind) return INVALID_VALUE;
+    e->nodes[node->index] = std::move(work);
+    return SUCCESS;
+}
+
+API cuGraphExecKernelNodeSetParams_v2(void* executable, void* node, const KernelNodeParams* p) {
+    ENTER();
+    std::function<int()> work;
+    int error = kernel_work(p, work);
+    return error ? error : set_node(executable, node, Node::LAUNCH, std::move(work));
+}
+API cuGraphExecMemcpyNodeSetParams(void* executable, void* node, const Memcpy3D* p, void* context) {
+    ENTER();
+    std::function<int()> work;
+    int error = copy_node_work(p, context, work);
+    return error ? error : set_node(executable, node, Node::COPY, std::move(work));
+}
+API cuGraphExecMemsetNodeSetParams(void* executable, void* node, const MemsetNodeParams* p, void* context) {
+    ENTER();
+    std::function<int()> work;
+    int error = fill_node_work(p, context, work);
+    return error ? error : set_node(executable, node, Node::FILL, std::move(work));
 }
 
 API cuGraphGetNodes(void* graph, void** nodes, size_t* count) {
     ENTER();
     std::lock_guard lock(state);
-    auto* from = find<Executable>(graph);
+    auto* from = find<Handle>(graph);
     if (!from || !count) return INVALID_VALUE;
     if (!nodes) *count = from->graph->nodes.size();
     for (size_t i = 0; nodes && i < *count; i++) nodes[i] = nullptr;
@@ -281,15 +424,16 @@ API cuGraphUpload(void* executable, void*) {
 
 API cuGraphLaunch(void* executable, void* stream_handle) {
     ENTER();
-    std::shared_ptr<Graph> graph;
+    std::shared_ptr<Executable> launched;
     {
         std::lock_guard lock(state);
         auto* e = find<Executable>(executable);
         if (!e) return INVALID_VALUE;
-        graph = e->graph;
+        // What is changed afterwards is for later launches.
+        launched = std::make_shared<Executable>(*e);
     }
-    return submit(stream_handle, [graph] {
-        for (auto& node : graph->nodes) {
+    return submit(stream_handle, [launched] {
+        for (auto& node : launched->nodes) {
             if (int error = node()) return error;
         }
         return int(SUCCESS);
@@ -300,7 +444,22 @@ API cuGraphExecDestroy(void* executable) {
     ENTER();
     return destroy<Executable>(executable) ? INVALID_VALUE : SUCCESS;
 }
+
 API cuGraphDestroy(void* graph) {
     ENTER();
-    return destroy<Executable>(graph) ? INVALID_VALUE : SUCCESS;
+    std::lock_guard lock(state);
+    auto* from = find<Handle>(graph);
+    if (!from) return INVALID_VALUE;
+    // Its nodes go with it.
+    auto& nodes = live<Node>();
+    for (auto it = nodes.begin(); it != nodes.end();) {
+        auto* node = static_cast<Node*>(*it);
+        if (node->graph != from->graph) {
+            ++it;
+            continue;
+        }
+        it = nodes.erase(it);
+        delete node;
+    }
+    return destroy<Handle>(graph);
 }

@@ -67,7 +67,7 @@ pub fn all(bench: &Bench) -> Vec<Case> {
     let cuda = bench.device != Device::Cpu;
     let mut cases = linear::cases(cuda && !bench.quick, bytes);
     cases.extend(attention::cases(cuda, bench.quick, bytes));
-    cases.extend(model::cases(bench.quick, bytes));
+    cases.extend(model::cases(cuda, bench.quick, bytes));
     if cuda {
         cases.extend(memory::cases(bench.quick, bytes));
     }

@@ -16,20 +16,25 @@ use hywu_kernels::{
     optim::{Optimizer, Schedule},
 };
 
-pub fn cases(quick: bool, bytes: f64) -> Vec<Case> {
-    let shape = |batch, size, rank, train| Shape { batch, size, rank, train };
+pub fn cases(cuda: bool, quick: bool, bytes: f64) -> Vec<Case> {
+    let shape = |batch, size, rank, train| Shape { batch, size, rank, train, graph: false };
+    let graph = |shape| Shape { graph: true, ..shape };
     let mut cases = vec![
         ("backbone/forward b32 64px", shape(32, 64, None, false)),
         ("backbone/forward b32 64px r8", shape(32, 64, Some(8), false)),
         ("backbone/forward b8 128px", shape(8, 128, None, false)),
         ("backbone/train step b32 64px", shape(32, 64, None, true)),
+        ("backbone/train step b32 64px graph", graph(shape(32, 64, None, true))),
     ];
     if quick {
         cases = vec![
             ("backbone/forward b1 64px r8", shape(1, 64, Some(8), false)),
             ("backbone/train step b1 64px", shape(1, 64, None, true)),
+            ("backbone/train step b1 64px graph", graph(shape(1, 64, None, true))),
         ];
     }
+    // The CPU has no graphs.
+    cases.retain(|(_, s)| cuda || !s.graph);
     cases.into_iter().map(|(name, s)| Case::new(name, s.floor(bytes), move |b, f| s.run(b, f))).collect()
 }
 
@@ -52,6 +57,8 @@ struct Shape {
     size: usize,
     rank: Option<usize>,
     train: bool,
+    /// Launched as a whole.
+    graph: bool,
 }
 
 /// Inputs of a call, in f32 as a sampler or a loader has them.
@@ -124,7 +131,8 @@ impl Shape {
         }
         let schedule = Schedule { warmup: 10, total: 1000, peak: 1e-3, floor: 1e-4 };
         let mut optimizer = Optimizer::new(&backbone.params, schedule, 0.01, 1.0, None)?;
-        bench.time(4.0, floor.bytes, pictures, |i: &Pictures| {
+        let mut replay = self.graph.then(|| bench.device.replay());
+        let mut step = |i: &Pictures| -> Result<_> {
             let tape = Tape::new();
             let bound = backbone.params.bind(&tape, true)?;
             let text = backbone.text_tokens(&tape, &bound, &ids, batch)?;
@@ -134,6 +142,10 @@ impl Shape {
             let grads = bound.take_grads(&mut tape.backward(&loss)?)?;
             drop(bound);
             Ok(optimizer.step(&mut backbone.params, &grads)?)
+        };
+        bench.time(4.0, floor.bytes, pictures, |i: &Pictures| match &mut replay {
+            Some(replay) => replay.run(|| step(i)),
+            None => step(i),
         })
     }
 }

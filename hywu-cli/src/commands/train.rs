@@ -51,6 +51,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     interrupt::install()?;
     let mut run = Run::open(kind, &args.config, &args.photos, &args.out, args.resume, args.device.check()?)?;
+    // Off until it has been measured on hardware.
+    run.use_graphs(std::env::var_os("HYWU_CUDA_GRAPHS").is_some_and(|v| v == "1"));
     eprintln!("{}: {} parameters", kind.name(), run.task().params().numel());
     let bar = if std::io::stderr().is_terminal() {
         let style = ProgressStyle::with_template("[{bar:30}] step {pos}/{len}, {msg}, {eta} left")

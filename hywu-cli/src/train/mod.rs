@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use batches::Batches;
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
-use hywu_kernels::{Device, optim::Optimizer};
+use hywu_kernels::{Device, Replay, optim::Optimizer};
 use log::{Log, Window};
 use std::{
     ops::ControlFlow,
@@ -57,6 +57,8 @@ pub struct Run {
     /// What the run depends on beside its config, in words.
     given: String,
     data_share: f64,
+    graphs: bool,
+    replayed: u64,
 }
 
 impl Run {
@@ -101,8 +103,20 @@ impl Run {
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         let log = Log::new(out);
         let to = out.to_owned();
-        let mut run =
-            Self { kind, config, data, task, optimizer, log, out: to, parent, given, data_share: 0.0 };
+        let mut run = Self {
+            kind,
+            config,
+            data,
+            task,
+            optimizer,
+            log,
+            out: to,
+            parent,
+            given,
+            data_share: 0.0,
+            graphs: false,
+            replayed: 0,
+        };
         if state.exists() {
             run.restore(&state)?;
         } else {
@@ -116,6 +130,17 @@ impl Run {
     /// The weights that are trained, as they stand.
     pub fn task(&self) -> &Task {
         &self.task
+    }
+
+    /// Launches a step as a whole where the device can ([`Device::replay`]); the numbers are those of our own kernels then, without
+    /// cuBLASLt.
+    pub fn use_graphs(&mut self, on: bool) {
+        self.graphs = on;
+    }
+
+    /// Steps since the run was started or resumed that were launched as a whole.
+    pub fn replayed(&self) -> u64 {
+        self.replayed
     }
 
     /// The share of the time since the run was started or resumed that steps waited for their data.
@@ -137,7 +162,10 @@ impl Run {
             self.task.prepare(self.kind, &self.config, &mut before)?;
             self.optimizer = optimizer(&self.task, &self.config)?;
         }
-        let on_device = self.task.params().device() != Device::Cpu;
+        let device = self.task.params().device();
+        let on_device = device != Device::Cpu;
+        // One for each shape of a batch; the shapes take turns.
+        let mut replays: Vec<(BatchShape, Replay)> = Vec::new();
         let mut batches =
             Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, on_device);
         let start = Instant::now();
@@ -145,7 +173,16 @@ impl Run {
             let step = self.optimizer.adamw.step;
             let shape = self.config.data.shape(step);
             let batch = batches.next(step)?;
-            let stats = self.task.step(&batch, &mut self.optimizer)?;
+            let stats = if self.graphs {
+                let at = replays.iter().position(|(of, _)| *of == shape).unwrap_or_else(|| {
+                    replays.push((shape, device.replay()));
+                    replays.len() - 1
+                });
+                replays[at].1.run(|| self.task.step(&batch, &mut self.optimizer))?
+            } else {
+                self.task.step(&batch, &mut self.optimizer)?
+            };
+            self.replayed = replays.iter().map(|(_, replay)| replay.replayed()).sum();
             // A crop counts by its area, in crops of the config's size.
             samples += shape.instances * shape.crops * (shape.crop * shape.crop)
                 / (self.config.data.crop * self.config.data.crop);

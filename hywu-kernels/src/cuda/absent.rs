@@ -1,5 +1,6 @@
 //! The device layer of a build without the feature `cuda`: there is no device, so no value of these types.
 
+use super::call::Arguments;
 use crate::{Error, Result};
 
 /// A CUDA device.
@@ -53,11 +54,11 @@ impl Gpu {
     }
     pub fn launch(
         &self,
-        _kernel: (&'static str, &str),
+        _kernel: (&'static str, String),
         _grid: [u32; 3],
         _block: [u32; 3],
         _shared: u32,
-        _arguments: &mut [*mut std::ffi::c_void],
+        _arguments: Arguments,
     ) -> Result<()> {
         match *self {}
     }
@@ -88,6 +89,27 @@ impl Event {
     /// Those of the device.
     pub fn since(&self, _earlier: &Self) -> Result<f32> {
         match self.0 {}
+    }
+}
+
+/// Something that is repeated on a device, a training step say; made by [`Device::replay`](crate::Device::replay). In a build without
+/// CUDA there is nothing to replay.
+pub struct Replay(());
+
+impl Replay {
+    pub(crate) fn new(_gpu: Option<&'static Gpu>) -> Self {
+        Self(())
+    }
+    /// Runs `body`.
+    ///
+    /// # Errors
+    /// Those of `body`.
+    pub fn run<T, E: From<Error>>(&mut self, body: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        body()
+    }
+    /// Times that a run's operations were launched as a graph.
+    pub fn replayed(&self) -> u64 {
+        0
     }
 }
 

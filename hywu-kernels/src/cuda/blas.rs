@@ -4,7 +4,7 @@
 //! A forward pass must not show that, hence `Use` in low_rank_linear. For given sizes the algorithm is chosen once in a process; two runs
 //! are equal where the library chooses the same, HYWU_CUDA_BLAS=0 is for those who want to be sure.
 
-use super::{Gpu, Memory, call::on_gpu, low_rank_linear::Layout};
+use super::{Gpu, Memory, call::on_gpu, driver::in_replay, low_rank_linear::Layout};
 use crate::{Error, Result, Tensor};
 use cudarc::cublaslt::{
     result::{self, CublasError},
@@ -69,8 +69,12 @@ fn check<T>(call: impl FnOnce() -> String, result: Result<T, CublasError>) -> Re
     })
 }
 
-/// The library on this device, opened at the first call; none where it is not installed.
+/// The library on this device, opened at the first call; none where it is not installed, nor in a replay, which its launches can't be
+/// part of.
 pub(super) fn of(gpu: &'static Gpu) -> Result<Option<&'static Blas>> {
+    if in_replay() {
+        return Ok(None);
+    }
     static ALL: Mutex<Vec<(usize, Option<&'static Blas>)>> = Mutex::new(Vec::new());
     let mut all = lock(&ALL);
     if let Some((_, blas)) = all.iter().find(|(n, _)| *n == gpu.ordinal()) {
@@ -135,6 +139,7 @@ impl Blas {
                 pointer,
             )?;
         }
+        let stream = self.gpu.stream()?;
         let (alpha, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
         let pointer = |address: u64| address as *const c_void;
         // Row-major C = A B is column-major C^T = B^T A^T: the operands change places.
@@ -157,7 +162,7 @@ impl Blas {
                 &plan.algorithm,
                 self.workspace.address() as *mut c_void,
                 WORKSPACE,
-                self.gpu.stream().cast(),
+                stream.cast(),
             )
         };
         check(what, done)?;

@@ -3,7 +3,6 @@
 use super::{Gpu, View, Words};
 use crate::{Error, Result, Tensor};
 use hywu_core::Dtype;
-use std::ffi::c_void;
 
 /// Threads of a block, where nothing speaks for another number.
 pub(crate) const BLOCK: u32 = 256;
@@ -29,9 +28,22 @@ pub(crate) struct Call {
     op: &'static str,
     kernel: String,
     dtype: Dtype,
+    arguments: Arguments,
+}
+
+/// The arguments of a launch.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Arguments {
     /// Every argument in a slot of its own; a struct takes several.
-    slots: Vec<u64>,
-    starts: Vec<usize>,
+    pub(super) slots: Vec<u64>,
+    pub(super) starts: Vec<usize>,
+}
+
+impl Arguments {
+    fn push(&mut self, slots: impl IntoIterator<Item = u64>) {
+        self.starts.push(self.slots.len());
+        self.slots.extend(slots);
+    }
 }
 
 impl Call {
@@ -46,23 +58,16 @@ impl Call {
             Dtype::Bf16 => format!("{name}_bf16"),
             Dtype::F16 => return Err(Error::invalid(op, "f16 is a storage format; tensors are f32 or bf16")),
         };
-        Ok(Self { gpu: view.gpu(), op, kernel, dtype: view.dtype, slots: Vec::new(), starts: Vec::new() })
+        Ok(Self { gpu: view.gpu(), op, kernel, dtype: view.dtype, arguments: Arguments::default() })
     }
     /// Another kernel for the same device: `name` is the whole name, of a kernel with one dtype only.
     pub fn named(op: &'static str, name: &str, tensor: &Tensor) -> Result<Self> {
         let gpu = on_gpu(op, tensor)?.gpu();
-        Ok(Self {
-            gpu,
-            op,
-            kernel: name.to_owned(),
-            dtype: tensor.dtype(),
-            slots: Vec::new(),
-            starts: Vec::new(),
-        })
+        let (kernel, dtype) = (name.to_owned(), tensor.dtype());
+        Ok(Self { gpu, op, kernel, dtype, arguments: Arguments::default() })
     }
     fn slot(mut self, value: u64) -> Self {
-        self.starts.push(self.slots.len());
-        self.slots.push(value);
+        self.arguments.push([value]);
         self
     }
     /// A tensor of the call's own dtype, to read or to write.
@@ -133,8 +138,7 @@ impl Call {
     }
     /// Plain data (`#[repr(C)]`, no padding) for a struct passed by value.
     pub fn bytes(mut self, bytes: &[u8]) -> Self {
-        self.starts.push(self.slots.len());
-        self.slots.extend(bytes.chunks(8).map(|chunk| {
+        self.arguments.push(bytes.chunks(8).map(|chunk| {
             let mut word = [0; 8];
             word[..chunk.len()].copy_from_slice(chunk);
             u64::from_le_bytes(word)
@@ -145,15 +149,12 @@ impl Call {
     ///
     /// # Errors
     /// Those of the device.
-    pub fn launch(mut self, grid: [u32; 3], block: u32, shared: usize) -> Result<()> {
+    pub fn launch(self, grid: [u32; 3], block: u32, shared: usize) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
-        let base = self.slots.as_mut_ptr();
-        let mut arguments: Vec<*mut c_void> =
-            self.starts.iter().map(|&start| base.wrapping_add(start).cast()).collect();
         let shared = u32::try_from(shared).map_err(|_| Error::invalid(self.op, "too much shared memory"))?;
-        self.gpu.launch((self.op, &self.kernel), grid, [block, 1, 1], shared, &mut arguments)
+        self.gpu.launch((self.op, self.kernel), grid, [block, 1, 1], shared, self.arguments)
     }
     /// One thread for every `per_thread` of `n` elements.
     ///

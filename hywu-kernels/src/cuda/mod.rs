@@ -26,7 +26,7 @@ pub mod swiglu;
 pub mod tile_blend;
 
 pub(crate) use call::{Call, blocks};
-pub use driver::{Event, Properties};
+pub use driver::{Event, Properties, Replay};
 pub(crate) use driver::{Gpu, Memory};
 pub(crate) use driver::{broken_guards, guard_allocations};
 

@@ -261,6 +261,65 @@ static void graph() {
     EXPECT(call("cuStreamSynchronize", stream) == 400);
 }
 
+/// A graph put together node by node: a fill, a launch and a copy.
+static void nodes() {
+    struct {
+        void* function;
+        unsigned dims[6], dynamic;
+        void **parameters, **extra, *kernel, *context;
+    } kernel{};
+    struct {
+        uint64_t to;
+        size_t pitch;
+        unsigned value, element;
+        size_t width, height;
+    } fill{};
+    struct {
+        struct {
+            size_t xyz[4];
+            int type;
+            void* host;
+            uint64_t device;
+            void* array[2];
+            size_t pitch[2];
+        } from, to;
+        size_t size[3];
+    } copy{};
+    void *graph = nullptr, *executable = nullptr, *context = nullptr, *node[3] = {};
+    Array<float> x(std::vector<float>(100, 3)), y(100);
+    EXPECT(call("cuCtxGetCurrent", &context) == 0 && call("cuGraphCreate", &graph, 0u) == 0);
+    std::vector<float> host(100, 5);
+    copy.from.type = 1, copy.from.host = host.data(), copy.to.type = 2, copy.to.device = x.address;
+    copy.size[0] = 400, copy.size[1] = copy.size[2] = 1;
+    fill.to = x.address, fill.element = 1, fill.width = 200, fill.height = 1;
+    uint64_t address = x.address;
+    Scale scale{2, 100};
+    void* parameters[] = {&address, &scale};
+    kernel.function = function("test_scale_f32"), kernel.parameters = parameters;
+    for (int i = 0; i < 6; i++) kernel.dims[i] = i == 3 ? 128 : 1;
+    auto no = static_cast<void**>(nullptr);
+    EXPECT(call("cuGraphAddMemcpyNode", &node[0], graph, no, size_t(0), &copy, context) == 0);
+    EXPECT(call("cuGraphAddMemsetNode", &node[1], graph, &node[0], size_t(1), &fill, context) == 0);
+    EXPECT(call("cuGraphAddKernelNode_v2", &node[2], graph, &node[1], size_t(1), &kernel) == 0);
+    EXPECT(call("cuGraphInstantiateWithFlags", &executable, graph, 0ull) == 0);
+    EXPECT(x.get()[0] == 3);
+    EXPECT(call("cuGraphLaunch", executable, null) == 0);
+    EXPECT(x.get()[49] == 0 && x.get()[50] == 10);
+    // The parameters were copied; others are for the next launch, and what the host holds is read anew.
+    scale.factor = 3, host[99] = 7;
+    EXPECT(call("cuGraphLaunch", executable, null) == 0 && x.get()[50] == 10 && x.get()[99] == 14);
+    EXPECT(call("cuGraphExecKernelNodeSetParams_v2", executable, node[2], &kernel) == 0);
+    EXPECT(call("cuGraphLaunch", executable, null) == 0 && x.get()[50] == 15);
+    EXPECT(call("cuGraphExecKernelNodeSetParams_v2", executable, node[1], &kernel) == 1);
+    copy.to.device = y.address, fill.to = x.address + 100, fill.width = 100;
+    EXPECT(call("cuGraphExecMemcpyNodeSetParams", executable, node[0], &copy, context) == 0);
+    EXPECT(call("cuGraphExecMemsetNodeSetParams", executable, node[1], &fill, context) == 0);
+    EXPECT(call("cuGraphLaunch", executable, null) == 0);
+    EXPECT(y.get()[99] == 7 && x.get()[25] == 0 && x.get()[50] == 45);
+    EXPECT(call("cuGraphDestroy", graph) == 0 && call("cuGraphExecDestroy", executable) == 0);
+    EXPECT(call("cuGraphLaunch", executable, null) == 1);
+}
+
 static void events() {
     void *a = nullptr, *b = nullptr;
     float ms = -1;
@@ -372,7 +431,7 @@ static void deadlock() { launch("test_deadlock", 1, 32, 0); }
 static void no_image() { exit(call("cuModuleLoadData", &module, "image")); }
 
 static void standard() {
-    for (auto test : {add, scale, warp, mma, ldmatrix, poison, count, graph, events, limits, threads}) test();
+    for (auto test : {add, scale, warp, mma, ldmatrix, poison, count, graph, nodes, events, limits, threads}) test();
     speed();
     EXPECT(block_sum_is_right("test_block_sum"));
 }

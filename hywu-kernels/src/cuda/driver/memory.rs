@@ -13,7 +13,7 @@ use cudarc::driver::{
 use std::{
     collections::HashMap,
     sync::{
-        Mutex,
+        Arc, Mutex, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -32,6 +32,37 @@ pub(super) struct Cache {
     free: HashMap<usize, Vec<u64>>,
 }
 
+/// The cache of a replay: its runs get the same addresses again, so a graph's arguments seldom change. A piece comes back to the cache
+/// that it was taken from, whenever it is freed; when all have, they are the device's.
+pub(super) struct Private {
+    gpu: &'static Gpu,
+    cache: Mutex<Cache>,
+}
+
+impl Private {
+    pub fn new(gpu: &'static Gpu) -> Arc<Self> {
+        let made = Arc::new(Self { gpu, cache: Mutex::default() });
+        let mut all = lock(&gpu.privates);
+        all.retain(|other| other.strong_count() > 0);
+        all.push(Arc::downgrade(&made));
+        made
+    }
+    /// Makes what is given out depend on what is free only, not on the order in which it was freed.
+    pub fn sort(&self) {
+        lock(&self.cache).free.values_mut().for_each(|pieces| pieces.sort_unstable());
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        let mine = std::mem::take(&mut lock(&self.cache).free);
+        let mut cache = lock(&self.gpu.cache);
+        for (size, pieces) in mine {
+            cache.free.entry(size).or_default().extend(pieces);
+        }
+    }
+}
+
 /// Size of the piece for so many bytes: eight sizes from one power of two to the next, so that similar sizes share pieces and at most
 /// an eighth is wasted.
 fn piece(bytes: usize) -> usize {
@@ -44,16 +75,19 @@ impl Gpu {
     /// Memory with unspecified contents.
     pub fn allocate(&'static self, bytes: usize) -> Result<Memory> {
         self.enter()?;
-        let guard = if GUARDED.load(Ordering::Relaxed) { GUARD } else { 0 };
+        let guard = if guarded() { GUARD } else { 0 };
         // A guarded allocation is its own, so that a tool which watches allocations sees its ends.
         let whole = if guard > 0 { bytes.max(1) + 2 * guard } else { piece(bytes) };
-        let cached = lock(&self.cache).free.get_mut(&whole).and_then(Vec::pop);
+        let home = if guard > 0 { None } else { self.private_cache() };
+        let cache = home.as_ref().map_or(&self.cache, |home| &home.cache);
+        let cached = lock(cache).free.get_mut(&whole).and_then(Vec::pop);
         let start = match cached {
             Some(start) => start,
             None => self.ask(whole, bytes)?,
         };
-        let memory = Memory { gpu: self, start, bytes, whole, guard };
+        let memory = Memory { gpu: self, home, start, bytes, whole, guard };
         if guard > 0 {
+            self.settle()?;
             // NaN in every dtype: what a kernel leaves out shows.
             // SAFETY: the range was just allocated.
             check(|| "cuMemsetD8Async".into(), unsafe {
@@ -85,8 +119,14 @@ impl Gpu {
 
     /// Gives all unused memory back to the system.
     fn release(&self) -> Result<()> {
-        let free = std::mem::take(&mut lock(&self.cache).free);
-        for start in free.into_values().flatten() {
+        let privates: Vec<_> = lock(&self.privates).iter().filter_map(Weak::upgrade).collect();
+        let mut free = Vec::new();
+        for cache in privates.iter().map(|private| &private.cache).chain([&self.cache]) {
+            free.extend(std::mem::take(&mut lock(cache).free).into_values().flatten());
+        }
+        // What is held back may use memory that was freed since; nobody gets it any more.
+        self.settle()?;
+        for start in free {
             // SAFETY: allocated from this stream's pool, and in no one's hands.
             check(|| "cuMemFreeAsync".into(), unsafe { result::free_async(start, self.stream) })?;
         }
@@ -105,6 +145,8 @@ impl Gpu {
 /// Device memory; freed in the order of the stream's work, so what was launched before may still use it.
 pub(crate) struct Memory {
     gpu: &'static Gpu,
+    /// The cache that it goes back to, unless that is the device's.
+    home: Option<Arc<Private>>,
     start: u64,
     pub(super) bytes: usize,
     /// Bytes that the driver gave.
@@ -139,10 +181,11 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if self.guard == 0 {
-            return lock(&self.gpu.cache).free.entry(self.whole).or_default().push(self.start);
+            let cache = self.home.as_ref().map_or(&self.gpu.cache, |home| &home.cache);
+            return lock(cache).free.entry(self.whole).or_default().push(self.start);
         }
         // Errors can't leave a drop: after a failed launch the context is gone, and the memory with it.
-        let _ = self.gpu.enter();
+        let _ = self.gpu.enter().and_then(|()| self.gpu.settle());
         if self.check_guards().is_err() {
             lock(&BROKEN).push("a guard could not be read".into());
         }
@@ -154,6 +197,11 @@ impl Drop for Memory {
 /// From now on allocations start as NaN and have guards before and after, looked at when they are freed.
 pub(crate) fn guard_allocations(on: bool) {
     GUARDED.store(on, Ordering::Relaxed);
+}
+
+/// Are allocations guarded?
+pub(super) fn guarded() -> bool {
+    GUARDED.load(Ordering::Relaxed)
 }
 
 /// What was written beside its allocation since the last call.

@@ -2,22 +2,30 @@
 //! one place where the driver's errors become ours. Everything of a device runs on one stream, in the order of the calls.
 
 mod memory;
+mod op;
+mod recording;
+mod replay;
 mod transfer;
 
 pub(crate) use memory::{Memory, broken_guards, guard_allocations};
+pub use replay::Replay;
+pub(super) use replay::in_replay;
 
+use super::call::Arguments;
 use crate::{Error, Result};
 use cudarc::driver::{
     DriverError,
     result::{self, ctx, device, event, mem_pool, module, primary_ctx, stream},
     sys,
 };
-use memory::Cache;
+use memory::{Cache, Private};
+use op::{Launch, Op};
+use replay::Region;
 use std::{
     cell::Cell,
     collections::HashMap,
-    ffi::{CString, c_void},
-    sync::{Mutex, MutexGuard, OnceLock},
+    ffi::CString,
+    sync::{Mutex, MutexGuard, OnceLock, Weak},
 };
 use transfer::Stage;
 
@@ -55,6 +63,9 @@ pub(crate) struct Gpu {
     functions: Mutex<HashMap<&'static str, HashMap<String, Function>>>,
     stages: Mutex<Vec<Stage>>,
     cache: Mutex<Cache>,
+    /// The caches of replays.
+    privates: Mutex<Vec<Weak<Private>>>,
+    region: Mutex<Option<Region>>,
 }
 
 struct Module(sys::CUmodule);
@@ -116,6 +127,12 @@ fn check<T>(call: impl FnOnce() -> String, result: Result<T, DriverError>) -> Re
             remedy,
         }
     })
+}
+
+/// Is every launch waited for, so that an error names its kernel?
+fn waits() -> bool {
+    static SYNC: OnceLock<bool> = OnceLock::new();
+    *SYNC.get_or_init(|| std::env::var_os("HYWU_CUDA_SYNC").is_some_and(|v| v != "0"))
 }
 
 fn version(v: i32) -> (u32, u32) {
@@ -196,8 +213,21 @@ impl Gpu {
                 std::ptr::from_mut(&mut keep).cast(),
             )
         })?;
-        let (modules, functions, stages, cache) = Default::default();
-        Ok(Self { ordinal, context, stream, pool, properties, modules, functions, stages, cache })
+        let (modules, functions, stages) = Default::default();
+        let (cache, privates, region) = Default::default();
+        Ok(Self {
+            ordinal,
+            context,
+            stream,
+            pool,
+            properties,
+            modules,
+            functions,
+            stages,
+            cache,
+            privates,
+            region,
+        })
     }
 
     pub fn ordinal(&self) -> usize {
@@ -208,9 +238,10 @@ impl Gpu {
         &self.properties
     }
 
-    /// The stream of all work.
-    pub(super) fn stream(&self) -> sys::CUstream {
-        self.stream
+    /// The stream of all work, for work that comes next.
+    pub(super) fn stream(&self) -> Result<sys::CUstream> {
+        self.settle()?;
+        Ok(self.stream)
     }
 
     /// Makes the context current in this thread.
@@ -226,27 +257,15 @@ impl Gpu {
     /// Launches a kernel (op, name).
     pub fn launch(
         &self,
-        (op, name): (&'static str, &str),
+        (op, name): (&'static str, String),
         grid: [u32; 3],
         block: [u32; 3],
         shared: u32,
-        arguments: &mut [*mut c_void],
+        arguments: Arguments,
     ) -> Result<()> {
         self.enter()?;
-        let function = self.function(op, name, shared)?;
-        let what =
-            || format!("kernel {name}, grid {grid:?}, block {block:?}, {shared} bytes of shared memory");
-        let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
-        // SAFETY: `Call` builds the arguments that the kernel of this name takes.
-        check(what, unsafe {
-            result::launch_kernel(function, (gx, gy, gz), (bx, by, bz), shared, self.stream, arguments)
-        })?;
-        static SYNC: OnceLock<bool> = OnceLock::new();
-        if *SYNC.get_or_init(|| std::env::var_os("HYWU_CUDA_SYNC").is_some_and(|v| v != "0")) {
-            // SAFETY: the stream is valid.
-            check(what, unsafe { stream::synchronize(self.stream) })?;
-        }
-        Ok(())
+        let function = self.function(op, &name, shared)?;
+        self.submit(Op::Launch(Launch { name, function, grid, block, shared, arguments }))
     }
 
     fn function(&self, op: &'static str, name: &str, shared: u32) -> Result<sys::CUfunction> {
@@ -301,6 +320,7 @@ impl Gpu {
     /// Waits until all is done; an error of an earlier launch may come out here.
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
+        self.settle()?;
         // SAFETY: the stream is valid.
         check(|| "waiting for the device".into(), unsafe { stream::synchronize(self.stream) })
     }
@@ -308,6 +328,12 @@ impl Gpu {
     /// A point in the device's work: everything up to now.
     pub fn event(&self) -> Result<Event> {
         self.enter()?;
+        self.settle()?;
+        self.mark()
+    }
+
+    /// A point in the stream's work.
+    fn mark(&self) -> Result<Event> {
         let handle = check(|| "an event".into(), event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
         let event = Event(handle);
         event.record(self)?;
@@ -348,7 +374,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: created in `Gpu::event`, destroyed once.
+        // SAFETY: created in `Gpu::mark`, destroyed once.
         let _ = unsafe { event::destroy(self.0) };
     }
 }

@@ -1,6 +1,6 @@
 //! Copies between host and device through pinned memory, and on the device.
 
-use super::{Event, Gpu, Memory, check, lock};
+use super::{Event, Gpu, Memory, check, lock, op::Op};
 use crate::Result;
 use cudarc::driver::result;
 
@@ -11,8 +11,8 @@ const STAGES: usize = 8;
 
 /// Pinned host memory, in use by the device until its event has passed.
 pub(super) struct Stage {
-    host: *mut u8,
-    bytes: usize,
+    pub host: *mut u8,
+    pub bytes: usize,
     done: Event,
 }
 
@@ -29,7 +29,7 @@ impl Stage {
 
 impl Gpu {
     /// A pinned buffer of at least so many bytes that the device is done with.
-    fn stage(&self, bytes: usize) -> Result<Stage> {
+    pub(super) fn stage(&self, bytes: usize) -> Result<Stage> {
         let mut stages = lock(&self.stages);
         let fits = |s: &Stage| s.bytes >= bytes;
         if let Some(i) = stages.iter().position(|s| fits(s) && s.done.passed()) {
@@ -48,10 +48,11 @@ impl Gpu {
         let what = || format!("{bytes} bytes of pinned memory");
         // SAFETY: the result is checked; the memory is freed in `Stage::free` or lives as long as the process.
         let host = check(what, unsafe { result::malloc_host(bytes, 0) })?;
-        Ok(Stage { host: host.cast(), bytes, done: self.event()? })
+        Ok(Stage { host: host.cast(), bytes, done: self.mark()? })
     }
 
-    fn keep(&self, stage: Stage) -> Result<()> {
+    /// Takes a buffer back, in use by the work so far.
+    pub(super) fn keep(&self, stage: Stage) -> Result<()> {
         stage.done.record(self)?;
         lock(&self.stages).push(stage);
         Ok(())
@@ -61,16 +62,17 @@ impl Gpu {
     pub fn upload(&self, to: &Memory, at: usize, data: &[u8]) -> Result<()> {
         assert!(at + data.len() <= to.bytes, "an upload leaves its allocation");
         self.enter()?;
+        let target = to.address() + at as u64;
+        if data.is_empty() || self.submit_upload(target, data)? {
+            return Ok(());
+        }
         for (i, part) in data.chunks(STAGE).enumerate() {
             let stage = self.stage(part.len())?;
             // SAFETY: the stage is at least that long and nobody else's.
             let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
             host.copy_from_slice(part);
-            let target = to.address() + (at + i * STAGE) as u64;
-            // SAFETY: within the allocation; the stage is not touched before its event has passed.
-            check(|| format!("copying {} bytes to the device", part.len()), unsafe {
-                result::memcpy_htod_async(target, host, self.stream)
-            })?;
+            // Within the allocation; the stage is not touched before its event has passed.
+            Op::Upload { to: target + (i * STAGE) as u64, from: stage.host, bytes: part.len() }.run(self)?;
             self.keep(stage)?;
         }
         Ok(())
@@ -80,6 +82,7 @@ impl Gpu {
     pub fn download(&self, from: &Memory, at: usize, out: &mut [u8]) -> Result<()> {
         assert!(at + out.len() <= from.bytes, "a download leaves its allocation");
         self.enter()?;
+        self.settle()?;
         for (i, part) in out.chunks_mut(STAGE).enumerate() {
             let stage = self.stage(part.len())?;
             // SAFETY: the stage is at least that long and nobody else's.
@@ -103,11 +106,8 @@ impl Gpu {
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: within both allocations.
-        check(|| format!("copying {bytes} bytes on the device"), unsafe {
-            let (to, from) = (to.0.address() + to.1 as u64, from.0.address() + from.1 as u64);
-            result::memcpy_dtod_async(to, from, bytes, self.stream)
-        })
+        let (to, from) = (to.0.address() + to.1 as u64, from.0.address() + from.1 as u64);
+        self.submit(Op::Copy { to, from, bytes })
     }
 
     /// Sets bytes to zero.
@@ -117,9 +117,6 @@ impl Gpu {
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: within the allocation.
-        check(|| format!("clearing {bytes} bytes"), unsafe {
-            result::memset_d8_async(memory.address() + at as u64, 0, bytes, self.stream)
-        })
+        self.submit(Op::Clear { at: memory.address() + at as u64, bytes })
     }
 }
