@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{Backbone, TextEncoder};
 use hywu_generator::{Generator, GeneratorConfig};
-use hywu_kernels::Device;
+use hywu_kernels::{Device, ParamSet};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -143,12 +143,10 @@ impl Model {
             adapter.check(&backbone.adapter_spec(1, 1.0)).context("the shared adapter")?;
         }
         let text = TextEncoder::bundled(backbone.config.text_len)?;
-        let mut weights: Vec<&hywu_kernels::ParamSet> = vec![&backbone.params];
+        let mut weights = vec![&backbone.params];
         if let Memory::Functional(generator) = &memory {
             weights.push(&generator.params);
         }
-        let words =
-            weights.iter().flat_map(|p| p.iter()).flat_map(|(_, t)| t.data().iter().map(|v| v.to_bits()));
         let shared: Vec<f32> = match &memory {
             Memory::Static(adapter) => (adapter.modules.values())
                 .flat_map(|m| m.lora_a.iter().chain(&m.lora_b))
@@ -157,7 +155,7 @@ impl Model {
                 .collect(),
             Memory::None | Memory::Functional(_) => Vec::new(),
         };
-        let hash = format!("{:016x}", fnv1a(words.chain(shared.iter().map(|v| v.to_bits()))));
+        let hash = fingerprint(weights, shared)?;
         Ok(Self { backbone, memory, text, info, hash })
     }
 
@@ -194,6 +192,20 @@ impl Model {
         hywu_core::write_atomic(folder.join(INFO), |w| w.write_all(&text))?;
         Ok(())
     }
+}
+
+/// [`fnv1a`] of weights, wherever they are, and of what comes after them, as 16 hexadecimal digits.
+///
+/// # Errors
+/// Those of the device.
+pub fn fingerprint<'a>(
+    weights: impl IntoIterator<Item = &'a ParamSet>,
+    rest: impl IntoIterator<Item = f32>,
+) -> Result<String> {
+    let host = |set: &ParamSet| set.to(Device::Cpu, Dtype::F32);
+    let sets = weights.into_iter().map(host).collect::<Result<Vec<_>, _>>()?;
+    let values = sets.iter().flat_map(ParamSet::iter).flat_map(|(_, t)| t.data().iter().copied());
+    Ok(format!("{:016x}", fnv1a(values.chain(rest).map(f32::to_bits))))
 }
 
 /// FNV-1a (64 bits) over words: tells contents apart, no more.

@@ -65,10 +65,12 @@ fn a_driver_that_will_not_do_is_named() {
     fails(with("FAIL_LAUNCH", "20"), folder.path(), &["kernel", "719", "HYWU_CUDA_SYNC=1"]);
 }
 
-/// Nobody who did not ask for a device fails for want of one.
+/// Nobody who did not ask for a device fails for want of one, nor for one that has no kernels.
 #[test]
 fn auto_does_without_a_device() {
     let folder = tempfile::tempdir().expect("a temporary folder");
+    edit(folder.path(), "auto").env("HYWU_EMULATOR_NO_IMAGE", "1").assert().success();
+    std::fs::remove_file(folder.path().join("out.png")).expect("written");
     edit(folder.path(), "auto")
         .env("HYWU_EMULATOR_DEVICES", "0")
         .env("LD_LIBRARY_PATH", "")

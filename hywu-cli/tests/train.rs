@@ -14,6 +14,7 @@ use std::{
     fs,
     ops::ControlFlow,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// A small run; `start_from` is left out for a backbone.
@@ -155,6 +156,21 @@ fn a_device_trains_as_the_cpu_does() {
         // Of eight steps one is large; the first two of the others warm up and record.
         assert_eq!((eager.2, replayed.2), (0, 5), "{kind:?}");
     }
+}
+
+/// Whoever waits for a batch may be the only thread that works.
+#[test]
+fn one_thread_feeds_a_device() {
+    let Some(place) = places().into_iter().find(|p| p.device != Device::Cpu) else { return };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let mut command = Command::cargo_bin("hywu").expect("built");
+    command
+        .args(["train", "backbone", "--config"])
+        .arg(config(dir.path(), 3, None))
+        .arg("--photos")
+        .arg(photos());
+    command.arg("--out").arg(dir.path().join("out")).args(["--device", &place.device.to_string()]);
+    command.env("RAYON_NUM_THREADS", "1").timeout(Duration::from_secs(300)).assert().success();
 }
 
 #[test]

@@ -488,11 +488,12 @@ impl Backbone {
     /// that are a hundred times as large as the rest and hardly vary ("Massive activations", arXiv 2402.17762); they would drown
     /// in the generator's first norm what tells instances apart.
     ///
-    /// The backbone must be on the CPU.
-    ///
     /// # Errors
-    /// As [`Backbone::condition`].
+    /// As [`Backbone::condition`]; a backbone that is not on the CPU.
     pub fn calibrate(&mut self, views: &[&Tensor], ids: &[u32]) -> Result<()> {
+        if self.params.device() != Device::Cpu {
+            return Err(Error::Invalid("a backbone is calibrated on the CPU; see Backbone::to".into()));
+        }
         let states = self.states(views, ids)?.to_host()?;
         let width = self.config.width;
         let count = (states.numel() / width) as f64;

@@ -71,7 +71,8 @@ pub fn flow_loss(
     let target = batch.target.to(bound.device(), Dtype::F32)?;
     let Noised { x_t, t, mut weight } = Noised::draw(&target, batch.seed)?;
     let size = (batch.target.numel() / weight.len().max(1)).max(1);
-    let pairs = batch.source.data().chunks(size).zip(batch.target.data().chunks(size));
+    let (before, after) = (batch.source.to_host()?, batch.target.to_host()?);
+    let pairs = before.data().chunks(size).zip(after.data().chunks(size));
     for (weight, (source, target)) in weight.iter_mut().zip(pairs) {
         let edit: f32 = source.iter().zip(target).map(|(s, t)| (s - t) * (s - t)).sum();
         *weight /= (edit / size as f32 + LEAST_EDIT).sqrt();

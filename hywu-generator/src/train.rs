@@ -19,7 +19,7 @@ pub struct TrainStats {
 /// downstream model is only read.
 ///
 /// # Errors
-/// Errors of the downstream model and of the ops; a loss or gradient that is not finite (nothing is changed then).
+/// Errors of the downstream model and of the ops; a gradient that is not finite (nothing is changed then).
 pub fn train_step<D: Downstream>(
     generator: &mut Generator,
     downstream: &D,

@@ -58,8 +58,12 @@ pub enum Error {
     },
     /// The kernels were not compiled for this device.
     #[error(
-        "no kernels for {device}: its compute capability is {}.{}, compiled are {}; rebuild with HYWU_CUDA_ARCH={}{}, or use the device `cpu`",
-        capability.0, capability.1, option_env!("HYWU_CUDA_ARCHS").unwrap_or("none"), capability.0, capability.1
+        "no kernels for {device}: its compute capability is {}.{}, compiled are {}; {}use the device `cpu`",
+        capability.0, capability.1, option_env!("HYWU_CUDA_ARCHS").unwrap_or("none"), match capability {
+            // Products of bf16 and asynchronous copies.
+            (..=7, _) => "the kernels need 8.0, ".to_owned(),
+            (major, minor) => format!("rebuild with HYWU_CUDA_ARCH={major}{minor}, or "),
+        }
     )]
     NoKernelImage {
         /// Its name.

@@ -1,6 +1,9 @@
 //! Optimiser over a whole parameter set: AdamW, gradient clipping, EMA.
 
-use crate::{Device, Error, ParamSet, Result, Tensor, cpu, cuda, ops::on_device};
+use crate::{
+    Device, Error, ParamSet, Result, Tensor, cpu, cuda,
+    ops::{on_device, together},
+};
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 
 /// AdamW (Loshchilov and Hutter, arXiv 1711.05101). State is one flat buffer per moment.
@@ -71,11 +74,14 @@ pub(crate) struct Rates {
 /// Euclidean norm over all gradients (f64 accumulation, order fixed).
 ///
 /// # Errors
-/// Those of a device.
+/// Gradients that are not on one device and of one dtype; those of a device.
 pub fn grad_norm(grads: &[Tensor]) -> Result<f64> {
     match grads.first() {
         None => Ok(0.0),
-        Some(first) => Ok(on_device!(first, optim::grad_norm(grads))),
+        Some(first) => {
+            together("grad_norm", &grads.iter().collect::<Vec<_>>())?;
+            Ok(on_device!(first, optim::grad_norm(grads)))
+        }
     }
 }
 
@@ -151,13 +157,28 @@ impl Optimizer {
     /// One step: the gradients (in the order of the set) are clipped to the greatest norm, the weights and their average move.
     ///
     /// # Errors
-    /// Gradients that are not finite, or of another size than the weights; nothing is changed then.
+    /// Gradients that are not finite, of another size than the weights or elsewhere; weights that this is not the state of; not enough
+    /// memory on a device. Nothing is changed then.
     pub fn step(&mut self, params: &mut ParamSet, grads: &[Tensor]) -> Result<StepStats> {
         const OP: &str = "optimizer";
         let fits =
             grads.len() == params.len() && params.iter().zip(grads).all(|((_, p), g)| p.numel() == g.numel());
         if !fits {
             return Err(Error::invalid(OP, "the gradients have other sizes than the weights"));
+        }
+        let device = params.device();
+        if let Some(grad) = grads.iter().find(|grad| grad.device() != device) {
+            let what = format!("a gradient is on {}, the weights are on {device}", grad.device());
+            return Err(Error::invalid(OP, what));
+        }
+        let (m, length) = (&self.adamw.m, params.packed_len());
+        if m.device() != device || m.numel() != length {
+            let what = format!(
+                "its state is of {} numbers on {}, these weights need {length} on {device}",
+                m.numel(),
+                m.device()
+            );
+            return Err(Error::invalid(OP, what));
         }
         let lr = self.schedule.lr(self.adamw.step);
         let rates = self.adamw.rates(lr);
@@ -174,7 +195,7 @@ impl Optimizer {
             }
         };
         let (m, v) = (&mut self.adamw.m, &mut self.adamw.v);
-        let norm = match params.device() {
+        let norm = match device {
             Device::Cpu => cpu::optim::step(params, grads, m, v, average, rates, self.clip),
             Device::Cuda(_) => cuda::optim::step(params, grads, m, v, average, rates, self.clip)?,
         };

@@ -91,6 +91,10 @@ impl ParamSet {
     fn flat_len(&self) -> usize {
         self.tensors.values().map(|t| t.numel().next_multiple_of(ALIGN)).sum()
     }
+    /// Elements of what [`ParamSet::pack`] makes.
+    pub(crate) fn packed_len(&self) -> usize {
+        if self.flat.is_some() { self.flat_len() } else { self.numel() }
+    }
     /// Where the weights are.
     pub fn device(&self) -> Device {
         self.tensors.values().next().map_or(Device::Cpu, Tensor::device)
@@ -178,7 +182,7 @@ impl ParamSet {
         }
         Ok(set)
     }
-    /// Adds or replaces a weight.
+    /// Adds or replaces a weight. On a device they are then no longer one piece of memory: [`ParamSet::to_mixed`] makes them so again.
     pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
         self.tensors.insert(name.into(), tensor);
         self.flat = None;
@@ -196,8 +200,9 @@ impl ParamSet {
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.tensors.iter().map(|(n, t)| (n.as_str(), t))
     }
-    /// All weights for writing, in order.
+    /// All weights for writing, in order; as [`ParamSet::insert`] on a device.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (&str, &mut Tensor)> {
+        self.flat = None;
         self.tensors.iter_mut().map(|(n, t)| (n.as_str(), t))
     }
     /// Number of weights.
@@ -217,15 +222,18 @@ impl ParamSet {
     /// # Errors
     /// Not enough memory on a device for a copy in the dtype that is computed in.
     pub fn bind(&self, tape: &Tape, trainable: bool) -> Result<Bound> {
-        let var = |t: &Tensor| if trainable { tape.leaf(t.clone()) } else { Var::constant(t.clone()) };
-        let bind =
-            |set: &Self| Bound { vars: set.tensors.iter().map(|(n, t)| (n.clone(), var(t))).collect() };
-        match (&self.flat, self.computing_in) {
-            (Some(flat), Some(dtype)) if flat.dtype() != dtype => {
-                Ok(bind(&self.parts_of(flat.cast(dtype)?, None)))
-            }
-            _ => Ok(bind(self)),
-        }
+        let dtype = self.dtype();
+        let whole = match &self.flat {
+            // One launch for all.
+            Some(flat) if flat.dtype() != dtype => Some(self.parts_of(flat.cast(dtype)?, None)),
+            _ => None,
+        };
+        let var = |(n, t): (&String, &Tensor)| {
+            let t = t.cast(dtype)?;
+            Ok((n.clone(), if trainable { tape.leaf(t) } else { Var::constant(t) }))
+        };
+        let vars = whole.as_ref().unwrap_or(self).tensors.iter().map(var).collect::<Result<_>>()?;
+        Ok(Bound { vars })
     }
     /// Replaces every weight by the tensor of the same name in `checkpoint`; shapes must agree.
     ///

@@ -35,10 +35,6 @@ impl Var {
         // Gradients are matched by element count, so a reshape needs no node of its own.
         Ok(Self { value: self.value.reshape(shape)?, node: self.node })
     }
-    /// The same value, cut off from the gradient.
-    pub fn detach(&self) -> Self {
-        Self::constant(self.value.clone())
-    }
     /// Are both the same node of one tape?
     pub fn same_node(&self, other: &Self) -> bool {
         self.node.is_some() && self.node == other.node

@@ -183,6 +183,32 @@ fn bad_gradients_change_nothing() {
     });
 }
 
+/// Neither another set's state nor gradients from elsewhere are taken for these weights'.
+#[test]
+fn what_belongs_to_other_weights_is_an_error() {
+    for_each_place(|place| {
+        let mut small = set(place, &[3.0]);
+        let mut large = set(place, &[3.0; 500]);
+        let g = grads(place, &large);
+        let e = optimizer(&small).step(&mut large, &g).expect_err("a state of other weights").to_string();
+        assert!(e.contains("state"), "{e}");
+        let mut here = optimizer(&host(&small));
+        let g = grads(place, &small);
+        if place.device != Device::Cpu {
+            let e = here.step(&mut host(&small), &g).expect_err("gradients on a device").to_string();
+            assert!(e.contains("a gradient is on cuda:0, the weights are on cpu"), "{e}");
+            assert!(here.step(&mut small, &g).is_err());
+            assert!(grad_norm(&[Tensor::zeros(&[1]), g[0].clone()]).is_err());
+            // Weights that were exchanged one by one lie in no one piece of memory that a step could be taken in.
+            let mut optimizer = optimizer(&small);
+            small
+                .iter_mut()
+                .for_each(|(_, t)| *t = Tensor::zeros(&[1]).to(place.device, Dtype::F32).expect("works"));
+            assert!(optimizer.step(&mut small, &g).is_err());
+        }
+    });
+}
+
 /// Sets share their weights until one of them is written.
 #[test]
 fn a_copy_is_not_trained() {

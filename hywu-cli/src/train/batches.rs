@@ -1,8 +1,9 @@
 //! The batches of a run, in the order of its steps.
 
 use super::config::DataConfig;
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use hywu_diffusion::{EditBatch, EditData};
+use rayon::ThreadPoolBuilder;
 use std::{
     ops::Range,
     sync::{Arc, mpsc},
@@ -24,22 +25,12 @@ pub struct Batches {
 
 impl Batches {
     /// The batches of these steps.
-    pub fn new(data: &Arc<EditData>, config: &DataConfig, steps: Range<u64>, ahead: bool) -> Self {
-        let (data, config) = (data.clone(), config.clone());
-        let ahead = ahead.then(|| {
-            let (send, receive) = mpsc::sync_channel(AHEAD);
-            let (data, config) = (data.clone(), config.clone());
-            thread::spawn(move || {
-                for step in steps {
-                    // Nobody listens any more: the run has ended.
-                    if send.send(data.batch(step, config.shape(step))).is_err() {
-                        break;
-                    }
-                }
-            });
-            receive
-        });
-        Self { data, config, ahead, waited: Duration::ZERO }
+    ///
+    /// # Errors
+    /// A system that starts no more threads.
+    pub fn new(data: &Arc<EditData>, config: &DataConfig, steps: Range<u64>, ahead: bool) -> Result<Self> {
+        let ahead = ahead.then(|| prepare(data.clone(), config.clone(), steps)).transpose()?;
+        Ok(Self { data: data.clone(), config: config.clone(), ahead, waited: Duration::ZERO })
     }
 
     /// The batch of the next step, which is `step`.
@@ -62,4 +53,27 @@ impl Batches {
     pub fn waited(&self) -> Duration {
         self.waited
     }
+}
+
+/// Starts a thread that makes the batches of these steps.
+fn prepare(
+    data: Arc<EditData>,
+    config: DataConfig,
+    steps: Range<u64>,
+) -> Result<mpsc::Receiver<hywu_diffusion::Result<EditBatch>>> {
+    let (send, receive) = mpsc::sync_channel(AHEAD);
+    // Workers of its own: the thread that waits for a batch may be the only one of the others, and a worker that waits here works for
+    // nobody.
+    let pool = ThreadPoolBuilder::new().build().context("workers that prepare batches")?;
+    let work = move || {
+        for step in steps {
+            let batch = pool.install(|| data.batch(step, config.shape(step)));
+            // Nobody listens any more: the run has ended.
+            if send.send(batch).is_err() {
+                break;
+            }
+        }
+    };
+    thread::Builder::new().spawn(work).context("a thread that prepares batches")?;
+    Ok(receive)
 }

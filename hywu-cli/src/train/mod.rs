@@ -95,7 +95,7 @@ impl Run {
             None => ModelInfo::default(),
         };
         let photos = PhotoSet::open(photos)?;
-        let given = format!("photos {:?}, start {}", photos.names, task.fingerprint());
+        let given = format!("photos {:?}, start {}", photos.names, task.fingerprint()?);
         let task = task.to(device, Dtype::Bf16)?;
         let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
@@ -151,7 +151,7 @@ impl Run {
     /// Steps until the end. After every step `progress` may stop the run, which then leaves a checkpoint.
     ///
     /// # Errors
-    /// A loss that is not finite, a disk that is full; [`Error::Interrupted`] when `progress` says so.
+    /// A gradient that is not finite, a disk that is full; [`Error::Interrupted`] when `progress` says so.
     pub fn train(&mut self, progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
         let (first, steps) = (self.optimizer.adamw.step, self.config.steps);
         let mut samples = 0;
@@ -167,7 +167,7 @@ impl Run {
         // One for each shape of a batch; the shapes take turns.
         let mut replays: Vec<(BatchShape, Replay)> = Vec::new();
         let mut batches =
-            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, on_device);
+            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, on_device)?;
         let start = Instant::now();
         while self.optimizer.adamw.step < steps {
             let step = self.optimizer.adamw.step;

@@ -1,7 +1,7 @@
 //! What is trained: the backbone, a generator, one shared adapter, or everything.
 
 use super::config::TrainConfig;
-use crate::model::{Memory, Model, ModelInfo, fnv1a};
+use crate::model::{Memory, Model, ModelInfo, fingerprint};
 use anyhow::{Context, Result, bail};
 use hywu_core::{Dtype, Philox};
 use hywu_diffusion::{
@@ -134,14 +134,16 @@ impl Task {
         }
     }
 
-    /// Tells the weights that the run starts from and those that stay frozen from others; the task must be on the CPU.
-    pub fn fingerprint(&self) -> String {
+    /// Tells the weights that the run starts from and those that stay frozen from others.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn fingerprint(&self) -> Result<String> {
         let frozen = match self {
             Self::Backbone(_) => None,
             Self::Generator(_, downstream) | Self::Lora(_, downstream) => Some(&downstream.backbone.params),
         };
-        let all = frozen.into_iter().chain([self.params()]).flat_map(|p| p.iter());
-        format!("{:016x}", fnv1a(all.flat_map(|(_, t)| t.data().iter().map(|v| v.to_bits()))))
+        fingerprint(frozen.into_iter().chain([self.params()]), [])
     }
 
     /// The weights that are trained, for writing.
@@ -164,7 +166,7 @@ impl Task {
     /// One step.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite; nothing is changed then.
+    /// A gradient that is not finite; nothing is changed then.
     pub fn step(&mut self, batch: &EditBatch, optimizer: &mut Optimizer) -> Result<TrainStats> {
         let (params, loss, mut grads, bound) = match self {
             Self::Generator(generator, downstream) => {

@@ -1,5 +1,5 @@
-//! One module per op. Each has plain `forward` and `backward` functions over [`Tensor`]s and a function
-//! of the op's own name that records it on a [`Tape`](crate::Tape).
+//! One module per op: a function of the op's own name over [`Var`](crate::Var)s, which records it on a [`Tape`](crate::Tape), or over
+//! [`Tensor`]s where it needs no gradient.
 //!
 //! An op checks its arguments once, for every device; the arithmetic is in `cpu/<op>.rs` and `cuda/<op>.rs`.
 

@@ -146,8 +146,13 @@ impl Gpu {
         if let Some((_, gpu)) = gpus.iter().find(|(n, _)| *n == ordinal) {
             return Ok(gpu);
         }
+        let gpu = Self::open(ordinal)?;
+        // All images are for the same targets: where one can't be loaded the device is of no use, and `auto` must know.
+        if let Some((op, _)) = FATBINS.iter().min_by_key(|(_, image)| image.len()) {
+            gpu.module(op)?;
+        }
         // Contexts live as long as the process: the driver takes them down with it.
-        let gpu: &'static Self = Box::leak(Box::new(Self::open(ordinal)?));
+        let gpu: &'static Self = Box::leak(Box::new(gpu));
         gpus.push((ordinal, gpu));
         Ok(gpu)
     }
