@@ -19,7 +19,8 @@ fn golden(name: &str) -> PathBuf {
 fn generate(checkpoint: &Path, condition: &Path, output: &Path) -> Command {
     let mut command = hywu();
     command.arg("generate").arg("--checkpoint").arg(checkpoint).arg("--condition").arg(condition);
-    command.arg("--output").arg(output);
+    // In f32: on a device generators compute in bf16.
+    command.arg("--output").arg(output).args(["--device", "cpu"]);
     command
 }
 

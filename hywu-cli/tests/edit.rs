@@ -238,7 +238,6 @@ fn bad_arguments_say_what_would_be_right() {
     fails(with(&["--compare", out.to_str().expect("UTF-8")]), dir.path(), "same file");
     fails(with(&["--save-adapter", "/no/such/folder/x.safetensors"]), dir.path(), "/no/such/folder");
     fails(with(&["--model", "/no/such/model"]), dir.path(), "/no/such/model");
-    fails(with(&["--device", "cuda"]), dir.path(), "no CUDA");
     fails(with(&["--adapter", "/no/such/adapter"]), dir.path(), "/no/such/adapter");
 
     // Wrong usage: exit code 2.
