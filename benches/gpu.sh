@@ -40,7 +40,8 @@ for line in sys.stdin:
     if any(word in text for word in ("CARGO_MANIFEST_DIR", "cargo_bin")) and "HYWU_GOLDEN" not in text:
         print(f"left out, needs files: {crate}/{source.stem}")
     elif message["target"]["kind"] != ["bin"]:
-        shutil.copy(message["executable"], f"{sys.argv[1]}/{crate}-{source.stem}")
+        name = message["target"]["name"]
+        shutil.copy(message["executable"], f"{sys.argv[1]}/{crate}-{name}")
 ' "$work/tests"
   strip "$work"/tests/* "$work"/target/release/*
   { git rev-parse HEAD; rustc --version; "${HYWU_NVCC:-nvcc}" --version | grep release; } >"$work/build.txt"
