@@ -20,6 +20,19 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     return warp_sum(x);
 }
 
+// Sum of n numbers, added up in double by a kernel of one block of BLOCK threads; thread 0 gets it.
+__device__ __forceinline__ double sum_in_double(const float* x, int n) {
+    __shared__ double sums[BLOCK];
+    double sum = 0.0;
+    for (int i = threadIdx.x; i < n; i += BLOCK) sum += x[i];
+    sums[threadIdx.x] = sum;
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    return sums[0];
+}
+
 // Sums over rows, K sums for every column. The block's threads share PACK columns each: `lanes` (a power of two, at most WARP) times
 // PACK columns, taken by BLOCK / lanes rows at a time. add(sum, row, column, count) adds what a row has in the `count` columns from
 // `column` on; take(k, column, sum) gets every finished sum once. The order depends on the number of rows alone.

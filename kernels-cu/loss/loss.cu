@@ -5,15 +5,8 @@
 
 // Partial sums, added up in double: out = factor * sum. One block.
 extern "C" __global__ void __launch_bounds__(BLOCK) finish_loss(const float* partial, float* out, int n, float factor) {
-    __shared__ double sums[BLOCK];
-    double sum = 0.0;
-    for (int i = threadIdx.x; i < n; i += BLOCK) sum += partial[i];
-    sums[threadIdx.x] = sum;
-    for (int half = BLOCK / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
-    if (threadIdx.x == 0) *out = float(sums[0] * factor);
+    double sum = sum_in_double(partial, n);
+    if (threadIdx.x == 0) *out = float(sum * factor);
 }
 
 // weight[i / each] of the `count` elements i from `at` on: one division for all, as one of 64 bits takes longer than the memory.

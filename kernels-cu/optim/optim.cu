@@ -30,16 +30,9 @@ __device__ __forceinline__ void load_four(float (&v)[4], const bf16* p) {
 // finite gives a factor that is not, which the step takes as a sign to do nothing. One block.
 extern "C" __global__ void __launch_bounds__(BLOCK)
     finish_norm(const float* squares, float* norm, int n, float most) {
-    __shared__ double sums[BLOCK];
-    double sum = 0.0;
-    for (int i = threadIdx.x; i < n; i += BLOCK) sum += squares[i];
-    sums[threadIdx.x] = sum;
-    for (int half = BLOCK / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
+    double sum = sum_in_double(squares, n);
     if (threadIdx.x == 0) {
-        float total = float(sqrt(sums[0]));
+        float total = float(sqrt(sum));
         norm[0] = total;
         norm[1] = isfinite(total) ? (total > most ? most / total : 1.0f) : total;
     }

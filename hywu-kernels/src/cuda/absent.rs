@@ -1,6 +1,6 @@
 //! The device layer of a build without the feature `cuda`: there is no device, so no value of these types.
 
-use super::call::Arguments;
+use super::{Properties, call::Arguments};
 use crate::{Error, Result};
 
 /// A CUDA device.
@@ -11,21 +11,6 @@ pub(crate) enum Memory {}
 
 /// A point in a device's work.
 pub struct Event(Gpu);
-
-/// What a CUDA device is.
-#[derive(Clone, Debug)]
-pub struct Properties {
-    /// Its name.
-    pub name: String,
-    /// Compute capability, (9, 0) for Hopper.
-    pub capability: (u32, u32),
-    /// Multiprocessors.
-    pub multiprocessors: u32,
-    /// Bytes of device memory.
-    pub memory: usize,
-    /// CUDA version of the driver, (13, 0).
-    pub driver: (u32, u32),
-}
 
 impl Gpu {
     pub fn get(_ordinal: usize) -> Result<&'static Self> {

@@ -4,7 +4,12 @@
 //! A forward pass must not show that, hence `Use` in low_rank_linear. For given sizes the algorithm is chosen once in a process; two runs
 //! are equal where the library chooses the same, HYWU_CUDA_BLAS=0 is for those who want to be sure.
 
-use super::{Gpu, Memory, call::on_gpu, driver::in_replay, low_rank_linear::Layout};
+use super::{
+    Gpu, Memory,
+    call::on_gpu,
+    driver::{in_replay, lock},
+    low_rank_linear::Layout,
+};
 use crate::{Error, Result, Tensor};
 use cudarc::cublaslt::{
     result::{self, CublasError},
@@ -13,7 +18,7 @@ use cudarc::cublaslt::{
 use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
-    sync::{Mutex, MutexGuard},
+    sync::Mutex,
 };
 
 /// Device memory that its algorithms may use.
@@ -53,11 +58,6 @@ struct Plan {
 unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The maps are never left half-changed.
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
 
 fn check<T>(call: impl FnOnce() -> String, result: Result<T, CublasError>) -> Result<T> {
     result.map_err(|e| Error::Cuda {

@@ -26,13 +26,28 @@ pub mod swiglu;
 pub mod tile_blend;
 
 pub(crate) use call::{Call, blocks};
-pub use driver::{Event, Properties, Replay};
+pub use driver::{Event, Replay};
 pub(crate) use driver::{Gpu, Memory};
 pub(crate) use driver::{broken_guards, guard_allocations};
 
 use crate::{Error, Result, Tensor};
 use hywu_core::Dtype;
 use std::sync::Arc;
+
+/// What a CUDA device is.
+#[derive(Clone, Debug)]
+pub struct Properties {
+    /// Its name.
+    pub name: String,
+    /// Compute capability, (9, 0) for Hopper.
+    pub capability: (u32, u32),
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of device memory.
+    pub memory: usize,
+    /// CUDA version of the driver, (13, 0).
+    pub driver: (u32, u32),
+}
 
 /// Elements in device memory: a part of an allocation.
 #[derive(Clone)]

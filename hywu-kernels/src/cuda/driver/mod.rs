@@ -11,7 +11,7 @@ pub(crate) use memory::{Memory, broken_guards, guard_allocations};
 pub use replay::Replay;
 pub(super) use replay::in_replay;
 
-use super::call::Arguments;
+use super::{Properties, call::Arguments};
 use crate::{Error, Result};
 use cudarc::driver::{
     DriverError,
@@ -35,21 +35,6 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 const LEAST_DRIVER: i32 = 13_000;
 /// Dynamic shared memory that a kernel gets without asking.
 const FREE_SHARED: u32 = 48 << 10;
-
-/// What a CUDA device is.
-#[derive(Clone, Debug)]
-pub struct Properties {
-    /// Its name.
-    pub name: String,
-    /// Compute capability, (9, 0) for Hopper.
-    pub capability: (u32, u32),
-    /// Multiprocessors.
-    pub multiprocessors: u32,
-    /// Bytes of device memory.
-    pub memory: usize,
-    /// CUDA version of the driver, (13, 0).
-    pub driver: (u32, u32),
-}
 
 /// A CUDA device: its primary context, one stream, the loaded kernels.
 pub(crate) struct Gpu {
@@ -93,7 +78,7 @@ thread_local! {
 
 static GPUS: Mutex<Vec<(usize, &'static Gpu)>> = Mutex::new(Vec::new());
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // The guarded maps and lists are never left half-changed.
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
@@ -273,20 +258,21 @@ impl Gpu {
         self.submit(Op::Launch(Launch { name, function, grid, block, shared, arguments }))
     }
 
+    fn load(&self, op: &'static str, name: &str) -> Result<Function> {
+        let module = self.module(op)?;
+        let what = || format!("the kernel {name} of {op}");
+        let c_name = CString::new(name).map_err(|_| Error::invalid(op, "a kernel name with a NUL"))?;
+        // SAFETY: the module stays loaded.
+        let handle = check(what, unsafe { module::get_function(module, c_name) })?;
+        Ok(Function { handle, shared: FREE_SHARED })
+    }
+
     fn function(&self, op: &'static str, name: &str, shared: u32) -> Result<sys::CUfunction> {
         let mut functions = lock(&self.functions);
         let functions = functions.entry(op).or_default();
-        let mut function = match functions.get(name) {
-            Some(function) => *function,
-            None => {
-                let module = self.module(op)?;
-                let what = || format!("the kernel {name} of {op}");
-                let c_name =
-                    CString::new(name).map_err(|_| Error::invalid(op, "a kernel name with a NUL"))?;
-                // SAFETY: the module stays loaded.
-                let handle = check(what, unsafe { module::get_function(module, c_name) })?;
-                Function { handle, shared: FREE_SHARED }
-            }
+        let function = match functions.get_mut(name) {
+            Some(function) => function,
+            None => functions.entry(name.to_owned()).or_insert(self.load(op, name)?),
         };
         if shared > function.shared {
             use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT;
@@ -297,7 +283,6 @@ impl Gpu {
             })?;
             function.shared = shared;
         }
-        functions.insert(name.to_owned(), function);
         Ok(function.handle)
     }
 
