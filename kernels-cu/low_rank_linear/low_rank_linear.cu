@@ -1,5 +1,6 @@
 // Matrix products with an optional second term: linear layers with low-rank updates, and their gradients; see product.cuh.
 #ifndef Element
+#include "quantized.cuh"
 #include "simt.cuh"
 #include "tensor_core.cuh"
 
@@ -17,6 +18,24 @@ constexpr int PRODUCT_BLOCKS = TILE == 64 ? 3 : 2;
         KERNEL(name)(const Element* a, const Element* b, const Element* a2, const Element* b2, Element* out,            \
                      const Element* bias, float* partial, Sizes sizes) {                                                \
         ENGINE::product<A_ALONG_K, B_ALONG_K, TILE>(a, b, a2, b2, out, bias, partial, sizes);                           \
+    }
+
+// The kernel of a format and a shape of tiles; bf16 only.
+#define QUANTIZED(name, Code, Shape, BLOCKS)                                                                            \
+    extern "C" __global__ void __launch_bounds__(quantized::Shape::THREADS, BLOCKS)                                     \
+        name(const bf16* x, const uint8_t* codes, const float* scales, const bf16* s, const bf16* b, bf16* out,         \
+             const bf16* bias, Sizes sizes) {                                                                           \
+        quantized::product<quantized::Code, quantized::Shape>(x, codes, scales, s, b, out, bias, sizes);                \
+    }
+QUANTIZED(quantized_int8_many_bf16, Int8, Many, 2)
+QUANTIZED(quantized_int8_few_bf16, Int8, Few, 2)
+QUANTIZED(quantized_fp8_many_bf16, Fp8, Many, 2)
+QUANTIZED(quantized_fp8_few_bf16, Fp8, Few, 2)
+
+#define DEQUANTIZE(name, Code)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(BLOCK)                                                                 \
+        KERNEL(name)(const uint8_t* codes, const float* scales, Element* out, int inner, int groups) {                  \
+        quantized::dequantize<quantized::Code>(codes, scales, out, inner, groups);                                      \
     }
 
 #define Element float
@@ -39,4 +58,6 @@ PRODUCT(product_nn_64, true, false, 64)
 PRODUCT(product_nn_128, true, false, 128)
 PRODUCT(product_tn_64, false, false, 64)
 PRODUCT(product_tn_128, false, false, 128)
+DEQUANTIZE(dequantize_int8, Int8)
+DEQUANTIZE(dequantize_fp8, Fp8)
 #endif

@@ -42,9 +42,10 @@ struct Sizes {
 };
 
 // Where a block works. `height` and `width` are the rows and columns of its tile that there are.
-template <class T>
+template <class T, class B = T>
 struct Work {
-    const T *a, *b;            // the first term, where the tile starts, at k = 0
+    const T* a;                // the first term, where the tile starts, at k = 0
+    const B* b;
     int row, height;           // `row` of x (A along k)
     int column, width;
     int part, index;           // of the columns; of the weight or adapter
@@ -57,22 +58,22 @@ constexpr __device__ int ceil_div(int n, int d) { return (n + d - 1) / d; }
 
 // Blocks that run together share rows and columns: the tiles are numbered down groups of 8 rows of tiles, so that what they read stays
 // in the second-level cache. False: there is no work, as entries have fewer rows than the longest.
-template <bool A_ALONG_K, bool B_ALONG_K, int TILE, int DEPTH, class T>
-__device__ __forceinline__ bool work(Work<T>& w, const T* a, const T* b, const Sizes& s) {
+template <bool A_ALONG_K, bool B_ALONG_K, int HEIGHT, int WIDTH, int DEPTH, class T, class B>
+__device__ __forceinline__ bool work(Work<T, B>& w, const T* a, const B* b, const Sizes& s) {
     constexpr int GROUP = 8;
-    int across = ceil_div(s.n, TILE), columns = s.parts * across, rows = int(gridDim.x) / columns;
+    int across = ceil_div(s.n, WIDTH), columns = s.parts * across, rows = int(gridDim.x) / columns;
     int group = int(blockIdx.x) / (GROUP * columns), within = int(blockIdx.x) % (GROUP * columns);
     int deep = min(GROUP, rows - group * GROUP);
     int tile = group * GROUP + within % deep, column = within / deep;
     w.part = column / across;
-    w.column = column % across * TILE;
-    w.width = min(TILE, s.n - w.column);
+    w.column = column % across * WIDTH;
+    w.width = min(WIDTH, s.n - w.column);
 
     // Lines of A, B and the result before the tile's first.
     int line_a, line_b = 0, line_out, segments = 0;
     w.segment = 0;
     if (A_ALONG_K && !s.over_entries) {
-        RowTile t = row_tile<TILE>(s.rows, tile);
+        RowTile t = row_tile<HEIGHT>(s.rows, tile);
         line_a = line_out = w.row = t.row;
         w.height = t.end - t.row;
         w.index = t.weight;
@@ -81,16 +82,16 @@ __device__ __forceinline__ bool work(Work<T>& w, const T* a, const T* b, const S
         w.k = s.k;
     } else {
         Segment entry = segment(s.rows, int(blockIdx.y));
-        int from = tile * TILE;
+        int from = tile * HEIGHT;
         w.index = entry.adapter;
         w.row = entry.row + from;
         if (A_ALONG_K) {
-            w.height = min(TILE, entry.rows - from);
+            w.height = min(HEIGHT, entry.rows - from);
             w.k = s.k;
             line_a = w.row;
             line_out = entry.low + from;
         } else {
-            w.height = min(TILE, s.m - from);
+            w.height = min(HEIGHT, s.m - from);
             w.k = entry.rows;
             line_a = s.a.flags & BANDED ? entry.low : entry.row;
             line_b = s.b.flags & BANDED ? entry.low : entry.row;
@@ -124,16 +125,17 @@ struct Source {
     bool aligned;
 };
 
-template <bool A_ALONG_K, bool B_ALONG_K, int DEPTH, class T>
-__device__ __forceinline__ void sources(Source<T>& a, Source<T>& b, const Work<T>& w, const T* a2, const T* b2, const Sizes& s,
-                                        int step) {
-    int steps = ceil_div(w.k, DEPTH);
-    if (!A_ALONG_K || step < steps) {
-        a = {w.a, s.a.pitch, 0, w.height, w.k, step * DEPTH, (s.a.flags & ALIGNED) != 0};
-        b = {w.b, s.b.pitch, 0, w.width, w.k, step * DEPTH, (s.b.flags & ALIGNED) != 0};
-        return;
-    }
-    int each = ceil_div(s.k2, DEPTH), at = step - steps, k0 = at % each * DEPTH;
+// Of the first term; `lines` are the tile's.
+template <class T>
+__device__ __forceinline__ Source<T> first_source(const T* data, const Side& side, int lines, int k, int k0) {
+    return {data, side.pitch, 0, lines, k, k0, (side.flags & ALIGNED) != 0};
+}
+
+// Of the second term, `at` counts its steps.
+template <bool B_ALONG_K, int DEPTH, class T, class B>
+__device__ __forceinline__ void second_sources(Source<T>& a, Source<T>& b, const Work<T, B>& w, const T* a2, const T* b2,
+                                               const Sizes& s, int at) {
+    int each = ceil_div(s.k2, DEPTH), k0 = at % each * DEPTH;
     Segment seg = segment(s.rows, w.segment + at / each);
     // Where S has the tile's first row if the segment has that, too; the others are not read.
     a.data = a2 + w.part * s.a2.part + int64_t(seg.low + w.row - seg.row) * s.a2.pitch;
@@ -143,6 +145,18 @@ __device__ __forceinline__ void sources(Source<T>& a, Source<T>& b, const Work<T
     b.data = b2 + seg.adapter * s.b2.stride + w.part * s.b2.part + (B_ALONG_K ? int64_t(w.column) * s.b2.pitch : w.column);
     b.low = 0, b.high = w.width;
     b.pitch = s.b2.pitch, b.k = s.k2, b.k0 = k0, b.aligned = s.b2.flags & ALIGNED;
+}
+
+template <bool A_ALONG_K, bool B_ALONG_K, int DEPTH, class T>
+__device__ __forceinline__ void sources(Source<T>& a, Source<T>& b, const Work<T>& w, const T* a2, const T* b2, const Sizes& s,
+                                        int step) {
+    int steps = ceil_div(w.k, DEPTH);
+    if (A_ALONG_K && step >= steps) {
+        second_sources<B_ALONG_K, DEPTH>(a, b, w, a2, b2, s, step - steps);
+    } else {
+        a = first_source(w.a, s.a, w.height, w.k, step * DEPTH);
+        b = first_source(w.b, s.b, w.width, w.k, step * DEPTH);
+    }
 }
 
 // A chunk of 16 bytes of a tile: where it starts, and how many of its elements are inside the matrix (none: `from` may be anywhere).

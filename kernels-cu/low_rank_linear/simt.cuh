@@ -45,7 +45,7 @@ __device__ void product(const float* a, const float* b, const float* a2, const f
     __shared__ __align__(16) float stages_a[2 * SIZE];
     __shared__ __align__(16) float stages_b[2 * SIZE];
     Work<float> w;
-    if (!work<A_ALONG_K, B_ALONG_K, TILE, DEEP>(w, a, b, s)) return;
+    if (!work<A_ALONG_K, B_ALONG_K, TILE, TILE, DEEP>(w, a, b, s)) return;
     int row = int(threadIdx.x) / 16 * 4, column = int(threadIdx.x) % 16 * 4;
 
     Fetch<A_ALONG_K, TILE> next_a;

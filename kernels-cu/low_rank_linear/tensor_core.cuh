@@ -14,7 +14,7 @@ constexpr int STAGES = 3;
 
 // A stage of one side in shared memory. Lines are 16 bytes longer than what they hold: the eight lines that ldmatrix reads at a time
 // then lie in different banks (80 bytes, or 16 more than a multiple of 128).
-template <bool ALONG_K, int TILE>
+template <bool ALONG_K, int TILE, int DEPTH = tensor_core::DEPTH>
 struct Stage {
     static constexpr int LINES = ALONG_K ? TILE : DEPTH;
     static constexpr int WIDTH = ALONG_K ? DEPTH : TILE;
@@ -56,6 +56,45 @@ struct Stage {
     }
 };
 
+// Writes alpha * sum + bias: rounded, then through shared memory, which nobody needs any more, so that memory gets whole packs. A thread
+// holds pairs of neighbours: (row, column), (row + 8, column) of every 16 x 8.
+template <int HEIGHT, int WIDTH, int THREADS, int ROWS, int COLUMNS, class B>
+__device__ __forceinline__ void write_tile(bf16* shared, const float (&sum)[ROWS][COLUMNS][4], int row, int column,
+                                           const Work<bf16, B>& w, bf16* out, const bf16* bias, const Sizes& s) {
+    if (bias) bias += w.index * s.bias + w.part * s.n + w.column;
+    constexpr int PITCH = WIDTH + 8;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+        int c = column + 8 * j;
+        float low = 0.0f, high = 0.0f;
+        if (bias && c < w.width) low = to_float(bias[c]);
+        if (bias && c + 1 < w.width) high = to_float(bias[c + 1]);
+#pragma unroll
+        for (int i = 0; i < 2 * ROWS; i++) {
+            const float* v = sum[i / 2][j] + i % 2 * 2;
+            *reinterpret_cast<uint32_t*>(shared + (row + 8 * i) * PITCH + c) =
+                narrow(fmaf(s.alpha, v[0], low), fmaf(s.alpha, v[1], high));
+        }
+    }
+    __syncthreads();
+    constexpr int CHUNKS = WIDTH / 8;
+#pragma unroll
+    for (int i = 0; i < HEIGHT * CHUNKS / THREADS; i++) {
+        int chunk = threadIdx.x + i * THREADS, r = chunk / CHUNKS, c = chunk % CHUNKS * 8;
+        int count = min(8, w.width - c);
+        if (r >= w.height || count <= 0) continue;
+        const bf16* from = shared + r * PITCH + c;
+        bf16* to = out + w.out + int64_t(r) * s.out.pitch + c;
+        if (whole(to, count))
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        else
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (j < count) to[j] = from[j];
+    }
+}
+
 // A warp's part of a tile: 16 x ROWS rows, 16 x COLUMNS columns; COLUMN_WARPS warps side by side.
 template <int TILE>
 struct Shape;
@@ -78,7 +117,7 @@ __device__ void product(const bf16* a, const bf16* b, const bf16* a2, const bf16
     DYNAMIC_SHARED(bf16, shared);
     bf16 *stages_a = shared, *stages_b = shared + STAGES * A::SIZE;
     Work<bf16> w;
-    if (!work<A_ALONG_K, B_ALONG_K, TILE, DEPTH>(w, a, b, s)) return;
+    if (!work<A_ALONG_K, B_ALONG_K, TILE, TILE, DEPTH>(w, a, b, s)) return;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int warp_row = warp / Shape<TILE>::COLUMN_WARPS * (16 * ROWS);
     int warp_column = warp % Shape<TILE>::COLUMN_WARPS * (16 * COLUMNS);
@@ -121,6 +160,7 @@ __device__ void product(const bf16* a, const bf16* b, const bf16* a2, const bf16
     }
     cp_async_wait<0>();
 
+    static_assert(TILE * (TILE + 8) <= STAGES * (A::SIZE + B::SIZE), "the tile fits where the stages were");
     // A thread holds pairs of neighbours: (row, column), (row + 8, column) of every 16 x 8.
     int row = warp_row + lane / 4, column = warp_column + lane % 4 * 2;
     if (partial) {
@@ -145,40 +185,7 @@ __device__ void product(const bf16* a, const bf16* b, const bf16* a2, const bf16
         }
         return;
     }
-    if (bias) bias += w.index * s.bias + w.part * s.n + w.column;
-    // Rounded, then through shared memory, so that memory gets whole packs.
-    constexpr int PITCH = TILE + 8;
-    static_assert(TILE * PITCH <= STAGES * (A::SIZE + B::SIZE), "the tile fits where the stages were");
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < 2 * COLUMNS; j++) {
-        int c = column + 8 * j;
-        float low = 0.0f, high = 0.0f;
-        if (bias && c < w.width) low = to_float(bias[c]);
-        if (bias && c + 1 < w.width) high = to_float(bias[c + 1]);
-#pragma unroll
-        for (int i = 0; i < 2 * ROWS; i++) {
-            const float* v = sum[i / 2][j] + i % 2 * 2;
-            *reinterpret_cast<uint32_t*>(shared + (row + 8 * i) * PITCH + c) =
-                narrow(fmaf(s.alpha, v[0], low), fmaf(s.alpha, v[1], high));
-        }
-    }
-    __syncthreads();
-    constexpr int CHUNKS = TILE / 8;
-#pragma unroll
-    for (int i = 0; i < TILE * CHUNKS / THREADS; i++) {
-        int chunk = threadIdx.x + i * THREADS, r = chunk / CHUNKS, c = chunk % CHUNKS * 8;
-        int count = min(8, w.width - c);
-        if (r >= w.height || count <= 0) continue;
-        const bf16* from = shared + r * PITCH + c;
-        bf16* to = out + w.out + int64_t(r) * s.out.pitch + c;
-        if (whole(to, count))
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        else
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                if (j < count) to[j] = from[j];
-    }
+    write_tile<TILE, TILE, THREADS>(shared, sum, row, column, w, out, bias, s);
 }
 
 } // namespace tensor_core

@@ -2,7 +2,7 @@
 //! C is summed over k in one order that depends on k alone, so a row's result is the same wherever it stands, whatever the other
 //! rows and the number of threads.
 
-use crate::ops::low_rank_linear::Segment;
+use crate::ops::low_rank_linear::{Format, Segment};
 use rayon::prelude::*;
 use std::{cell::RefCell, ops::Range};
 
@@ -22,6 +22,59 @@ impl<'a> Matrix<'a> {
     /// The transpose of a row-major matrix with `columns` columns.
     pub fn transposed(data: &'a [f32], columns: usize) -> Self {
         Self { data, row: 1, column: columns }
+    }
+    /// Place of the last of so many rows and columns.
+    fn last(&self, rows: usize, columns: usize) -> usize {
+        (rows - 1) * self.row + (columns - 1) * self.column
+    }
+}
+
+/// A matrix in eight bits, with a scale for each of its rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Codes<'a> {
+    pub format: Format,
+    /// Row-major.
+    pub codes: &'a [u8],
+    pub scales: &'a [f32],
+    /// The factor is the transpose.
+    pub transposed: bool,
+}
+
+/// The right factor of a product, of which panels are packed. Floats are made of codes for a panel at a time, so the product is that of
+/// the floats, bit for bit.
+#[derive(Clone, Copy)]
+pub(crate) enum Right<'a> {
+    Floats(Matrix<'a>),
+    Codes(Codes<'a>),
+}
+
+impl Right<'_> {
+    /// Does it hold k x n elements?
+    fn holds(&self, k: usize, n: usize) -> bool {
+        match self {
+            Self::Floats(b) => b.last(k, n) < b.data.len(),
+            Self::Codes(c) => c.codes.len() >= k * n && c.scales.len() == if c.transposed { n } else { k },
+        }
+    }
+    /// [`pack`] of `count` columns.
+    fn pack(&self, panel: &mut [f32], width: usize, first: usize, count: usize, p0: usize) {
+        let c = match *self {
+            Self::Floats(Matrix { data, row, column }) => {
+                return pack(panel, width, Matrix { data, row: column, column: row }, first, count, p0);
+            }
+            Self::Codes(c) => c,
+        };
+        let depth = panel.len() / width;
+        let (lines, from, each) =
+            if c.transposed { (first..first + count, p0, depth) } else { (p0..p0 + depth, first, count) };
+        let mut floats = take(4, count * depth);
+        for (out, line) in floats.chunks_mut(each).zip(lines) {
+            let at = line * (c.codes.len() / c.scales.len()) + from;
+            c.format.widen(&c.codes[at..at + each], c.scales[line], out);
+        }
+        let x = if c.transposed { Matrix::rows(&floats, each) } else { Matrix::transposed(&floats, each) };
+        pack(panel, width, x, 0, count, 0);
+        give(4, floats);
     }
 }
 
@@ -181,11 +234,11 @@ unsafe fn avx512(steps: &[Step], place: Place) {
     }
 }
 
-/// Panels of A, of the low-rank term's left factor, of B, of the low-rank term's right factor.
-type Buffers = [Vec<f32>; 4];
+/// Panels of A, of the low-rank term's left factor, of B, of the low-rank term's right factor; floats made of codes.
+type Buffers = [Vec<f32>; 5];
 
 thread_local! {
-    static PACKED: RefCell<Buffers> = const { RefCell::new([Vec::new(), Vec::new(), Vec::new(), Vec::new()]) };
+    static PACKED: RefCell<Buffers> = const { RefCell::new([const { Vec::new() }; 5]) };
 }
 
 /// Takes a buffer of this thread, with room for `n` elements; [`give`] brings it back.
@@ -306,14 +359,14 @@ pub(crate) struct LowRank<'a> {
 
 /// C [m, n] (row-major) = A [m, k] B [k, n], or += when `accumulate`.
 pub(crate) fn gemm(dims: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, c: &mut [f32], accumulate: bool) {
-    gemm_low_rank(dims, a, b, None, c, accumulate);
+    gemm_low_rank(dims, a, Right::Floats(b), None, c, accumulate);
 }
 
 /// [`gemm`] and a low-rank term, which is summed after the last of k while the tile of C is in registers.
 pub(crate) fn gemm_low_rank(
     dims: [usize; 3],
     a: Matrix<'_>,
-    b: Matrix<'_>,
+    b: Right<'_>,
     low_rank: Option<LowRank<'_>>,
     c: &mut [f32],
     accumulate: bool,
@@ -325,7 +378,7 @@ fn gemm_with(
     kernel: Kernel,
     dims: [usize; 3],
     a: Matrix<'_>,
-    b: Matrix<'_>,
+    b: Right<'_>,
     low_rank: Option<LowRank<'_>>,
     c: &mut [f32],
     accumulate: bool,
@@ -342,8 +395,7 @@ fn gemm_with(
         }
         return;
     }
-    let last = |x: Matrix<'_>, rows: usize, columns: usize| (rows - 1) * x.row + (columns - 1) * x.column;
-    assert!(last(a, m, k) < a.data.len() && last(b, k, n) < b.data.len(), "gemm: an operand is too short");
+    assert!(a.last(m, k) < a.data.len() && b.holds(k, n), "gemm: an operand is too short");
     let all_rows = [Segment { rows: m, weight: 0, adapter: None }];
     let segments = low_rank.map_or(&all_rows[..], |l| l.segments);
     if let Some(l) = low_rank {
@@ -353,7 +405,6 @@ fn gemm_with(
         let lengths = fits && l.s.len() == m * l.ranks() && l.b.len() >= adapters * n * l.rank;
         assert!(lengths, "gemm: the low-rank term has other sizes");
     }
-    let columns = Matrix { data: b.data, row: b.column, column: b.row };
     let parallel = m.saturating_mul(n).saturating_mul(k) > PARALLEL && rayon::current_num_threads() > 1;
     // Whole panels of rows a task, several tasks a thread; none holds rows of two segments.
     let panels: usize = segments.iter().map(|s| s.rows.div_ceil(kernel.mr)).sum();
@@ -385,7 +436,7 @@ fn gemm_with(
         let depth = DEPTH.min(k - p0);
         packed.truncate(side * depth);
         each_panel(&mut packed, depth, &|panel, first, count| {
-            pack(panel, kernel.nr, columns, first, count, p0);
+            b.pack(panel, kernel.nr, first, count, p0);
         });
         let whole = Whole { kernel, a, b: &packed, n, p0, depth, add: accumulate || p0 > 0 };
         let at_end = low_rank.filter(|_| p0 + depth == k);
@@ -550,7 +601,7 @@ mod tests {
                 for with in [false, true] {
                     let term = LowRank { segments: &segments, parts, rank, s: s.data(), b: low.data() };
                     let mut got = c.data().to_vec();
-                    gemm_with(kernel, [m, n, k], a, b, with.then_some(term), &mut got, true);
+                    gemm_with(kernel, [m, n, k], a, Right::Floats(b), with.then_some(term), &mut got, true);
                     let all: Vec<f64> = (0..m * n).map(|i| expected(i / n, i % n, with)).collect();
                     assert_close(&got, &all, 1e-5);
                 }

@@ -1,10 +1,10 @@
 //! The matrix products of linear layers with low-rank updates, over the rows of segments. S and dS are [rows, P r], zero in rows
 //! without an adapter.
 
-use super::gemm::{LowRank, Matrix, gemm, gemm_low_rank};
+use super::gemm::{Codes, LowRank, Matrix, Right, gemm, gemm_low_rank};
 use crate::{
     Tensor,
-    ops::low_rank_linear::{Segment, Segments},
+    ops::low_rank_linear::{Segment, Segments, Weight},
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -15,6 +15,29 @@ const CHUNK: usize = 1 << 14;
 /// The last two axes of a weight or an adapter.
 fn matrix(shape: &[usize]) -> [usize; 2] {
     [shape[shape.len() - 2], shape[shape.len() - 1]]
+}
+
+impl<'a> Weight<'a> {
+    /// Weight i, or its transpose, as the right factor of a product.
+    fn right(self, i: usize, transposed: bool) -> Right<'a> {
+        let [outer, inner] = matrix(self.shape());
+        match self {
+            Self::Dense(w) => {
+                let data = &w.value().data()[i * outer * inner..][..outer * inner];
+                Right::Floats(if transposed {
+                    Matrix::transposed(data, inner)
+                } else {
+                    Matrix::rows(data, inner)
+                })
+            }
+            Self::Quantized(w) => Right::Codes(Codes {
+                format: w.format(),
+                codes: &w.codes()[i * outer * inner..][..outer * inner],
+                scales: &w.scales().data()[i * outer..][..outer],
+                transposed,
+            }),
+        }
+    }
 }
 
 /// A segment with the first of its rows, and what it has of rows of `width`.
@@ -47,7 +70,7 @@ pub fn shrink(x: &Tensor, a: &Tensor, scale: f32, segments: Option<&Segments>) -
 /// X W^T + bias + S B^T into `shape` [.., outer]; the term is (S [rows, parts * rank], B [adapters, outer, rank], parts).
 pub fn expand(
     x: &Tensor,
-    weight: &Tensor,
+    weight: Weight<'_>,
     bias: Option<&Tensor>,
     low_rank: Option<(&Tensor, &Tensor, usize)>,
     segments: Option<&Segments>,
@@ -70,7 +93,7 @@ pub fn expand(
                 LowRank { segments: run, parts, rank, s, b: b.data() }
             });
             let x = Matrix::rows(&x.data()[rows.start * inner..rows.end * inner], inner);
-            let w = Matrix::transposed(&weight.data()[w * outer * inner..][..outer * inner], inner);
+            let w = weight.right(w, true);
             gemm_low_rank([rows.len(), outer, inner], x, w, term, out, bias.is_some());
         });
     })
@@ -127,7 +150,7 @@ pub fn shrink_gradient(
 /// dY W + dS A into `shape` [.., inner]; the term is (dS [rows, ranks], A [adapters, ranks, inner]).
 pub fn expand_gradient(
     grad: &Tensor,
-    weight: &Tensor,
+    weight: Weight<'_>,
     low_rank: Option<(&Tensor, &Tensor)>,
     segments: Option<&Segments>,
     shape: &[usize],
@@ -138,8 +161,7 @@ pub fn expand_gradient(
     Tensor::build(shape, |out| {
         runs(out, inner, &segments).into_par_iter().for_each(|(w, rows, _, out)| {
             let dy = Matrix::rows(&grad.data()[rows.start * outer..rows.end * outer], outer);
-            let w = Matrix::rows(&weight.data()[w * outer * inner..][..outer * inner], inner);
-            gemm([rows.len(), inner, outer], dy, w, out, false);
+            gemm_low_rank([rows.len(), inner, outer], dy, weight.right(w, false), None, out, false);
         });
         let Some((ds, a)) = low_rank else { return };
         let ranks = a.shape()[1];

@@ -101,6 +101,10 @@ impl Call {
     pub fn words(self, words: &Words) -> Self {
         self.slot(words.address())
     }
+    /// Device memory whose elements no dtype describes.
+    pub fn memory(self, view: &View) -> Self {
+        self.slot(view.address())
+    }
     /// A tensor, or a null pointer.
     ///
     /// # Errors

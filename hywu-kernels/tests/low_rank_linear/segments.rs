@@ -11,23 +11,23 @@ use hywu_kernels::{
 };
 use proptest::prelude::*;
 
-const SCALE: f32 = 0.75;
+pub(super) const SCALE: f32 = 0.75;
 /// Beside the edges of tiles, and longer than any.
-const RAGGED: [usize; 11] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300];
+pub(super) const RAGGED: [usize; 11] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300];
 
 #[derive(Clone)]
-struct Case {
-    segments: Vec<Segment>,
-    parts: usize,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor,
-    a: Tensor,
-    b: Tensor,
+pub(super) struct Case {
+    pub(super) segments: Vec<Segment>,
+    pub(super) parts: usize,
+    pub(super) x: Tensor,
+    pub(super) w: Tensor,
+    pub(super) bias: Tensor,
+    pub(super) a: Tensor,
+    pub(super) b: Tensor,
 }
 
 /// Segments of one weight, with adapters in descending order where `adapted`.
-fn one_weight(lengths: &[usize], adapted: impl Fn(usize) -> bool) -> Vec<Segment> {
+pub(super) fn one_weight(lengths: &[usize], adapted: impl Fn(usize) -> bool) -> Vec<Segment> {
     let mut left = (0..lengths.len()).filter(|&i| adapted(i)).count();
     let segment = |(i, &rows): (usize, &usize)| {
         let adapter = adapted(i).then(|| {
@@ -41,7 +41,7 @@ fn one_weight(lengths: &[usize], adapted: impl Fn(usize) -> bool) -> Vec<Segment
 
 impl Case {
     /// One weight and one adapter more than the segments use.
-    fn new(segments: Vec<Segment>, [inner, outer, parts, rank]: [usize; 4]) -> Self {
+    pub(super) fn new(segments: Vec<Segment>, [inner, outer, parts, rank]: [usize; 4]) -> Self {
         let used = |index: &dyn Fn(&Segment) -> Option<usize>| segments.iter().filter_map(index).max();
         let experts = used(&|s| Some(s.weight)).map_or(0, |i| i + 2);
         let adapters = used(&|s| s.adapter).map_or(0, |i| i + 1) + 1;
@@ -64,8 +64,15 @@ impl Case {
         move |tape, v| {
             let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: SCALE };
             let (lora, segments) = (Some(&lora), Some(&segments));
-            LowRankLinear { x: &v[0], weight: &v[1], bias: Some(&v[2]), lora, segments, shrunk: None }
-                .forward(tape)
+            LowRankLinear {
+                x: &v[0],
+                weight: (&v[1]).into(),
+                bias: Some(&v[2]),
+                lora,
+                segments,
+                shrunk: None,
+            }
+            .forward(tape)
         }
     }
     fn oracle(&self) -> impl Fn(&[Vec<f64>]) -> Vec<f64> + use<> {
@@ -103,7 +110,7 @@ impl Case {
         [y.value().clone()].into_iter().chain(grads).map(|t| t.to_host().expect("the device works")).collect()
     }
     /// The segments in another order, each with its rows and adapter.
-    fn permuted(&self, order: &[usize]) -> Self {
+    pub(super) fn permuted(&self, order: &[usize]) -> Self {
         let segments = order.iter().map(|&i| self.segments[i]).collect();
         let x = gather(&self.x, &self.segments, order);
         Self { segments, x, ..self.clone() }
@@ -111,7 +118,7 @@ impl Case {
 }
 
 /// The rows of the segments `order`.
-fn gather(x: &Tensor, segments: &[Segment], order: &[usize]) -> Tensor {
+pub(super) fn gather(x: &Tensor, segments: &[Segment], order: &[usize]) -> Tensor {
     let width = x.shape()[1];
     let first = |i: usize| segments[..i].iter().map(|s| s.rows).sum::<usize>();
     let rows = |&i: &usize| &x.data()[first(i) * width..][..segments[i].rows * width];
@@ -148,7 +155,7 @@ fn gradients_of_ragged_segments_match_finite_differences() {
 }
 
 /// Experts 2, 0 and 3 have rows, 1 and 4 have none.
-fn experts(lengths: [usize; 5]) -> Vec<Segment> {
+pub(super) fn experts(lengths: [usize; 5]) -> Vec<Segment> {
     let [a, b, c, d, e] = lengths;
     let segment = |rows, weight, adapter| Segment { rows, weight, adapter };
     vec![
@@ -246,7 +253,7 @@ fn zero_lora_b_is_the_base_bit_for_bit() {
     });
 }
 
-fn without_adapters(segments: &[Segment]) -> Vec<Segment> {
+pub(super) fn without_adapters(segments: &[Segment]) -> Vec<Segment> {
     segments.iter().map(|s| Segment { adapter: None, ..*s }).collect()
 }
 
@@ -260,7 +267,7 @@ fn without_adapters_it_is_the_base() {
     for_each_place(|place| {
         let [x, weight, bias, ..] = &case.inputs().map(|t| place.constant(&t));
         let (bias, segments) = (Some(bias), Some(&segments));
-        let plain = LowRankLinear { x, weight, bias, lora: None, segments, shrunk: None };
+        let plain = LowRankLinear { x, weight: weight.into(), bias, lora: None, segments, shrunk: None };
         let y = plain.forward(&Tape::inference()).expect("good shapes").value().to_host();
         assert_eq!(y.expect("the device works").data(), case.run(place).data(), "at {place:?}");
     });
@@ -280,7 +287,8 @@ fn s_computed_ahead_is_s_computed_inside() {
                 let shrunk = shrink(x.value(), a.value(), SCALE, Some(&segments))?;
                 let lora = LoraVar { a: a.clone(), b: b.clone(), scale: SCALE };
                 let (lora, bias, segments) = (Some(&lora), Some(bias), Some(&segments));
-                LowRankLinear { x, weight: w, bias, lora, segments, shrunk: Some(&shrunk) }.forward(tape)
+                LowRankLinear { x, weight: w.into(), bias, lora, segments, shrunk: Some(&shrunk) }
+                    .forward(tape)
             });
             for (n, (one, two)) in ahead.iter().zip(case.all(place)).enumerate() {
                 assert_eq!(one.data(), two.data(), "result {n} at {place:?}");
@@ -312,8 +320,14 @@ fn what_does_not_fit_is_refused() {
             let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: SCALE };
             let segments = segments.map(|s| Segments::new(s).expect("good segments"));
             let (lora, segments) = (Some(&lora), segments.as_ref());
-            let op =
-                LowRankLinear { x: &v[0], weight: &v[1], bias: Some(&v[2]), lora, segments, shrunk: None };
+            let op = LowRankLinear {
+                x: &v[0],
+                weight: (&v[1]).into(),
+                bias: Some(&v[2]),
+                lora,
+                segments,
+                shrunk: None,
+            };
             let text = op.forward(&Tape::inference()).expect_err("refused").to_string();
             assert!(text.contains(why), "{text}");
         };
@@ -346,7 +360,7 @@ fn what_was_computed_ahead_for_something_else_is_refused() {
             let lora = adapters.then_some(&lora);
             let op = LowRankLinear {
                 x: &v[0],
-                weight: &v[1],
+                weight: (&v[1]).into(),
                 bias: None,
                 lora,
                 segments: Some(&segments),

@@ -6,14 +6,21 @@
 //! ([`Use`]).
 
 mod product;
+mod quantized;
 mod rows;
 
 pub(super) use product::Layout;
+pub(crate) use quantized::{Packed, dequantize};
 pub(crate) use rows::{Tables, banded};
 
-use crate::{Error, Result, Tensor, ops::low_rank_linear::Segments};
+use crate::{
+    Error, Result, Tensor,
+    ops::low_rank_linear::{Segments, Weight},
+};
+use hywu_core::Dtype;
 use product::{Operand, Over, Product, Use};
 use rows::Rows;
+use std::borrow::Cow;
 
 const OP: &str = "low_rank_linear";
 
@@ -51,9 +58,19 @@ pub fn shrink(x: &Tensor, a: &Tensor, scale: f32, segments: Option<&Segments>) -
     product.run(&shape)
 }
 
+impl Weight<'_> {
+    /// In this dtype: a weight in eight bits is widened, all of it.
+    fn dense(&self, dtype: Dtype) -> Result<Cow<'_, Tensor>> {
+        Ok(match *self {
+            Weight::Dense(weight) => Cow::Borrowed(weight.value()),
+            Weight::Quantized(weight) => Cow::Owned(dequantize(weight, dtype)?),
+        })
+    }
+}
+
 pub fn expand(
     x: &Tensor,
-    weight: &Tensor,
+    weight: Weight<'_>,
     bias: Option<&Tensor>,
     low_rank: Option<(&Tensor, &Tensor, usize)>,
     segments: Option<&Segments>,
@@ -62,13 +79,21 @@ pub fn expand(
     let [outer, inner] = matrix(weight.shape());
     let parts = low_rank.map_or(1, |(_, _, parts)| parts);
     let (part, adapters) = (outer / parts, low_rank.map_or(0, |(_, b, _)| b.shape()[0]));
+    let widened;
+    let b = match weight {
+        Weight::Quantized(weight) if x.dtype() == Dtype::Bf16 => Operand::codes(weight),
+        _ => {
+            widened = weight.dense(x.dtype())?;
+            Operand::matrices(&widened)
+        }
+    };
     let product = Product {
         layout: Layout::Nt,
         over: Over::Rows { segments, rows: x.numel() / inner, adapters },
         dims: [0, part, inner],
         parts,
         a: Operand::rows(x, inner),
-        b: Operand::matrices(weight).by_part(part * inner),
+        b: b.by_part(part * b.pitch),
         // [X | S] [W | B]^T: the update is a few more steps of the same sum.
         low_rank: low_rank.map(|(s, b, _)| {
             let rank = b.shape()[2];
@@ -78,7 +103,10 @@ pub fn expand(
         out: [0, part, outer],
         alpha: 1.0,
     };
-    product.run_with(Use::Everywhere, matrices(weight.shape()), shape)
+    match weight {
+        Weight::Quantized(weight) if x.dtype() == Dtype::Bf16 => quantized::expand(&product, weight, shape),
+        _ => product.run_with(Use::Everywhere, matrices(weight.shape()), shape),
+    }
 }
 
 pub fn shrink_gradient(
@@ -108,20 +136,22 @@ pub fn shrink_gradient(
 
 pub fn expand_gradient(
     grad: &Tensor,
-    weight: &Tensor,
+    weight: Weight<'_>,
     low_rank: Option<(&Tensor, &Tensor)>,
     segments: Option<&Segments>,
     shape: &[usize],
 ) -> Result<Tensor> {
     let [outer, inner] = matrix(weight.shape());
     let adapters = low_rank.map_or(0, |(_, a)| a.shape()[0]);
+    // A weight in eight bits is rounded here, once.
+    let weight = weight.dense(grad.dtype())?;
     let product = Product {
         layout: Layout::Nn,
         over: Over::Rows { segments, rows: grad.numel() / outer, adapters },
         dims: [0, inner, outer],
         parts: 1,
         a: Operand::rows(grad, outer),
-        b: Operand::matrices(weight),
+        b: Operand::matrices(&weight),
         low_rank: low_rank.map(|(ds, a)| (Operand::shrunk(ds), Operand::matrices(a), a.shape()[1])),
         bias: None,
         out: [0, 0, inner],

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 /// Blocks that fill any GPU.
 const ENOUGH_BLOCKS: usize = 256;
 /// Large tiles are worth it from here on: about one for every multiprocessor.
-const LARGE_TILES: usize = 128;
+pub(super) const LARGE_TILES: usize = 128;
 /// Length of the parts that a sum over k is cut into where that must not depend on the number of rows.
 const PART: usize = 1024;
 /// Shortest part otherwise.
@@ -210,12 +210,12 @@ impl Product<'_> {
         let blocks = blocks(high.saturating_mul(self.parts).saturating_mul(n.div_ceil(plan.tile)), 1)?;
         let grid = [blocks, in_grid(entries, "adapters")?, in_grid(plan.splits, "parts of a sum")?];
         let threads = if dtype == Dtype::Bf16 && plan.tile == 64 { 128 } else { 256 };
-        call.bytes(&self.sizes(plan, rows, plane)?).launch(grid, threads, shared)?;
+        call.bytes(&self.sizes(plan.split, rows, plane)?).launch(grid, threads, shared)?;
         if in_parts { sum_parts(&out, like, shape, self.alpha) } else { Ok(out) }
     }
 
     /// `struct Sizes` of product.cuh.
-    fn sizes(&self, plan: Plan, rows: &Rows, plane: usize) -> Result<Vec<u8>> {
+    pub fn sizes(&self, split: usize, rows: &Rows, plane: usize) -> Result<Vec<u8>> {
         let [m, n, k] = self.dims;
         let (a2, b2, k2) = match &self.low_rank {
             Some((a2, b2, k2)) => (a2.side()?, b2.side()?, *k2),
@@ -227,7 +227,7 @@ impl Product<'_> {
         bytes.extend(rows.bytes(self.low_rank.map_or(0, |(a2, ..)| a2.pitch))?);
         bytes.extend((plane as u64).to_le_bytes());
         let over_entries = usize::from(matches!(self.over, Over::Entries(_)));
-        for value in [m, n, k, k2, self.parts, over_entries, self.parts * n, plan.split, LEAST_PART] {
+        for value in [m, n, k, k2, self.parts, over_entries, self.parts * n, split, LEAST_PART] {
             bytes.extend(int(value)?.to_le_bytes());
         }
         bytes.extend(self.alpha.to_le_bytes());

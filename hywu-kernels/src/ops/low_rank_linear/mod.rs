@@ -5,14 +5,19 @@
 //! is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses
 //! it in forward passes too, whose rows then may depend on their number.
 
+mod quantized;
 mod segments;
 mod shrunk;
+mod weight;
 
+pub use quantized::{Format, QuantizedWeight};
 pub use segments::{Segment, Segments};
 pub use shrunk::{Shrunk, shrink};
+pub use weight::Weight;
 
 use super::together;
 use crate::{Error, LoraVar, Result, Tape, Tensor, Var, ops::elementwise::column_sums};
+use weight::Kept;
 
 const OP: &str = "low_rank_linear";
 
@@ -22,7 +27,7 @@ pub struct LowRankLinear<'a> {
     /// [batch, .., in]: all but the last axis are rows.
     pub x: &'a Var,
     /// [out, in], or [experts, out, in].
-    pub weight: &'a Var,
+    pub weight: Weight<'a>,
     /// `[out]`, or [experts, out].
     pub bias: Option<&'a Var>,
     /// Adapters: A [adapters, P r, in], B [adapters, out, r]. Where P > 1 the columns of y are in P equal parts, of which part p has the
@@ -45,9 +50,19 @@ impl LowRankLinear<'_> {
     pub fn forward(&self, tape: &Tape) -> Result<Var> {
         let (shape, parts) = self.validate()?;
         let Self { x, weight, bias, lora, segments, shrunk } = *self;
-        let inputs: Vec<&Var> =
-            [x, weight].into_iter().chain(bias).chain(lora.iter().flat_map(|l| [&l.a, &l.b])).collect();
+        let inputs: Vec<&Var> = ([x].into_iter().chain(weight.var()).chain(bias))
+            .chain(lora.iter().flat_map(|l| [&l.a, &l.b]))
+            .collect();
         together(OP, &inputs.iter().map(|v| v.value()).collect::<Vec<_>>())?;
+        if let Weight::Quantized(w) = weight
+            && w.device() != x.value().device()
+        {
+            let what = format!(
+                "{w:?} is not where x is, on {}; bring it there with QuantizedWeight::to",
+                x.value().device()
+            );
+            return Err(Error::invalid(OP, what));
+        }
         // scale X A^T, kept for the backward pass.
         let s = match (lora, shrunk) {
             (None, _) => None,
@@ -60,11 +75,11 @@ impl LowRankLinear<'_> {
         let term = s.as_ref().zip(lora).map(|(s, l)| (s, l.b.value(), parts));
         let out = on_device!(
             x.value(),
-            low_rank_linear::expand(x.value(), weight.value(), bias.map(Var::value), term, segments, &shape)
+            low_rank_linear::expand(x.value(), weight, bias.map(Var::value), term, segments, &shape)
         );
         let kept = Backward {
             x: x.clone(),
-            weight: weight.clone(),
+            weight: weight.kept(),
             bias: bias.cloned(),
             lora: s.zip(lora.cloned()),
             parts,
@@ -170,7 +185,7 @@ fn validate_lora(
 /// What the gradients need.
 struct Backward {
     x: Var,
-    weight: Var,
+    weight: Kept,
     bias: Option<Var>,
     /// scale X A^T and the adapters.
     lora: Option<(Tensor, LoraVar)>,
@@ -180,7 +195,7 @@ struct Backward {
 
 impl Backward {
     fn run(&self, grad: &Tensor, grads: &mut crate::Gradients) -> Result<()> {
-        let (x, w, segments) = (self.x.value(), self.weight.value(), self.segments.as_ref());
+        let (x, weight, segments) = (self.x.value(), self.weight.get(), self.segments.as_ref());
         if let Some(b) = self.bias.as_ref().filter(|b| grads.wants(b)) {
             let db = match b.shape() {
                 [outer] => column_sums(grad, *outer)?,
@@ -194,9 +209,9 @@ impl Backward {
             };
             grads.accumulate(b, db)?;
         }
-        if grads.wants(&self.weight) {
+        if let Some(w) = weight.var().filter(|w| grads.wants(w)) {
             let dw = on_device!(grad, low_rank_linear::weight_gradient(grad, x, segments, w.shape()));
-            grads.accumulate(&self.weight, dw)?;
+            grads.accumulate(w, dw)?;
         }
         let mut term = None;
         if let Some((s, lora)) = &self.lora {
@@ -223,7 +238,8 @@ impl Backward {
         }
         if grads.wants(&self.x) {
             let term = term.as_ref().map(|(ds, a)| (ds, *a));
-            let dx = on_device!(grad, low_rank_linear::expand_gradient(grad, w, term, segments, x.shape()));
+            let dx =
+                on_device!(grad, low_rank_linear::expand_gradient(grad, weight, term, segments, x.shape()));
             grads.accumulate(&self.x, dx)?;
         }
         Ok(())
@@ -242,7 +258,7 @@ pub fn low_rank_linear(
     bias: Option<&Var>,
     lora: Option<&LoraVar>,
 ) -> Result<Var> {
-    LowRankLinear { x, weight, bias, lora, segments: None, shrunk: None }.forward(tape)
+    LowRankLinear { x, weight: weight.into(), bias, lora, segments: None, shrunk: None }.forward(tape)
 }
 
 /// [`low_rank_linear`] without an update.
