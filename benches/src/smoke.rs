@@ -15,7 +15,7 @@ use hywu_kernels::{
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
         loss::{weighted_mse, weighted_sum},
-        low_rank_linear::{LowRankLinear, Segment, Segments, low_rank_linear},
+        low_rank_linear::{Format, LowRankLinear, QuantizedWeight, Segment, Segments, low_rank_linear},
         parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
         patchify::{patchify, unpatchify},
         rms_norm::{Modulation, rms_norm},
@@ -194,12 +194,29 @@ impl Smoke<'_> {
         ];
         for [k, n, r] in [[65, 34, 7], [192, 576, 16]] {
             let x: &[usize] = &[512, k];
-            self.op("low_rank_linear/segments", &[x, &[3, n, k], &[3, n], &[4, 2 * r, k], &[4, n, r]], |t, v| {
-                let segments = Segments::new(&segments)?;
-                let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
-                let (bias, lora, segments) = (Some(&v[2]), Some(&lora), Some(&segments));
-                LowRankLinear { x: &v[0], weight: &v[1], bias, lora, segments, shrunk: None }.forward(t)
-            });
+            self.op(
+                "low_rank_linear/segments",
+                &[x, &[3, n, k], &[3, n], &[4, 2 * r, k], &[4, n, r]],
+                |t, v| {
+                    let segments = Segments::new(&segments)?;
+                    let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
+                    let (bias, lora, segments) = (Some(&v[2]), Some(&lora), Some(&segments));
+                    let weight = (&v[1]).into();
+                    LowRankLinear { x: &v[0], weight, bias, lora, segments, shrunk: None }.forward(t)
+                },
+            );
+            let device = self.device;
+            for format in [Format::Int8, Format::Fp8] {
+                self.op("low_rank_linear/quantized", &[x, &[3, n], &[4, 2 * r, k], &[4, n, r]], |t, v| {
+                    let weight =
+                        QuantizedWeight::quantize(&normal(1, &[3, n, k], 1.0), format)?.to(device)?;
+                    let segments = Segments::new(&segments)?;
+                    let lora = LoraVar { a: v[2].clone(), b: v[3].clone(), scale: 0.5 };
+                    let (bias, lora, segments) = (Some(&v[1]), Some(&lora), Some(&segments));
+                    let weight = (&weight).into();
+                    LowRankLinear { x: &v[0], weight, bias, lora, segments, shrunk: None }.forward(t)
+                });
+            }
         }
     }
 

@@ -39,7 +39,7 @@ struct Fp8 {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             uint32_t both = __byte_perm(codes, 0, i == 0 ? 0x1404 : 0x3424);  // code 00
-            b[i] = word(__hmul2(pair(both >> 4 & 0x07f007f0u | both & 0x80008000u), pair(SHIFT << 16 | SHIFT)));
+            b[i] = word(__hmul2(pair((both >> 4 & 0x07f007f0u) | (both & 0x80008000u)), pair(SHIFT << 16 | SHIFT)));
         }
     }
 };

@@ -4,6 +4,7 @@ mod attention;
 mod linear;
 mod memory;
 mod model;
+mod quantized;
 
 pub use model::parameters;
 
@@ -66,6 +67,7 @@ pub fn all(bench: &Bench) -> Vec<Case> {
     let bytes = bench.dtype().size() as f64;
     let cuda = bench.device != Device::Cpu;
     let mut cases = linear::cases(cuda && !bench.quick, bytes);
+    cases.extend(quantized::cases(bench));
     cases.extend(attention::cases(cuda, bench.quick, bytes));
     cases.extend(model::cases(cuda, bench.quick, bytes));
     if cuda {
