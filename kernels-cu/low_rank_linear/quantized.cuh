@@ -142,7 +142,7 @@ __device__ void product(const bf16* x, const uint8_t* codes, const float* scales
         }
     };
 
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) fill(i, i);
     for (int step = 0; step < steps; step++) {
         int slot = next(step);
@@ -171,6 +171,7 @@ __device__ void product(const bf16* x, const uint8_t* codes, const float* scales
     for (int step = steps; step < w.last; step++) {
         int slot = next(step), left = sizes.k2 - (step - steps) % ceil_div(sizes.k2, DEPTH) * DEPTH;
         // In tiles of any depth the same: what reaches past the ranks is left out.
+#pragma unroll 1
         for (int k = 0; k < min(DEPTH, left); k += 16) {
             uint32_t fb[COLUMNS][2];
 #pragma unroll

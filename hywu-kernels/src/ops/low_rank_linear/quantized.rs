@@ -66,6 +66,10 @@ impl Format {
 }
 
 /// A frozen weight of a [`LowRankLinear`](super::LowRankLinear): element (o, i) is `scale_o * code_oi`. Clones share the memory.
+///
+/// On the CPU a layer computes as with [`QuantizedWeight::dequantize`], bit for bit, without a copy of all of it. On a CUDA device a bf16
+/// layer multiplies the codes themselves and then by the scale. Its gradient of x takes a copy of the weight, made for the call and
+/// rounded to bf16; a layer of f32 takes one in f32 both ways, which is slow.
 #[derive(Clone)]
 pub struct QuantizedWeight {
     format: Format,
