@@ -1,7 +1,9 @@
 // Matrix products with an optional second term: linear layers with low-rank updates, and their gradients; see product.cuh.
 #ifndef Element
+#include "ladder.cuh"
 #include "simt.cuh"
 #include "tensor_core.cuh"
+#include "warpgroup.cuh"
 
 // Threads of a block, and blocks that share a multiprocessor.
 template <class T, int TILE>
@@ -18,6 +20,38 @@ constexpr int PRODUCT_BLOCKS = TILE == 64 ? 3 : 2;
                      const Element* bias, float* partial, Sizes sizes) {                                                \
         ENGINE::product<A_ALONG_K, B_ALONG_K, TILE>(a, b, a2, b2, out, bias, partial, sizes);                           \
     }
+
+// The kernels of Hopper; elsewhere they are empty, and not launched.
+#ifdef HOPPER
+#define WARPGROUP_PRODUCT(...) warpgroup::product<warpgroup::Config<__VA_ARGS__>>(a, b, a2, b2, out, sizes)
+#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define WARPGROUP_PRODUCT(...)
+#define CLUSTER_OF(blocks)
+#endif
+#define WARPGROUP(name, cluster, ...)                                                                                          \
+    extern "C" __global__ void cluster __launch_bounds__(warpgroup::THREADS, 1)                                                 \
+        name(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap a2, \
+             const __grid_constant__ CUtensorMap b2, const __grid_constant__ CUtensorMap out,                                    \
+             const __grid_constant__ warpgroup::Sizes sizes) {                                                                  \
+        WARPGROUP_PRODUCT(__VA_ARGS__);                                                                                        \
+    }
+// Columns of a tile and blocks of a cluster, for each layout.
+#define WARPGROUP_KERNELS(layout, A_ALONG_K, B_ALONG_K)                              \
+    WARPGROUP(warpgroup_##layout##_256_2, CLUSTER_OF(2), A_ALONG_K, B_ALONG_K, 256, 2) \
+    WARPGROUP(warpgroup_##layout##_128_2, CLUSTER_OF(2), A_ALONG_K, B_ALONG_K, 128, 2) \
+    WARPGROUP(warpgroup_##layout##_128_1, , A_ALONG_K, B_ALONG_K, 128, 1)              \
+    WARPGROUP(warpgroup_##layout##_64_1, , A_ALONG_K, B_ALONG_K, 64, 1)
+
+WARPGROUP_KERNELS(nt, true, true)
+WARPGROUP_KERNELS(nn, true, false)
+WARPGROUP_KERNELS(tn, false, false)
+
+// Steps of the ladder, see README.md.
+WARPGROUP(ladder_3, , true, true, 128, 1, 1, false)
+WARPGROUP(ladder_4, , true, true, 128, 1, 5, false)
+WARPGROUP(ladder_5, , true, true, 256, 1, 4, false)
+WARPGROUP(ladder_7, , true, true, 256, 1, 4, true)
 
 #define Element float
 #define KERNEL(name) name##_f32
