@@ -47,6 +47,16 @@ WARPGROUP_KERNELS(nt, true, true)
 WARPGROUP_KERNELS(nn, true, false)
 WARPGROUP_KERNELS(tn, false, false)
 
+// Lines of `length` into lines of `pitch`, whole packs, zeros at their ends: a thread a pack.
+extern "C" __global__ void __launch_bounds__(BLOCK) pad_lines(const bf16* from, bf16* to, int64_t lines, int length, int pitch) {
+    int64_t i = thread_index(), packs = pitch / PACK<bf16>, line = i / packs;
+    int at = int(i - line * packs) * PACK<bf16>;
+    if (line >= lines) return;
+    float v[PACK<bf16>];
+    load(v, from + line * length + at, min(PACK<bf16>, length - at));
+    store_pack(to + line * pitch + at, v);
+}
+
 // Steps of the ladder, see README.md.
 WARPGROUP(ladder_3, , true, true, 128, 1, 1, false)
 WARPGROUP(ladder_4, , true, true, 128, 1, 5, false)

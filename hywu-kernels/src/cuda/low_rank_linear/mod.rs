@@ -6,6 +6,7 @@
 
 #[allow(dead_code, reason = "for the kernels to come")]
 mod rows;
+mod warpgroup;
 
 pub(crate) use rows::Tables;
 

@@ -1,6 +1,17 @@
 //! Launcher of `kernels-cu/low_rank_linear/warpgroup.cuh`, the products of Hopper: which of its kernels, on which grid, with which boxes.
 
-use super::Layout;
+use super::{Layout, OP, int, rows::Rows};
+use crate::{
+    Result, Tensor,
+    cuda::{
+        Call, Gpu, blocks,
+        call::{Boxes, on_gpu},
+        pack,
+    },
+    ops::low_rank_linear::Segments,
+};
+use hywu_core::Dtype;
+use std::sync::OnceLock;
 
 /// Rows of a block's tile.
 const TILE_ROWS: usize = 128;
@@ -80,6 +91,165 @@ fn plan(
     });
     // Of equals the first, which asks the least of the cache.
     candidates.into_iter().min_by_key(|(clocks, _)| *clocks).map_or(Plan::new(64, 1), |(_, plan)| plan)
+}
+
+/// A product in bf16: A B + S B2 + bias.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub layout: Layout,
+    /// Rows and columns of the result, and k.
+    pub dims: [usize; 3],
+    pub a: &'a Tensor,
+    /// One matrix for each weight.
+    pub b: &'a Tensor,
+    pub low_rank: Option<LowRank<'a>>,
+    /// `[columns]` for each weight.
+    pub bias: Option<&'a Tensor>,
+    pub segments: Option<&'a Segments>,
+}
+
+/// The second term of a product.
+#[derive(Clone, Copy)]
+pub(super) struct LowRank<'a> {
+    /// Banded.
+    pub s: &'a Tensor,
+    /// One matrix for each adapter: [columns, ranks] for [`Layout::Nt`], [ranks, columns] for [`Layout::Nn`].
+    pub b: &'a Tensor,
+    pub adapters: usize,
+    /// Ranks of a part.
+    pub ranks: usize,
+    /// Parts of the columns.
+    pub parts: usize,
+}
+
+/// Has the device these kernels, and are they to be used? They are machine code for 9.0 alone.
+fn there(gpu: &Gpu) -> bool {
+    static OFF: OnceLock<bool> = OnceLock::new();
+    let off = OFF.get_or_init(|| std::env::var_os("HYWU_CUDA_HOPPER").is_some_and(|v| v == "0"));
+    gpu.properties().capability == (9, 0) && !off
+}
+
+impl Product<'_> {
+    /// Can it be computed here? The number of rows has no say, so that it does not show in a row's bits.
+    ///
+    /// # Errors
+    /// A tensor on the host.
+    pub fn fits(&self) -> Result<bool> {
+        let [m, n, k] = self.dims;
+        let parts = self.low_rank.map_or(1, |l| l.parts);
+        // Lines of k and of columns are whole packs; where A lies across k its rows are columns of memory.
+        let lines = match self.layout {
+            Layout::Nt | Layout::Nn => [k, n / parts, n],
+            Layout::Tn => [m, n, n],
+        };
+        let bf16 = self.a.dtype() == Dtype::Bf16;
+        Ok(bf16 && lines.iter().all(|l| l.is_multiple_of(pack(Dtype::Bf16))) && there(on_gpu(OP, self.a)?.gpu()))
+    }
+
+    /// Into a new tensor.
+    ///
+    /// # Errors
+    /// Sizes beyond 2^31, those of the device.
+    pub fn run(&self, shape: &[usize]) -> Result<Tensor> {
+        let [m, n, k] = self.dims;
+        let parts = self.low_rank.map_or(1, |l| l.parts);
+        let multiprocessors = on_gpu(OP, self.a)?.gpu().properties().multiprocessors as usize;
+        let low_steps = self.low_rank.map_or(0, |l| l.ranks.div_ceil(DEPTH));
+        let steps = k.div_ceil(DEPTH) + low_steps;
+        let plan = plan(|height| row_tiles(self.segments, m, height), [n, parts], steps, multiprocessors);
+        self.launch(plan, &plan.name(self.layout), shape)
+    }
+
+    fn launch(&self, plan: Plan, kernel: &str, shape: &[usize]) -> Result<Tensor> {
+        let [m, n, k] = self.dims;
+        let out = self.a.empty_like(shape)?;
+        let adapters = self.low_rank.map_or(0, |l| l.adapters);
+        let rows = Rows::new(self.a, self.segments, m, adapters, plan.height())?;
+        let (lines, share) = (DEPTH, plan.columns / plan.cluster);
+        let of_a = match self.layout {
+            Layout::Nt | Layout::Nn => boxes(self.a, [k, m], k, [DEPTH, TILE_ROWS])?,
+            Layout::Tn => boxes(self.a, [m, k], m, [lines, DEPTH])?,
+        };
+        let of_b = |tensor, k: usize| match self.layout {
+            Layout::Nt => boxes(tensor, [k, n], k.next_multiple_of(pack(Dtype::Bf16)), [DEPTH, share]),
+            Layout::Nn | Layout::Tn => boxes(tensor, [n, k], n, [lines, DEPTH]),
+        };
+        let b = of_b(self.b, k)?;
+        let flat = Boxes {
+            address: on_gpu(OP, &out)?.address(),
+            dims: vec![n as u64, m as u64],
+            pitches: vec![2 * n as u64],
+            size: vec![64, 64],
+        };
+        let mut call = Call::named(OP, kernel, self.a)?.boxes(&of_a)?.boxes(&b)?;
+        // Alive until the launch: memory that is given back may be taken by work that comes later only.
+        let padded;
+        let (mut pitch, mut ranks, mut part_ranks) = (0, 0, 0);
+        call = match self.low_rank {
+            None => call.boxes(&of_a)?.boxes(&b)?,
+            Some(low) => {
+                let total = match self.layout {
+                    // Every part has its own ranks of S, or all ranks serve all columns.
+                    Layout::Nt => low.ranks * low.parts,
+                    Layout::Nn | Layout::Tn => low.ranks,
+                };
+                [pitch, ranks, part_ranks] = [low.s.dim_back(1), low.ranks, low.ranks];
+                padded = match self.layout {
+                    Layout::Nt => padded_lines(low.b, low.ranks)?,
+                    Layout::Nn | Layout::Tn => low.b.clone(),
+                };
+                let lines = low.s.numel() / pitch;
+                call.boxes(&boxes(low.s, [total, lines], pitch, [DEPTH, TILE_ROWS])?)?.boxes(&of_b(&padded, ranks)?)?
+            }
+        };
+        let mut sizes = rows.bytes(pitch)?.to_vec();
+        let address = |t: Option<&Tensor>| t.map_or(Ok(0), |t| on_gpu(OP, t).map(|v| v.address()));
+        sizes.extend(address(self.bias)?.to_le_bytes());
+        sizes.extend(address(Some(&out))?.to_le_bytes());
+        let parts = self.low_rank.map_or(1, |l| l.parts);
+        for size in [n, k, ranks, parts, part_ranks, 0] {
+            sizes.extend(int(size)?.to_le_bytes());
+        }
+        let grid = [blocks(plan.blocks, 1)?, 1, 1];
+        call.boxes(&flat)?.bytes(&sizes).launch(grid, THREADS, plan.shared())?;
+        Ok(out)
+    }
+}
+
+/// Row tiles of a height: those of every weight's rows.
+fn row_tiles(segments: Option<&Segments>, rows: usize, height: usize) -> usize {
+    match segments {
+        Some(s) => s.runs().map(|(_, rows, _)| rows.len().div_ceil(height)).sum(),
+        None => rows.div_ceil(height),
+    }
+}
+
+/// Boxes of matrices one behind the other: `dims` [length of a line, lines], `pitch` elements from line to line.
+fn boxes(tensor: &Tensor, dims: [usize; 2], pitch: usize, size: [usize; 2]) -> Result<Boxes> {
+    let line = pitch as u64 * 2;
+    let matrix = line * dims[1] as u64;
+    let view = on_gpu(OP, tensor)?;
+    let count = (view.bytes() as u64).checked_div(matrix).unwrap_or(0);
+    debug_assert_eq!(count * matrix, view.bytes() as u64, "{dims:?} of {:?}", tensor.shape());
+    Ok(Boxes {
+        address: view.address(),
+        dims: vec![dims[0] as u64, dims[1] as u64, count],
+        pitches: vec![line, matrix],
+        size: vec![size[0] as u32, size[1] as u32, 1],
+    })
+}
+
+/// Lines of `length`, each padded to whole packs where it is not: boxes want that.
+fn padded_lines(tensor: &Tensor, length: usize) -> Result<Tensor> {
+    let pitch = length.next_multiple_of(pack(Dtype::Bf16));
+    if pitch == length {
+        return Ok(tensor.clone());
+    }
+    let lines = tensor.numel() / length;
+    let out = tensor.empty_like(&[lines, pitch])?;
+    let call = Call::named(OP, "pad_lines", tensor)?.tensor(tensor)?.tensor(&out)?.long(lines);
+    call.size(length)?.size(pitch)?.over(lines * pitch, pack(Dtype::Bf16))?;
+    Ok(out)
 }
 
 #[cfg(test)]
