@@ -204,7 +204,7 @@ static void pair_mistake() {
 }
 template <int WHAT>
 static void no_arrival() {
-    launch("test_no_arrival", 1, 32 * (1 + (WHAT == 1)), 16, WHAT);
+    launch("test_no_arrival", 1, 32 * (1 + (WHAT == 1)), 1024 + 8, WHAT);
 }
 
 static void encode() {

@@ -14,14 +14,17 @@
 using namespace hopper;
 
 typedef __nv_bfloat16 bf16;
-typedef const __grid_constant__ CUtensorMap Map;
+#define MAP const __grid_constant__ CUtensorMap
 
-static __device__ unsigned char* aligned(unsigned char* p) { return p + (-shared_address(p) & 1023); }
+/// From where dynamic shared memory has the alignment that swizzled boxes take.
+static __device__ unsigned char* shared_memory() {
+    DYNAMIC_SHARED(unsigned char, raw);
+    return raw + (-shared_address(raw) & 1023);
+}
 
 // A box as it lies in shared memory; without a wait what is read is not there yet.
-extern "C" __global__ void test_load(Map map, unsigned char* out, int bytes, int x, int y, int z, int wait) {
-    DYNAMIC_SHARED(unsigned char, raw);
-    unsigned char* box = aligned(raw);
+extern "C" __global__ void test_load(MAP map, unsigned char* out, int bytes, int x, int y, int z, int wait) {
+    unsigned char* box = shared_memory();
     uint64_t* full = reinterpret_cast<uint64_t*>(box + bytes);
     if (threadIdx.x == 0) {
         barrier_init(full, 1);
@@ -41,9 +44,8 @@ extern "C" __global__ void test_load(Map map, unsigned char* out, int bytes, int
 }
 
 // A box of 64 x 8, with the numbers 0, 1 ...; without a wait the box is overwritten too early.
-extern "C" __global__ void test_store(Map map, int x, int y, int wait) {
-    DYNAMIC_SHARED(unsigned char, raw);
-    bf16* box = reinterpret_cast<bf16*>(aligned(raw));
+extern "C" __global__ void test_store(MAP map, int x, int y, int wait) {
+    bf16* box = reinterpret_cast<bf16*>(shared_memory());
     for (int i = threadIdx.x; i < 64 * 8; i += blockDim.x) box[i] = __float2bfloat16(float(i));
     fence_async();
     __syncthreads();
@@ -61,8 +63,7 @@ extern "C" __global__ void test_store(Map map, int x, int y, int wait) {
 // `mistake` 1: no wait.
 template <int N, bool A_ALONG_K, bool B_ALONG_K>
 static __device__ void products(const CUtensorMap& a, const CUtensorMap& b, float* out, int mistake) {
-    DYNAMIC_SHARED(unsigned char, raw);
-    unsigned char *left = aligned(raw), *right = left + 2 * 64 * 128;
+    unsigned char *left = shared_memory(), *right = left + 2 * 64 * 128;
     uint64_t* full = reinterpret_cast<uint64_t*>(right + 2 * N * 128);
     if (threadIdx.x == 0) {
         barrier_init(full, 1);
@@ -102,7 +103,7 @@ static __device__ void products(const CUtensorMap& a, const CUtensorMap& b, floa
     wgmma_wait<0>();
 }
 #define PRODUCTS(name, ...)                                                                              \
-    extern "C" __global__ void __launch_bounds__(128) name(Map a, Map b, float* out, int mistake) {       \
+    extern "C" __global__ void __launch_bounds__(128) name(MAP a, MAP b, float* out, int mistake) {       \
         products<__VA_ARGS__>(a, b, out, mistake);                                                        \
     }
 PRODUCTS(test_products_64, 64, true, true)
@@ -118,8 +119,7 @@ template <bool PAIR>
 static __device__ void pipeline(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& c, int row_tiles,
                                 int column_tiles, int steps, int mistake) {
     constexpr int STAGES = 3, TILE = 128, SIDE = TILE * 128, BLOCKS = PAIR ? 2 : 1;
-    DYNAMIC_SHARED(unsigned char, raw);
-    unsigned char *stages = aligned(raw), *staging = stages + STAGES * 2 * SIDE;
+    unsigned char *stages = shared_memory(), *staging = stages + STAGES * 2 * SIDE;
     uint64_t *full = reinterpret_cast<uint64_t*>(staging + TILE * TILE * 2), *empty = full + STAGES;
     int group = threadIdx.x / 128, rank = PAIR ? cluster_rank() : 0;
     if (threadIdx.x == 0) {
@@ -204,24 +204,26 @@ static __device__ void pipeline(const CUtensorMap& a, const CUtensorMap& b, cons
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    test_pipeline(Map a, Map b, Map c, int row_tiles, int column_tiles, int steps, int mistake) {
+    test_pipeline(MAP a, MAP b, MAP c, int row_tiles, int column_tiles, int steps, int mistake) {
     pipeline<false>(a, b, c, row_tiles, column_tiles, steps, mistake);
 }
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-    test_pair(Map a, Map b, Map c, int row_tiles, int column_tiles, int steps, int mistake) {
+    test_pair(MAP a, MAP b, MAP c, int row_tiles, int column_tiles, int steps, int mistake) {
     pipeline<true>(a, b, c, row_tiles, column_tiles, steps, mistake);
 }
 
 // Threads wait for what nobody does.
 extern "C" __global__ void test_no_arrival(int what) {
-    DYNAMIC_SHARED(uint64_t, barrier);
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(shared_memory());
     if (what != 2 && threadIdx.x == 0) barrier_init(barrier, 1);
     __syncthreads();
     if (what == 3 && threadIdx.x == 0) barrier_init(barrier, 1);
-    if (what == 4 && threadIdx.x == 0) barrier_arrive(barrier), barrier_arrive(barrier), barrier_wait(barrier, 1), barrier[0] = 0;
-    if (what == 1 && threadIdx.x < 32) named_barrier(2, 64);
-    else if (what == 1) named_barrier(3, 64);
-    else if (what == 5) {
+    if (what == 4) barrier[0] = 0;
+    if (what == 1) {
+        named_barrier(2 + threadIdx.x / 32, 64);
+    } else if (what == 5) {
         while (!barrier_passed(barrier, 0)) {}
-    } else barrier_wait(barrier, 0);
+    } else {
+        barrier_wait(barrier, 0);
+    }
 }

@@ -392,6 +392,22 @@ static bool finds_missing_barrier() {
     return false;
 }
 
+static void hopper() {
+    for (const char* seed : {"HYWU_EMULATOR_SEED=0", "HYWU_EMULATOR_SEED=1", "HYWU_EMULATOR_SEED=2"}) {
+        EXPECT(run("hopper", {seed}) == 0);
+        // What the emulator ends the process for.
+        for (const char* mistake : {"freed", "too_large", "no_map", "pipeline_full", "pipeline_empty", "pipeline_bytes",
+                                    "pipeline_arrivals", "pair_full", "pair_empty", "pair_exit", "no_arrival", "no_named",
+                                    "no_init", "init_twice", "overwritten", "no_arrival_poll"}) {
+            if (run(mistake, {seed}, true) != -SIGABRT) expect(false, mistake, __FILE__, __LINE__);
+        }
+        // Wrong numbers.
+        EXPECT(run("pipeline_products", {seed}) == 3);
+    }
+    EXPECT(run("early_store", {}) == 0 && run("pipeline_store", {}) == 3);
+    EXPECT(run("pipeline_store", {"HYWU_EMULATOR_SEED=2"}) == 3);
+}
+
 int main(int count, char** arguments) {
     if (count < 2) return 2;
     path = arguments[1];
@@ -409,9 +425,12 @@ int main(int count, char** arguments) {
         EXPECT(run("deadlock", {}) == -SIGABRT);
         EXPECT(run("aligned", {}) == 0);
         EXPECT(run("misaligned", {}, true) != 0);
+        hopper();
     } else if (count > 2 && !strcmp(arguments[2], "--asan")) {
         EXPECT(run("standard", {}) == 0);
         EXPECT(run("standard", {"HYWU_EMULATOR_SEED=5"}) == 0);
+        EXPECT(run("hopper", {}) == 0);
+        EXPECT(run("hopper", {"HYWU_EMULATOR_SEED=5"}) == 0);
         EXPECT(run("outside", {}, true) != 0);
         EXPECT(run("outside_shared", {}, true) != 0);
     } else {

@@ -15,7 +15,9 @@ CXX=${CXX:-g++}
 LD_PRELOAD=$("$CXX" -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
     "$out/main" "$out/asan/libcuda.so.1" --asan
 if [ -n "${NVCC:-}" ]; then
-    "$NVCC" -gencode=arch=compute_90a,code=sm_90a -cubin -I "$here/../../common" "$here/kernels.cu" \
-        -o "$out/kernels.cubin"
+    for kernels in kernels hopper; do
+        "$NVCC" -std=c++17 -gencode=arch=compute_90a,code=sm_90a -cubin -Werror all-warnings -I "$here/../../common" \
+            "$here/$kernels.cu" -o "$out/$kernels.cubin"
+    done
     echo "nvcc takes the kernels"
 fi
