@@ -23,13 +23,11 @@ constexpr int CHUNK = 64;
 // What a lane's loads of one side cover: 8 rows of 32 columns.
 constexpr int SPAN = 32;
 
-// As the launcher passes it (no padding). `rows.count` is not used; `adapters`: segments; `total`: rows of S; `k`: columns of a part;
-// `entry`: rows of X that share a modulation (see rms_norm_shrink.cuh).
+// As the launcher passes it (no padding). `rows.count`: segments; `total`: rows of S; `k`: columns of a part.
 struct Sizes {
     Rows rows;
-    int adapters, total, k, ranks;
+    int total, k, ranks;
     float scale;
-    int entry;
 };
 
 // The block's rows of S: those from `first` on, of which [begin, end) (counted from there) are of a segment; `row`: the row of X of the
@@ -48,10 +46,10 @@ __device__ __forceinline__ Window window(const Sizes& z) {
     // Segments that start before the window's end; all but the last of them end before the window.
     int before = 0;
     if (z.rows.segments) {
-        for (int i = lane; i - lane < z.adapters; i += WARP)
-            before += __popc(__ballot_sync(0xffffffffu, i < z.adapters && z.rows.segments[i].low < last));
+        for (int i = lane; i - lane < z.rows.count; i += WARP)
+            before += __popc(__ballot_sync(0xffffffffu, i < z.rows.count && z.rows.segments[i].low < last));
     } else {
-        before = min(z.adapters, (last + z.rows.each - 1) / (z.rows.each + BAND));
+        before = min(z.rows.count, (last + z.rows.each - 1) / (z.rows.each + BAND));
     }
     if (before == 0) return {first, 0, 0, 0, 0};
     Segment s = segment(z.rows, before - 1);
@@ -83,10 +81,11 @@ struct Plain {
     const bf16* x; // the lane's first row
     int begin, height, k, step;
 
-    __device__ __forceinline__ Plain(const bf16* x, const Window& w, const Sizes& z) {
-        int row = int(threadIdx.x) % WARP / 4, pitch = z.k * int(gridDim.z);
-        this->x = x + int64_t(w.row + row) * pitch + int(blockIdx.z) * z.k;
-        begin = w.begin - row, height = w.end - w.begin, k = z.k, step = 8 * pitch;
+    // `columns` from the `first` on of rows of `pitch`.
+    __device__ __forceinline__ Plain(const bf16* x, const Window& w, int columns, int pitch, int first) {
+        int row = int(threadIdx.x) % WARP / 4;
+        this->x = x + int64_t(w.row + row) * pitch + first;
+        begin = w.begin - row, height = w.end - w.begin, k = columns, step = 8 * pitch;
     }
     // The row's columns from `column` on: none outside of the segment.
     __device__ __forceinline__ int rest(int i, int column) const {
@@ -206,7 +205,10 @@ __device__ __forceinline__ void shrink(const bf16* x, const bf16* a, bf16* s, co
     constexpr int GROUPS = HEIGHT / 16, N = RANKS / 8;
     Window w = window<HEIGHT>(z);
     float sum[GROUPS][N][4] = {};
-    if (!w.empty()) sums<GROUPS, N, ALIGNED>(sum, Plain<GROUPS, ALIGNED>(x, w, z), a, w, z);
+    if (!w.empty()) {
+        Plain<GROUPS, ALIGNED> plain(x, w, z.k, z.k * int(gridDim.z), int(blockIdx.z) * z.k);
+        sums<GROUPS, N, ALIGNED>(sum, plain, a, w, z);
+    }
     store_sums(sum, s, w, z);
 }
 
