@@ -25,8 +25,8 @@ pub fn swiglu_shrink(x: &Tensor, shrink: &Shrink<'_>) -> Result<Option<(Tensor, 
     let Some(beside) = Beside::new(x, rows, shrink)? else { return Ok(None) };
     let out = halved(x)?;
     let call = Call::new(OP, &format!("swiglu_shrink_{}", beside.ranks()), x)?.tensor(x)?.tensor(&out)?;
-    let s = beside.launch(beside.arguments(call)?)?;
-    Ok(Some((out, s)))
+    let call = beside.arguments(call)?;
+    Ok(Some((out, beside.launch(call)?)))
 }
 
 pub fn swiglu_gradient(x: &Tensor, grad: &Tensor) -> Result<Tensor> {

@@ -1,6 +1,9 @@
 //! Launchers of `kernels-cu/low_rank_linear/shrink.cuh`: S = scale X A^T in bf16, alone or beside what makes X.
 
-use super::{OP, banded, int, rows::Rows};
+use super::{
+    OP, int,
+    rows::{Rows, banded},
+};
 use crate::{
     Error, Result, Tensor,
     cuda::{Call, blocks, call::BLOCK},
@@ -196,6 +199,10 @@ impl<'a> Beside<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        ops::low_rank_linear::Segment,
+        testing::{places, random},
+    };
 
     #[test]
     fn few_rows_get_low_blocks() {
@@ -214,5 +221,44 @@ mod tests {
         assert_eq!(Plan::beside(192, 64).map(|p| p.ranks), Some(64));
         assert_eq!(Plan::beside(192, 72), None);
         assert_eq!(Plan::beside(193, 16), None);
+    }
+
+    /// dS of a part is S of its columns and of B turned, in every bit.
+    #[test]
+    fn a_gradient_is_the_shrink_of_every_part() {
+        let places = places();
+        let Some(place) = places.iter().find(|place| place.dtype == Dtype::Bf16) else { return };
+        for (outer, rank, parts) in [(48, 16, 1), (96, 7, 2), (130, 15, 2), (2 * 520, 40, 2), (51, 3, 3)] {
+            let list = [(33, Some(1)), (5, None), (16, Some(0)), (40, Some(2))];
+            let segment = |(rows, adapter)| Segment { rows, weight: 0, adapter };
+            let segments = Segments::new(&list.map(segment)).expect("good segments");
+            let (dy, b) = (random(1, &[94, outer]), random(2, &[3, outer, rank]));
+            let ds = shrink_gradient(&place.tensor(&dy), &place.tensor(&b), 0.5, parts, Some(&segments));
+            let ds = ds.and_then(|t| t.to_host()).expect("the device works");
+            let pitch = (parts * rank).next_multiple_of(8);
+            assert_eq!(ds.shape()[1], pitch);
+            let k = outer / parts;
+            for part in 0..parts {
+                let columns = Tensor::build(&[94, k], |out| {
+                    for (i, v) in out.iter_mut().enumerate() {
+                        *v = dy.data()[i / k * outer + part * k + i % k];
+                    }
+                });
+                let turned = Tensor::build(&[3, rank, k], |out| {
+                    for (i, v) in out.iter_mut().enumerate() {
+                        let (adapter, r, column) = (i / k / rank, i / k % rank, part * k + i % k);
+                        *v = b.data()[(adapter * outer + column) * rank + r];
+                    }
+                });
+                let s = shrink(&place.tensor(&columns), &place.tensor(&turned), 0.5, Some(&segments));
+                let s = s.and_then(|t| t.to_host()).expect("the device works");
+                for (row, (all, one)) in
+                    ds.data().chunks(pitch).zip(s.data().chunks(s.shape()[1])).enumerate()
+                {
+                    assert_eq!(all[part * rank..][..rank], one[..rank], "part {part}, row {row}");
+                    assert!(all[parts * rank..].iter().all(|v| *v == 0.0), "padding of row {row}");
+                }
+            }
+        }
     }
 }
