@@ -1,6 +1,8 @@
-// Matrix products with an optional second term: linear layers with low-rank updates, and their gradients; see product.cuh.
+// Matrix products with an optional second term: linear layers with low-rank updates, and their gradients; see product.cuh. The products
+// S = X A^T that feed that term, in bf16: see shrink.cuh.
 #ifndef Element
 #include "ladder.cuh"
+#include "shrink.cuh"
 #include "simt.cuh"
 #include "tensor_core.cuh"
 #include "warpgroup.cuh"
@@ -62,6 +64,25 @@ WARPGROUP(ladder_3, , true, true, 128, 1, 1, false)
 WARPGROUP(ladder_4, , true, true, 128, 1, 5, false)
 WARPGROUP(ladder_5, , true, true, 256, 1, 4, false)
 WARPGROUP(ladder_7, , true, true, 256, 1, 4, true)
+
+// S by blocks of HEIGHT rows and RANKS ranks, with so many blocks on a multiprocessor.
+#define SHRINK(name, HEIGHT, RANKS, ALIGNED, BLOCKS)                                                                    \
+    extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)                                                         \
+        name(const bf16* x, const bf16* a, bf16* s, shrink::Sizes sizes) {                                              \
+        shrink::shrink<HEIGHT, RANKS, ALIGNED>(x, a, s, sizes);                                                         \
+    }
+SHRINK(shrink_16_16_bf16, 16, 16, true, 3)
+SHRINK(shrink_16_32_bf16, 16, 32, true, 3)
+SHRINK(shrink_32_16_bf16, 32, 16, true, 2)
+SHRINK(shrink_32_32_bf16, 32, 32, true, 2)
+// Rows that are not whole packs.
+SHRINK(shrink_odd_bf16, 16, 16, false, 3)
+
+// Adapters' B [n, ranks] -> [ranks, n].
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    shrink_transpose_bf16(const bf16* __restrict__ b, bf16* __restrict__ out, int n, int ranks) {
+    shrink::transpose(b, out, n, ranks);
+}
 
 #define Element float
 #define KERNEL(name) name##_f32

@@ -1,6 +1,7 @@
 //! Low-rank linear against its oracle, and what must hold bit for bit, at every place.
 
 mod segments;
+mod shrink;
 
 use hywu_core::Dtype;
 use hywu_kernels::{

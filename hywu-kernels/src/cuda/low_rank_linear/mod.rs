@@ -7,8 +7,10 @@
 #[allow(dead_code, reason = "for the kernels to come")]
 mod rows;
 mod warpgroup;
+mod shrink;
 
 pub(crate) use rows::Tables;
+pub(super) use shrink::Beside;
 
 use super::{Call, blas, blocks, call::on_gpu, elementwise::sum_parts, pack};
 use crate::{Error, Result, Tensor, ops::low_rank_linear::Segments};
@@ -248,6 +250,9 @@ pub(crate) fn banded(
 }
 
 pub fn shrink(x: &Tensor, a: &Tensor, scale: f32, segments: Option<&Segments>) -> Result<Tensor> {
+    if x.dtype() == Dtype::Bf16 {
+        return shrink::shrink(x, a, scale, segments);
+    }
     even(segments, 1, &[1, 1])?;
     let (adapters, rank, inner) = (a.shape()[0], a.shape()[1], a.shape()[2]);
     let rows = x.numel() / inner;
@@ -294,6 +299,9 @@ pub fn shrink_gradient(
     parts: usize,
     segments: Option<&Segments>,
 ) -> Result<Tensor> {
+    if grad.dtype() == Dtype::Bf16 {
+        return shrink::shrink_gradient(grad, b, scale, parts, segments);
+    }
     even(segments, parts, &[1, 1])?;
     let (adapters, outer, rank) = (b.shape()[0], b.shape()[1], b.shape()[2]);
     let rows = grad.numel() / outer;

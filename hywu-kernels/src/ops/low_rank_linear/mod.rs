@@ -9,7 +9,7 @@ mod segments;
 mod shrunk;
 
 pub use segments::{Segment, Segments};
-pub use shrunk::{Shrunk, shrink};
+pub use shrunk::{Shrink, Shrunk, shrink};
 
 use super::together;
 use crate::{Error, LoraVar, Result, Tape, Tensor, Var, ops::elementwise::column_sums};
