@@ -180,16 +180,17 @@ __device__ __forceinline__ void store_pairs(const float (&d)[N / 2], const Sizes
     }
 }
 
-// By the copy engine, 64 columns at a time, through the warpgroup's two boxes of shared memory.
+// By the copy engine, 64 columns at a time, through the warpgroup's two boxes of shared memory, which take turns.
 template <int N>
 __device__ __forceinline__ void store_boxes(const float (&d)[N / 2], const CUtensorMap* out, unsigned char* boxes, const bf16* bias,
-                                            int group, int row, int column, int last_column) {
+                                            int& turn, int group, int row, int column, int last_column) {
     int thread = threadIdx.x % 128, lane = threadIdx.x % WARP, line = thread / WARP * 16 + lane / 4;
 #pragma unroll
     for (int c = 0; c < N / 64; c++) {
         int first = column + 64 * c;
         if (first >= last_column) break;
-        unsigned char* box = boxes + c % 2 * BOX;
+        unsigned char* box = boxes + turn * BOX;
+        turn ^= 1;
         // The engine has read what this box held before.
         if (thread == 0) store_wait_read<1>();
         named_barrier(1 + group, 128);
@@ -220,6 +221,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
                                         int step, int tiles, int rank, int group) {
     unsigned char* boxes = stages + C::STAGES * C::STAGE + group * 2 * BOX;
     bool leader = threadIdx.x % 128 == 0;
+    int turn = 0;
     Place<C::STAGES> at;
     float d[C::N / 2];
     for (int i = first; i < tiles; i += step) {
@@ -238,10 +240,15 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
             for (int j = 0; j < count; j++) {
                 barrier_wait(bars.full + at.slot, at.parity);
                 multiply<C, decltype(steps)::value>(d, stages + at.slot * C::STAGE, group, add || j > 0);
-                // The products before these are done: their slot is free.
-                wgmma_wait<1>();
-                if (used >= 0) release(used);
-                used = at.slot;
+                // Products run while the next are issued, so a slot is free one step later; a ring of one can't wait for that.
+                if (C::STAGES == 1) {
+                    wgmma_wait<0>();
+                    release(at.slot);
+                } else {
+                    wgmma_wait<1>();
+                    if (used >= 0) release(used);
+                    used = at.slot;
+                }
                 at.next();
             }
         };
@@ -251,14 +258,14 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
         else if (s.ranks <= 32) sum(Steps<2>(), adapters, true);
         else sum(Steps<4>(), adapters * ((s.ranks + DEPTH - 1) / DEPTH), true);
         wgmma_wait<0>();
-        release(used);
+        if (C::STAGES > 1) release(used);
         const bf16* bias = s.bias ? s.bias + int64_t(t.rows.weight) * s.n : nullptr;
         int row = t.row + 64 * group;
         // Rows beyond the tensor and columns beyond it the engine leaves out by itself.
         bool whole_rows = row + 64 <= t.rows.end || t.rows.end == s.rows.m;
         bool whole_columns = t.column + C::N <= t.end || t.end == s.n;
         if (C::STORES && whole_rows && whole_columns) {
-            if (row < t.rows.end) store_boxes<C::N>(d, &out, boxes, bias, group, row, t.column, t.end);
+            if (row < t.rows.end) store_boxes<C::N>(d, &out, boxes, bias, turn, group, row, t.column, t.end);
         } else {
             store_pairs<C::N>(d, s, bias, row + threadIdx.x % 128 / WARP * 16, t.rows.end, t.column, t.end);
         }

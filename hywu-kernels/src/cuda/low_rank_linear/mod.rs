@@ -6,8 +6,8 @@
 
 #[allow(dead_code, reason = "for the kernels to come")]
 mod rows;
-mod warpgroup;
 mod shrink;
+mod warpgroup;
 
 pub(crate) use rows::Tables;
 pub(super) use shrink::Beside;

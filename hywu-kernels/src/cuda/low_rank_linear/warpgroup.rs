@@ -65,6 +65,21 @@ impl Plan {
         let stores = if self.engine_stores { 4 * 64 * line } else { 0 };
         self.stages * (TILE_ROWS + self.columns) * line + stores + 16 * self.stages + 1024
     }
+    /// Steps 3 to 8 of the ladder.
+    fn of_step(step: usize, blocks: impl Fn(Self) -> usize, multiprocessors: usize) -> (Self, &'static str) {
+        let plan = |columns, stages, engine_stores| Self { stages, engine_stores, ..Self::new(columns, 1) };
+        let (plan, kernel, stays) = match step {
+            3 => (plan(128, 1, false), "ladder_3", false),
+            4 => (plan(128, 5, false), "ladder_4", false),
+            5 => (plan(256, 4, false), "ladder_5", false),
+            6 => (plan(256, 4, false), "ladder_5", true),
+            7 => (plan(256, 4, true), "ladder_7", true),
+            _ => (Self::new(256, 2), "warpgroup_nt_256_2", true),
+        };
+        let at_once = multiprocessors / plan.cluster * plan.cluster;
+        let most = if stays { at_once.max(plan.cluster) } else { usize::MAX };
+        (Self { blocks: blocks(plan).min(most), ..plan }, kernel)
+    }
     fn name(self, layout: Layout) -> String {
         let layout = match layout {
             Layout::Nt => "nt",
@@ -143,7 +158,9 @@ impl Product<'_> {
             Layout::Tn => [m, n, n],
         };
         let bf16 = self.a.dtype() == Dtype::Bf16;
-        Ok(bf16 && lines.iter().all(|l| l.is_multiple_of(pack(Dtype::Bf16))) && there(on_gpu(OP, self.a)?.gpu()))
+        Ok(bf16
+            && lines.iter().all(|l| l.is_multiple_of(pack(Dtype::Bf16)))
+            && there(on_gpu(OP, self.a)?.gpu()))
     }
 
     /// Into a new tensor.
@@ -158,6 +175,19 @@ impl Product<'_> {
         let steps = k.div_ceil(DEPTH) + low_steps;
         let plan = plan(|height| row_tiles(self.segments, m, height), [n, parts], steps, multiprocessors);
         self.launch(plan, &plan.name(self.layout), shape)
+    }
+
+    /// The same by a step of the ladder, from 3 on.
+    ///
+    /// # Errors
+    /// As [`Product::run`].
+    pub fn run_step(&self, step: usize, shape: &[usize]) -> Result<Tensor> {
+        let [m, n, _] = self.dims;
+        let multiprocessors = on_gpu(OP, self.a)?.gpu().properties().multiprocessors as usize;
+        let blocks =
+            |plan: Plan| row_tiles(self.segments, m, plan.height()) * plan.across(n, 1) * plan.cluster;
+        let (plan, kernel) = Plan::of_step(step, blocks, multiprocessors);
+        self.launch(plan, kernel, shape)
     }
 
     fn launch(&self, plan: Plan, kernel: &str, shape: &[usize]) -> Result<Tensor> {
@@ -199,7 +229,8 @@ impl Product<'_> {
                     Layout::Nn | Layout::Tn => low.b.clone(),
                 };
                 let lines = low.s.numel() / pitch;
-                call.boxes(&boxes(low.s, [total, lines], pitch, [DEPTH, TILE_ROWS])?)?.boxes(&of_b(&padded, ranks)?)?
+                call.boxes(&boxes(low.s, [total, lines], pitch, [DEPTH, TILE_ROWS])?)?
+                    .boxes(&of_b(&padded, ranks)?)?
             }
         };
         let mut sizes = rows.bytes(pitch)?.to_vec();
@@ -255,9 +286,136 @@ fn padded_lines(tensor: &Tensor, length: usize) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Device, testing};
 
     fn on_h100([m, k, n]: [usize; 3]) -> Plan {
         plan(|height| m.div_ceil(height), [n, 1], k.div_ceil(DEPTH) + 1, 132)
+    }
+
+    /// A product with adapters that divide the rows evenly, in f32 on the host.
+    struct Case {
+        layout: Layout,
+        dims: [usize; 3],
+        adapters: usize,
+        ranks: usize,
+    }
+
+    impl Case {
+        /// A, B, S and B2, each by its lines.
+        fn operands(&self) -> [Tensor; 4] {
+            let ([m, n, k], r, count) = (self.dims, self.ranks.max(1), self.adapters);
+            let random = |seed, shape: &[usize]| testing::rounded_to_bf16(&testing::random(seed, shape));
+            match self.layout {
+                Layout::Nt => {
+                    [random(1, &[m, k]), random(2, &[n, k]), random(3, &[m, r]), random(4, &[count, n, r])]
+                }
+                Layout::Nn => {
+                    [random(1, &[m, k]), random(2, &[k, n]), random(3, &[m, r]), random(4, &[count, r, n])]
+                }
+                Layout::Tn => {
+                    [random(1, &[k, m]), random(2, &[k, n]), random(3, &[m, r]), random(4, &[count, r, n])]
+                }
+            }
+        }
+        fn expected(&self, [a, b, s, b2]: &[Tensor; 4], bias: &Tensor) -> Vec<f64> {
+            let ([m, n, k], r) = (self.dims, self.ranks);
+            let at = |t: &Tensor, i: usize| f64::from(t.data()[i]);
+            let across = |b: &Tensor, from: usize, j: usize, depth: usize, q: usize| match self.layout {
+                Layout::Nt => at(b, (from * n + j) * depth + q),
+                _ => at(b, (from * depth + q) * n + j),
+            };
+            let element = |i: usize, j: usize| {
+                let row = |q| at(a, if self.layout == Layout::Tn { q * m + i } else { i * k + q });
+                let base: f64 = (0..k).map(|q| row(q) * across(b, 0, j, k, q)).sum();
+                let adapter = i / (m / self.adapters);
+                let low: f64 = (0..r).map(|q| at(s, i * r + q) * across(b2, adapter, j, r, q)).sum();
+                at(bias, j) + base + low
+            };
+            (0..m * n).map(|i| element(i / n, i % n)).collect()
+        }
+        /// By every kernel on small and large grids, and by the ladder.
+        fn run(&self, device: Device) -> Result<()> {
+            let ([m, n, _], r) = (self.dims, self.ranks);
+            let operands = self.operands();
+            let bias = testing::rounded_to_bf16(&testing::random(5, &[n]));
+            let expected = self.expected(&operands, &bias);
+            // S with its bands.
+            let [lines, pitch] = super::super::rows::banded(None, m, self.adapters, r.max(1));
+            let mut banded = Tensor::zeros(&[lines, pitch]);
+            for (i, row) in operands[2].data().chunks(r.max(1)).enumerate() {
+                let line = i + 128 * (i / (m / self.adapters) + 1);
+                banded.data_mut()[line * pitch..][..row.len()].copy_from_slice(row);
+            }
+            let on_device = |t: &Tensor| t.to(device, Dtype::Bf16);
+            let [a, b, s, b2] = [&operands[0], &operands[1], &banded, &operands[3]].map(on_device);
+            let (a, b, s, b2, bias) = (a?, b?, s?, b2?, on_device(&bias)?);
+            let low_rank =
+                (r > 0).then_some(LowRank { s: &s, b: &b2, adapters: self.adapters, ranks: r, parts: 1 });
+            let product = Product {
+                layout: self.layout,
+                dims: self.dims,
+                a: &a,
+                b: &b,
+                low_rank,
+                bias: Some(&bias),
+                segments: None,
+            };
+            assert!(product.fits()?);
+            let mut results = vec![product.run(&[m, n])?];
+            for (columns, cluster) in KERNELS {
+                let plan = Plan::new(columns, cluster);
+                let all = row_tiles(None, m, plan.height()) * plan.across(n, 1) * cluster;
+                for blocks in [cluster, all] {
+                    let plan = Plan { blocks, ..plan };
+                    results.push(product.launch(plan, &plan.name(self.layout), &[m, n])?);
+                }
+            }
+            if self.layout == Layout::Nt {
+                for step in 3..=8 {
+                    results.push(product.run_step(step, &[m, n])?);
+                }
+            }
+            let results = results.iter().map(Tensor::to_host).collect::<Result<Vec<_>>>()?;
+            for (i, result) in results.iter().enumerate() {
+                assert_eq!(
+                    result.data(),
+                    results[0].data(),
+                    "result {i} of {:?} {:?}",
+                    self.layout,
+                    self.dims
+                );
+            }
+            for (i, (&got, &expected)) in results[0].data().iter().zip(&expected).enumerate() {
+                // Half a unit of bf16, and what sums in f32 cost.
+                let bound = expected.abs() / 256.0 + 1e-4;
+                assert!(
+                    (f64::from(got) - expected).abs() <= bound,
+                    "element {i}: {got}, expected {expected}"
+                );
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn every_kernel_and_grid_gives_the_same_bits() {
+        let Some(device) = testing::places().iter().find(|p| p.dtype == Dtype::Bf16).map(|p| p.device) else {
+            return;
+        };
+        for (dims, adapters, ranks) in [
+            ([64, 64, 64], 1, 0),
+            ([136, 200, 72], 1, 0),
+            ([304, 264, 136], 2, 16),
+            ([520, 520, 72], 4, 4),
+            ([264, 72, 8], 3, 72),
+        ] {
+            for layout in [Layout::Nt, Layout::Nn, Layout::Tn] {
+                // There is no second term where A lies across k.
+                if layout != Layout::Tn || ranks == 0 {
+                    Case { layout, dims, adapters, ranks }.run(device).expect("the device works");
+                }
+            }
+        }
     }
 
     #[test]
@@ -279,7 +437,7 @@ mod tests {
     #[test]
     fn grids_are_whole_clusters() {
         for multiprocessors in [1, 7, 78, 114, 131, 132] {
-            for m in [1, 100, 129, 300, 1000, 5000] {
+            for m in [1usize, 100, 129, 300, 1000, 5000] {
                 for n in [8, 200, 576, 4096] {
                     let p = plan(|height| m.div_ceil(height), [n, 1], 10, multiprocessors);
                     assert!(p.blocks > 0 && p.blocks.is_multiple_of(p.cluster), "{p:?}");
