@@ -36,6 +36,15 @@ scan() {
                 if (is_bound) bound = argument; else cluster = argument
                 text = substr(rest, j + 1)
             }
+            # A tensor map by value has to stay in the memory of the parameters.
+            parameters = text
+            sub(/\).*/, "", parameters)
+            count = split(parameters, parameter, /[,(]/)
+            for (j = 2; j <= count; j++) {
+                if (parameter[j] !~ /CUtensorMap/ || parameter[j] ~ /[*&]/ || parameter[j] ~ /__hywu_constant__/) continue
+                print "build.sh: a tensor map without __grid_constant__:" parameter[1] > "/dev/stderr"
+                exit 1
+            }
             sub(/\(.*/, "", text)
             gsub(/ +$/, "", text)
             m = split(text, word, /[^A-Za-z0-9_]+/)

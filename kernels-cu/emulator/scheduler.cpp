@@ -279,7 +279,7 @@ void trap() {
 static void release_barrier(Running& block) {
     int result = block.kind == Barrier::Or ? block.any : block.kind == Barrier::And ? block.all : block.count;
     block.arrived = 0;
-    for (unsigned i = 0; i < block.size.x * block.size.y * block.size.z; i++) {
+    for (unsigned i = 0, count = self().worker->block_threads; i < count; i++) {
         Thread& t = block.thread[i];
         if (t.state != State::Barrier) continue;
         t.state = State::Ready;

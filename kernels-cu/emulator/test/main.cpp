@@ -157,6 +157,23 @@ static void count() {
     EXPECT((out.get() == std::vector<int>{35, 1, 0}));
 }
 
+static void clusters() {
+    Array<uint32_t> out(6 * 4 * 64);
+    auto* f = function("test_cluster_index");
+    void* parameters[] = {&out.address};
+    void** extra = nullptr;
+    auto launch = [&](unsigned x, unsigned y) {
+        return call("cuLaunchKernel", f, x, y, 1u, 64u, 1u, 1u, 256u, null, &parameters[0], extra);
+    };
+    EXPECT(launch(5, 4) == 1 && launch(6, 3) == 1 && launch(6, 4) == 0);
+    auto got = out.get();
+    for (uint32_t i = 0; i < got.size(); i++) EXPECT(got[i] == i / 64 % 6 + i / 64 / 6 * 100);
+}
+static void cluster_shared() {
+    Array<float> out(64);
+    launch("test_cluster_shared", 2, 32, 0, out.address);
+}
+
 static void graph() {
     void *stream = nullptr, *graph = nullptr, *executable = nullptr;
     EXPECT(call("cuStreamCreate", &stream, 1u) == 0);
@@ -358,7 +375,7 @@ static void deadlock() { launch("test_deadlock", 1, 32, 0); }
 static void no_image() { exit(call("cuModuleLoadData", &module, "image")); }
 
 static void standard() {
-    for (auto test : {add, scale, warp, mma, ldmatrix, poison, count, graph, nodes, events, limits, threads}) test();
+    for (auto test : {add, scale, warp, mma, ldmatrix, poison, count, clusters, graph, nodes, events, limits, threads}) test();
     speed();
     EXPECT(block_sum_is_right("test_block_sum"));
 }
@@ -369,6 +386,7 @@ static const Cases CASES = {
     {"trap", trap},           {"fail_launch", fail_launch},
     {"no_image", no_image},   {"outside", outside},
     {"outside_shared", outside_shared}, {"aligned", aligned}, {"misaligned", misaligned},
+    {"cluster_shared", cluster_shared},
 };
 
 /// The exit status, or minus the signal, of a case in a process of its own.
@@ -425,6 +443,7 @@ int main(int count, char** arguments) {
         EXPECT(run("deadlock", {}) == -SIGABRT);
         EXPECT(run("aligned", {}) == 0);
         EXPECT(run("misaligned", {}, true) != 0);
+        EXPECT(run("cluster_shared", {}, true) == -SIGABRT);
         hopper();
     } else if (count > 2 && !strcmp(arguments[2], "--asan")) {
         EXPECT(run("standard", {}) == 0);

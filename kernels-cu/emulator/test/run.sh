@@ -10,7 +10,7 @@ CXX=${CXX:-g++}
 
 "$here/../build.sh" "$out/plain" "$here"/*.cu
 "$here/../build.sh" "$out/asan" --asan "$here"/*.cu
-"$CXX" -std=c++17 -O1 -g -pthread -Wall -Wextra "$here/main.cpp" "$here/hopper.cpp" -ldl -o "$out/main"
+"$CXX" -std=c++17 -O1 -g -pthread -Wall -Wextra -Wno-psabi "$here/main.cpp" "$here/hopper.cpp" -ldl -o "$out/main"
 "$out/main" "$out/plain/libcuda.so.1" --all
 LD_PRELOAD=$("$CXX" -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
     "$out/main" "$out/asan/libcuda.so.1" --asan
