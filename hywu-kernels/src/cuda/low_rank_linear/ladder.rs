@@ -33,8 +33,7 @@ pub fn step(step: usize, x: &Tensor, weight: &Tensor, s: &Tensor, b: &Tensor) ->
             return Ok(out);
         }
         2 => {
-            let product = super::Term::low_rank(x, weight, s, b);
-            return product.run(&shape);
+            return super::expand_product(x, weight, None, Some((s, b, 1)), None).run(&shape);
         }
         3..=8 => {}
         _ => return Err(Error::invalid(OP, format!("there is no step {step} of the ladder"))),
@@ -43,7 +42,14 @@ pub fn step(step: usize, x: &Tensor, weight: &Tensor, s: &Tensor, b: &Tensor) ->
         return Err(Error::invalid(OP, format!("step {step} of the ladder needs compute capability 9.0")));
     }
     let low_rank = Some(LowRank { s, b, adapters, ranks, parts: 1 });
-    let product =
-        Product { layout: Layout::Nt, dims: [m, n, k], a: x, b: weight, low_rank, bias: None, segments: None };
+    let product = Product {
+        layout: Layout::Nt,
+        dims: [m, n, k],
+        a: x,
+        b: weight,
+        low_rank,
+        bias: None,
+        segments: None,
+    };
     product.run_step(step, &shape)
 }

@@ -163,17 +163,27 @@ impl Product<'_> {
             && there(on_gpu(OP, self.a)?.gpu()))
     }
 
+    /// Are there tiles for most of the multiprocessors?
+    ///
+    /// # Errors
+    /// A tensor on the host.
+    pub fn fills(&self) -> Result<bool> {
+        Ok(2 * self.plan()?.blocks > multiprocessors(self.a)?)
+    }
+
+    fn plan(&self) -> Result<Plan> {
+        let [m, n, k] = self.dims;
+        let parts = self.low_rank.map_or(1, |l| l.parts);
+        let steps = k.div_ceil(DEPTH) + self.low_rank.map_or(0, |l| l.ranks.div_ceil(DEPTH));
+        Ok(plan(|height| row_tiles(self.segments, m, height), [n, parts], steps, multiprocessors(self.a)?))
+    }
+
     /// Into a new tensor.
     ///
     /// # Errors
     /// Sizes beyond 2^31, those of the device.
     pub fn run(&self, shape: &[usize]) -> Result<Tensor> {
-        let [m, n, k] = self.dims;
-        let parts = self.low_rank.map_or(1, |l| l.parts);
-        let multiprocessors = on_gpu(OP, self.a)?.gpu().properties().multiprocessors as usize;
-        let low_steps = self.low_rank.map_or(0, |l| l.ranks.div_ceil(DEPTH));
-        let steps = k.div_ceil(DEPTH) + low_steps;
-        let plan = plan(|height| row_tiles(self.segments, m, height), [n, parts], steps, multiprocessors);
+        let plan = self.plan()?;
         self.launch(plan, &plan.name(self.layout), shape)
     }
 
@@ -183,10 +193,9 @@ impl Product<'_> {
     /// As [`Product::run`].
     pub fn run_step(&self, step: usize, shape: &[usize]) -> Result<Tensor> {
         let [m, n, _] = self.dims;
-        let multiprocessors = on_gpu(OP, self.a)?.gpu().properties().multiprocessors as usize;
         let blocks =
             |plan: Plan| row_tiles(self.segments, m, plan.height()) * plan.across(n, 1) * plan.cluster;
-        let (plan, kernel) = Plan::of_step(step, blocks, multiprocessors);
+        let (plan, kernel) = Plan::of_step(step, blocks, multiprocessors(self.a)?);
         self.launch(plan, kernel, shape)
     }
 
@@ -245,6 +254,10 @@ impl Product<'_> {
         call.boxes(&flat)?.bytes(&sizes).launch(grid, THREADS, plan.shared())?;
         Ok(out)
     }
+}
+
+fn multiprocessors(tensor: &Tensor) -> Result<usize> {
+    Ok(on_gpu(OP, tensor)?.gpu().properties().multiprocessors as usize)
 }
 
 /// Row tiles of a height: those of every weight's rows.

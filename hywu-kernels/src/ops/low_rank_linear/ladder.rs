@@ -15,12 +15,23 @@ pub const LADDER: [&str; 8] =
 pub fn ladder_step(step: usize, x: &Tensor, weight: &Tensor, s: &Shrunk, b: &Tensor) -> Result<Tensor> {
     let shapes = (x.shape(), weight.shape(), b.shape());
     let (&[.., k], &[n, inner], &[adapters, outer, _]) = shapes else {
-        return Err(Error::shape(OP, "x, weight or b", x.shape(), "x [.., in], weight [out, in], b [adapters, out, r]"));
+        return Err(Error::shape(
+            OP,
+            "x, weight or b",
+            x.shape(),
+            "x [.., in], weight [out, in], b [adapters, out, r]",
+        ));
     };
     let rows = x.numel() / k.max(1);
     let fits = k == inner && n == outer && k > 0 && k.is_multiple_of(8) && n.is_multiple_of(8);
-    if !fits || rows == 0 || adapters == 0 || !rows.is_multiple_of(adapters) || !s.is_for(rows, adapters, b.shape()[2]) {
-        let what = format!("the ladder takes x [rows, in], weight [out, in], an even division: not {shapes:?}");
+    if !fits
+        || rows == 0
+        || adapters == 0
+        || !rows.is_multiple_of(adapters)
+        || !s.is_for(rows, adapters, b.shape()[2])
+    {
+        let what =
+            format!("the ladder takes x [rows, in], weight [out, in], an even division: not {shapes:?}");
         return Err(Error::invalid(OP, what));
     }
     ladder::step(step, x, weight, s.tensor(), b)

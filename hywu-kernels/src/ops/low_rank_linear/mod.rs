@@ -5,9 +5,11 @@
 //! is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses
 //! it in forward passes too, whose rows then may depend on their number.
 
+mod ladder;
 mod segments;
 mod shrunk;
 
+pub use ladder::{LADDER, ladder_step};
 pub use segments::{Segment, Segments};
 pub use shrunk::{Shrink, Shrunk, shrink};
 

@@ -14,6 +14,12 @@ pub struct Shrunk {
 }
 
 impl Shrunk {
+    /// Is it of so many rows, over which so many adapters divide evenly, and ranks?
+    pub(super) fn is_for(&self, rows: usize, adapters: usize, ranks: usize) -> bool {
+        let shape = shrunk_shape(&self.s, None, rows, adapters, ranks);
+        [self.rows, self.ranks] == [rows, ranks] && self.s.shape() == shape
+    }
+
     pub(crate) fn tensor(&self) -> &Tensor {
         &self.s
     }
