@@ -73,13 +73,13 @@ static void read_side(const Running& block, const Side& s, float* to) {
 
 // Sums
 
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-
 /// d (64 x columns) += a (64 x 16) b (16 x columns), for every element in the order of k, without contraction: the same
 /// bits with whatever instructions there are. A macro, since vectors in a function that is inlined keep its target.
-#define HYWU_SUM(NAME, TARGET)                                                                                            \
+#define HYWU_SUM(NAME, TARGET, LANES)                                                                                     \
+    typedef float NAME##_vector __attribute__((vector_size(LANES * 4), aligned(4)));                                      \
     TARGET static void NAME(float* d, const float* a, const float* b, unsigned columns) {                                 \
-        constexpr unsigned ROWS = 4, LANES = 16;                                                                          \
+        using Lanes = NAME##_vector;                                                                                      \
+        constexpr unsigned ROWS = 4;                                                                                      \
         for (unsigned n = 0; n < columns; n += 2 * LANES) {                                                               \
             for (unsigned m = 0; m < 64; m += ROWS) {                                                                     \
                 Lanes s[ROWS][2];                                                                                         \
@@ -99,9 +99,9 @@ typedef float Lanes __attribute__((vector_size(64), aligned(4)));
             }                                                                                                             \
         }                                                                                                                 \
     }
-HYWU_SUM(sum_512, __attribute__((target("avx512f"))))
-HYWU_SUM(sum_256, __attribute__((target("avx2"))))
-HYWU_SUM(sum_128, )
+HYWU_SUM(sum_512, __attribute__((target("avx512f"))), 16)
+HYWU_SUM(sum_256, __attribute__((target("avx2"))), 8)
+HYWU_SUM(sum_128, , 4)
 #undef HYWU_SUM
 
 static void run(const Running& block, const Product& p) {

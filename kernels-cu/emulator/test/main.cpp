@@ -444,6 +444,7 @@ int main(int count, char** arguments) {
         EXPECT(run("aligned", {}) == 0);
         EXPECT(run("misaligned", {}, true) != 0);
         EXPECT(run("cluster_shared", {}, true) == -SIGABRT);
+        EXPECT(run("hopper_speed", {}) == 0);
         hopper();
     } else if (count > 2 && !strcmp(arguments[2], "--asan")) {
         EXPECT(run("standard", {}) == 0);
