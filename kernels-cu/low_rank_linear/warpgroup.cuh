@@ -253,7 +253,8 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
             }
         };
         sum(Steps<4>(), (s.k + DEPTH - 1) / DEPTH, false);
-        int adapters = t.rows.last - t.rows.first;
+        // The tables may know of adapters where the product has none.
+        int adapters = s.ranks > 0 ? t.rows.last - t.rows.first : 0;
         if (s.ranks <= 16) sum(Steps<1>(), adapters, true);
         else if (s.ranks <= 32) sum(Steps<2>(), adapters, true);
         else sum(Steps<4>(), adapters * ((s.ranks + DEPTH - 1) / DEPTH), true);
