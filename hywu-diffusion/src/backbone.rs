@@ -10,10 +10,10 @@ use hywu_kernels::{
         },
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
-        low_rank_linear::{linear, low_rank_linear},
+        low_rank_linear::{LowRankLinear, Shrink, Shrunk, linear},
         patchify::{patchify, unpatchify},
-        rms_norm::{Modulation, rms_norm},
-        swiglu::{silu, swiglu},
+        rms_norm::{Modulation, rms_norm, rms_norm_shrink},
+        swiglu::{silu, swiglu, swiglu_shrink},
         timestep::timestep_embedding,
     },
 };
@@ -269,25 +269,38 @@ impl Backbone {
             Sequence::Text(lengths) => (None, Some(lengths.to_vec())),
         };
         let weight = |path: &str| bound.get(&format!("{name}.{path}.weight"));
-        let project = |x: &Var, path: &str| {
-            low_rank_linear(tape, x, weight(path)?, None, adapters.get(&format!("{name}.{path}")))
+        let lora = |path: &str| adapters.get(&format!("{name}.{path}"));
+        let project = |x: &Var, path: &str, shrunk: Option<&Shrunk>| {
+            let (weight, lora) = (weight(path)?, lora(path));
+            LowRankLinear { x, weight, bias: None, lora, segments: None, shrunk }.forward(tape)
         };
-        let norm = |x: &Var, path: &str, branch: usize| {
+        // Where there is an adapter, what makes x makes its product with the adapter's A too.
+        let norm_project = |x: &Var, norm: &str, branch: usize, path: &str| {
             let modulation =
                 modulation.map(|m| Modulation { scale: &m[3 * branch], shift: &m[3 * branch + 1] });
-            rms_norm(tape, x, Some(weight(path)?), EPS, modulation)
+            let norm = Some(weight(norm)?);
+            let Some(lora) = lora(path) else {
+                return project(&rms_norm(tape, x, norm, EPS, modulation)?, path, None);
+            };
+            let (y, shrunk) = rms_norm_shrink(tape, x, norm, EPS, modulation, &Shrink::by(lora, None))?;
+            project(&y, path, Some(&shrunk))
+        };
+        let swiglu_project = |x: &Var, path: &str| {
+            let Some(lora) = lora(path) else { return project(&swiglu(tape, x)?, path, None) };
+            let (y, shrunk) = swiglu_shrink(tape, x, &Shrink::by(lora, None))?;
+            project(&y, path, Some(&shrunk))
         };
         let residual = |x: &Var, y: &Var, branch: usize| match modulation {
             Some(m) => gated_residual(tape, x, y, &m[3 * branch + 2]),
             None => add(tape, x, y),
         };
-        let qkv = project(&norm(x, "input_norm", 0)?, "self_attn.qkv_proj")?;
+        let qkv = norm_project(x, "input_norm", 0, "self_attn.qkv_proj")?;
         let args = Attention { key_lengths: lengths, ..self.attention(x.shape()[0], x.shape()[1], rotary) };
         let qk = QkNorm { q: weight("self_attn.q_norm")?.clone(), k: weight("self_attn.k_norm")?.clone() };
         let y = attention(tape, &args, &qkv, &qkv, &qkv, Some(&qk))?;
-        let x = residual(x, &project(&y, "self_attn.o_proj")?, 0)?;
-        let y = project(&norm(&x, "mlp_norm", 1)?, "mlp.gate_and_up_proj")?;
-        let y = project(&swiglu(tape, &y)?, "mlp.down_proj")?;
+        let x = residual(x, &project(&y, "self_attn.o_proj", None)?, 0)?;
+        let y = norm_project(&x, "mlp_norm", 1, "mlp.gate_and_up_proj")?;
+        let y = swiglu_project(&y, "mlp.down_proj")?;
         Ok(residual(&x, &y, 1)?)
     }
 

@@ -4,7 +4,6 @@
 // A row belongs to `threads` neighbouring threads, a power of two: a part of a warp, a warp, or a whole block. It is read twice, the
 // second time from L1, which costs nothing beside the first and keeps registers for more warps.
 #ifndef Element
-#include "common.cuh"
 #include "norm.cuh"
 #include "reduce.cuh"
 #include "rms_norm_shrink.cuh"
@@ -30,8 +29,8 @@ struct RowThread {
     extern "C" __global__ void __launch_bounds__(BLOCK, 2) rms_norm_shrink_##RANKS##_bf16(                                  \
         const bf16* __restrict__ x, const bf16* __restrict__ weight, const bf16* __restrict__ scale,                        \
         const bf16* __restrict__ shift, bf16* __restrict__ out, const bf16* __restrict__ a, bf16* __restrict__ s,           \
-        shrink::Sizes sizes, int rows_per_entry, int threads, float eps) {                                                                      \
-        rms_norm_shrink<RANKS / 8>(x, weight, scale, shift, out, a, s, sizes, rows_per_entry, threads, eps);                                \
+        shrink::Sizes sizes, int rows_per_entry, int threads, float eps) {                                                  \
+        rms_norm_shrink<RANKS / 8>(x, weight, scale, shift, out, a, s, sizes, rows_per_entry, threads, eps);                \
     }
 RMS_NORM_SHRINK(16)
 RMS_NORM_SHRINK(32)

@@ -4,17 +4,8 @@ use hywu_core::Dtype;
 use hywu_kernels::{
     Tensor,
     ops::low_rank_linear::{Segment, Segments, Shrink},
-    testing::{Place, random, shrunk_rows},
+    testing::{Place, for_each_place, random, shrunk_rows},
 };
-
-/// Segments in f32 are not there on a device yet.
-fn for_each_place(mut body: impl FnMut(Place)) {
-    hywu_kernels::testing::for_each_place(|place| {
-        if place.dtype == Dtype::Bf16 || place == Place::CPU {
-            body(place)
-        }
-    });
-}
 
 const SCALE: f32 = -0.375;
 const ROWS: [usize; 7] = [1, 15, 16, 17, 31, 33, 129];

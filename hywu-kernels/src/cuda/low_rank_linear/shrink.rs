@@ -1,9 +1,6 @@
 //! Launchers of `kernels-cu/low_rank_linear/shrink.cuh`: S = scale X A^T in bf16, alone or beside what makes X.
 
-use super::{
-    OP, int,
-    rows::{Rows, banded},
-};
+use super::{OP, banded, int, rows::Rows};
 use crate::{
     Error, Result, Tensor,
     cuda::{Call, blocks, call::BLOCK},
@@ -60,14 +57,8 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     /// For so many rows of X, which will be where `like` is.
-    fn new(
-        like: &Tensor,
-        rows: usize,
-        a: &'a Tensor,
-        scale: f32,
-        parts: usize,
-        segments: Option<&Segments>,
-    ) -> Result<Self> {
+    fn new(like: &Tensor, rows: usize, shrink: Shrink<'a>, parts: usize) -> Result<Self> {
+        let Shrink { a, scale, segments } = shrink;
         let s = like.empty_like(&banded(segments, rows, a.shape()[0], parts * a.shape()[1]))?;
         Ok(Self { a, scale, parts, rows: Rows::adapters(like, segments, rows, a.shape()[0])?, s })
     }
@@ -114,7 +105,7 @@ impl<'a> Work<'a> {
 /// Not enough memory; sizes beyond what a kernel takes.
 pub(super) fn shrink(x: &Tensor, a: &Tensor, scale: f32, segments: Option<&Segments>) -> Result<Tensor> {
     let rows = x.numel() / x.dim_back(1);
-    Work::new(x, rows, a, scale, 1, segments)?.run(x)
+    Work::new(x, rows, Shrink { a, scale, segments }, 1)?.run(x)
 }
 
 /// dS = scale dY B of every part, for b [adapters, out, rank]; banded.
@@ -133,7 +124,7 @@ pub(super) fn shrink_gradient(
     };
     let rows = grad.numel() / outer;
     let turned = transposed(b, [adapters, outer, rank])?;
-    Work::new(grad, rows, &turned, scale, parts, segments)?.run(grad)
+    Work::new(grad, rows, Shrink { a: &turned, scale, segments }, parts)?.run(grad)
 }
 
 /// [adapters, n, rank] -> [adapters, rank, n].
@@ -168,7 +159,7 @@ impl<'a> Beside<'a> {
         let all = segments.as_slice().iter().all(|s| s.adapter.is_some());
         let plan = Plan::beside(a.shape()[2], a.shape()[1].next_multiple_of(8));
         let Some(plan) = plan.filter(|_| all && like.dtype() == Dtype::Bf16) else { return Ok(None) };
-        Ok(Some(Self { work: Work::new(like, rows, a, shrink.scale, 1, shrink.segments)?, plan }))
+        Ok(Some(Self { work: Work::new(like, rows, *shrink, 1)?, plan }))
     }
 
     /// The end of the kernel's name.

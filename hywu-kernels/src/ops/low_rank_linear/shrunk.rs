@@ -74,7 +74,12 @@ pub struct Shrink<'a> {
     pub segments: Option<&'a Segments>,
 }
 
-impl Shrink<'_> {
+impl<'a> Shrink<'a> {
+    /// For a layer with these adapters and segments.
+    pub fn by(lora: &'a LoraVar, segments: Option<&'a Segments>) -> Self {
+        Self { a: lora.a.value(), scale: lora.scale, segments }
+    }
+
     /// That of `x` [.., in].
     ///
     /// # Errors
