@@ -1,5 +1,6 @@
 // Matrix products with an optional second term: linear layers with low-rank updates, and their gradients; see product.cuh.
 #ifndef Element
+#include "merge.cuh"
 #include "simt.cuh"
 #include "tensor_core.cuh"
 
@@ -39,4 +40,9 @@ PRODUCT(product_nn_64, true, false, 64)
 PRODUCT(product_nn_128, true, false, 128)
 PRODUCT(product_tn_64, false, false, 64)
 PRODUCT(product_tn_128, false, false, 128)
+
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
+    KERNEL(merge)(const Element* weight, const Element* a, const Element* b, Element* out, MergeSizes sizes) {
+    ENGINE::merge(weight, a, b, out, sizes);
+}
 #endif

@@ -40,3 +40,24 @@ pub fn low_rank_linear(
     }
     y
 }
+
+/// W + scale * B A by three nested loops: `w` [outer, inner], `a` [parts * rank, inner], `b` [outer, rank], where row o of w is of part
+/// o / (outer / parts) and uses that part's ranks of a.
+pub fn merge(
+    [outer, inner, rank, parts]: [usize; 4],
+    w: &[f64],
+    a: &[f64],
+    b: &[f64],
+    scale: f64,
+) -> Vec<f64> {
+    let mut merged = w.to_vec();
+    for o in 0..outer {
+        let part = o / (outer / parts);
+        for r in 0..rank {
+            for i in 0..inner {
+                merged[o * inner + i] += scale * b[o * rank + r] * a[(part * rank + r) * inner + i];
+            }
+        }
+    }
+    merged
+}

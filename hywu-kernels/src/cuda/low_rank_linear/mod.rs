@@ -4,6 +4,10 @@
 //! alone, by kernels of our own: cuBLASLt, which chooses an algorithm by the number of rows, takes part in gradients only
 //! ([`Use`]).
 
+mod merge;
+
+pub use merge::merge;
+
 use super::{Call, blas, blocks, call::on_gpu, elementwise::sum_parts, pack};
 use crate::{Error, Result, Tensor};
 use hywu_core::Dtype;

@@ -5,6 +5,10 @@
 //! are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses it in forward passes too, whose rows then may depend on their
 //! number.
 
+mod merge;
+
+pub use merge::{Apply, Load, Prepared, merge, mergeable, merging_gain, merging_pays};
+
 use super::together;
 use crate::{Error, LoraVar, Result, Tape, Var, ops::elementwise::column_sums};
 
