@@ -3,10 +3,16 @@
 //! vain. `benches/peer/torch_peer.py` runs the same cases; `benches/peer/compare_cpu.py` and `compare_gpu.py` run both in turn.
 
 use clap::Parser;
-use hywu_benches::{Result, attempt, cases, edit, smoke, timing::Bench};
+use hywu_benches::{
+    Result, attempt,
+    cases::{self, Case, low_rank},
+    edit, smoke,
+    timing::Bench,
+};
 use hywu_kernels::Device;
 use serde_json::{Map, Value, json};
 use std::{
+    collections::HashMap,
     io::{Write, stdout},
     panic,
     process::ExitCode,
@@ -27,6 +33,12 @@ struct Args {
     /// Few calls of small shapes: shows that everything runs, not how fast.
     #[arg(long)]
     quick: bool,
+    /// Every token count of low-rank linear with every rank and every number of instances.
+    #[arg(long)]
+    all: bool,
+    /// Without the cases that are one of many: those that a second round repeats.
+    #[arg(long)]
+    few: bool,
     /// Every op once forward and backward at ragged shapes, untimed: what compute-sanitizer looks at.
     #[arg(long)]
     smoke: bool,
@@ -55,11 +67,13 @@ fn main() -> Result<ExitCode> {
         println!("{:#}", json!({ "device": args.device.to_string(), "edits": rows }));
         return Ok(ExitCode::SUCCESS);
     }
-    let bench = Bench { device: args.device, quick: args.quick };
+    let bench = Bench::new(args.device, args.quick);
     print!("{{\"device\": \"{}\", \"threads\": {}, ", args.device, args.threads);
     print!("\"parameters\": {}, \"ms\": {{", cases::parameters()?);
     let (mut details, mut failures) = (Map::new(), Map::new());
-    for case in cases::all(&bench).into_iter().filter(|case| case.name.starts_with(&args.only)) {
+    let mut medians = HashMap::new();
+    let wanted = |case: &Case| case.name.starts_with(&args.only) && !(args.few && case.is_wide);
+    for case in cases::all(&bench, args.all).into_iter().filter(wanted) {
         match attempt(|| case.run(&bench)) {
             Ok(times) => {
                 let comma = if details.is_empty() { "" } else { "," };
@@ -69,6 +83,7 @@ fn main() -> Result<ExitCode> {
                     "p10": times.p10, "p90": times.p90, "samples": times.samples, "calls": times.calls,
                     "copies": times.copies, "bytes": case.floor.bytes, "flops": case.floor.flops,
                 });
+                medians.insert(case.name.clone(), times.median);
                 details.insert(case.name, detail);
             }
             Err(e) => {
@@ -78,6 +93,8 @@ fn main() -> Result<ExitCode> {
         }
     }
     let failed = !failures.is_empty();
-    println!("\n}}, \"details\": {}, \"failures\": {}}}", Value::from(details), Value::from(failures));
+    let merge_or_fuse = Value::from(low_rank::merge_or_fuse(&bench, args.all, &medians));
+    print!("\n}}, \"merge_or_fuse\": {merge_or_fuse}, ");
+    println!("\"details\": {}, \"failures\": {}}}", Value::from(details), Value::from(failures));
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

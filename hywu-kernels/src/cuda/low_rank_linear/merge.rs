@@ -23,7 +23,10 @@ fn grid(dtype: Dtype, parts: usize, rows: usize, columns: usize) -> Result<[u32;
     let packs = rows.saturating_mul(columns.div_ceil(pack(dtype)));
     // The kernel counts them in 32 bits.
     if u32::try_from(packs).is_err() {
-        return Err(Error::invalid(OP, format!("a weight of {rows} x {columns} is more than a launch takes")));
+        return Err(Error::invalid(
+            OP,
+            format!("a weight of {rows} x {columns} is more than a launch takes"),
+        ));
     }
     Ok([blocks(packs, THREADS)?, 1, parts])
 }

@@ -5,11 +5,7 @@
 //! while a fused call keeps both apart and adds them up in f32. On the CPU, in f32, the two agree to rounding.
 
 use super::low_rank_linear;
-use crate::{
-    Device, Error, LoraVar, Result, Tape, Tensor, Var,
-    ops::together,
-    testing::as_naive,
-};
+use crate::{Device, Error, LoraVar, Result, Tape, Tensor, Var, ops::together, testing::as_naive};
 
 const OP: &str = "low_rank_linear";
 
@@ -169,7 +165,8 @@ impl Prepared {
             return Ok(fused());
         }
         if !mergeable(weight, pair) {
-            let what = "only one adapter can be merged, and none whose gradients, or the weight's, are wanted";
+            let what =
+                "only one adapter can be merged, and none whose gradients, or the weight's, are wanted";
             return Err(Error::invalid(OP, what));
         }
         let weight = merge(weight.value(), pair.a.value(), pair.b.value(), pair.scale)?;
