@@ -1,9 +1,10 @@
-//! f32 matrix product on packed panels, with a low-rank term per group of rows as further steps of the same sum. Every element of
+//! f32 matrix product on packed panels, with a low-rank term per segment of rows as further steps of the same sum. Every element of
 //! C is summed over k in one order that depends on k alone, so a row's result is the same wherever it stands, whatever the other
 //! rows and the number of threads.
 
+use crate::ops::low_rank_linear::Segment;
 use rayon::prelude::*;
-use std::cell::RefCell;
+use std::{cell::RefCell, ops::Range};
 
 /// A matrix in memory: element (i, j) is `data[i * row + j * column]`.
 #[derive(Clone, Copy)]
@@ -289,12 +290,15 @@ fn pack(panel: &mut [f32], width: usize, x: Matrix<'_>, first: usize, count: usi
     }
 }
 
-/// A low-rank term: rows in `adapters` equal groups, group g gets S_g [rows, rank] B_g^T with B_g [n, rank].
+/// A low-rank term: a segment of the rows with adapter i gets S [rows, parts * rank] B_i^T; the columns of C are in `parts` equal parts,
+/// part p has the ranks p * rank .. of S.
 #[derive(Clone, Copy)]
 pub(crate) struct LowRank<'a> {
-    pub adapters: usize,
+    /// All rows.
+    pub segments: &'a [Segment],
+    pub parts: usize,
     pub rank: usize,
-    /// [m, rank], row-major.
+    /// [m, parts * rank], row-major.
     pub s: &'a [f32],
     /// [adapters, n, rank], row-major.
     pub b: &'a [f32],
@@ -340,24 +344,25 @@ fn gemm_with(
     }
     let last = |x: Matrix<'_>, rows: usize, columns: usize| (rows - 1) * x.row + (columns - 1) * x.column;
     assert!(last(a, m, k) < a.data.len() && last(b, k, n) < b.data.len(), "gemm: an operand is too short");
-    let groups = low_rank.map_or(1, |l| l.adapters);
+    let all_rows = [Segment { rows: m, weight: 0, adapter: None }];
+    let segments = low_rank.map_or(&all_rows[..], |l| l.segments);
     if let Some(l) = low_rank {
-        let fits = l.adapters > 0 && m.is_multiple_of(l.adapters) && l.rank > 0;
-        let lengths = fits && l.s.len() == m * l.rank && l.b.len() == l.adapters * n * l.rank;
+        let rows: usize = segments.iter().map(|s| s.rows).sum();
+        let adapters = segments.iter().filter_map(|s| s.adapter).max().map_or(0, |i| i + 1);
+        let fits = rows == m && l.rank > 0 && l.parts > 0 && n.is_multiple_of(l.parts);
+        let lengths = fits && l.s.len() == m * l.ranks() && l.b.len() >= adapters * n * l.rank;
         assert!(lengths, "gemm: the low-rank term has other sizes");
     }
     let columns = Matrix { data: b.data, row: b.column, column: b.row };
     let parallel = m.saturating_mul(n).saturating_mul(k) > PARALLEL && rayon::current_num_threads() > 1;
-    // Whole panels of rows a task, several tasks a thread; none holds rows of two groups.
-    let rows_of_group = m / groups;
-    let panels = rows_of_group.div_ceil(kernel.mr);
-    let rows =
-        kernel.mr * (panels * groups).div_ceil(4 * rayon::current_num_threads()).clamp(1, 8.min(panels));
+    // Whole panels of rows a task, several tasks a thread; none holds rows of two segments.
+    let panels: usize = segments.iter().map(|s| s.rows.div_ceil(kernel.mr)).sum();
+    let rows = kernel.mr * panels.div_ceil(4 * rayon::current_num_threads()).clamp(1, 8);
     let side = n.div_ceil(kernel.nr) * kernel.nr;
-    let pack_columns = |panels: &mut [f32], depth: usize, x: Matrix<'_>, p0: usize| {
+    let each_panel = |panels: &mut [f32], depth: usize, pack: &(dyn Fn(&mut [f32], usize, usize) + Sync)| {
         let one = |(j, panel): (usize, &mut [f32])| {
             let first = j * kernel.nr;
-            pack(panel, kernel.nr, x, first, kernel.nr.min(n - first), p0);
+            pack(panel, first, kernel.nr.min(n - first));
         };
         match parallel {
             true => panels.par_chunks_mut(kernel.nr * depth).enumerate().for_each(one),
@@ -365,32 +370,66 @@ fn gemm_with(
         }
     };
     let mut packed = take(2, side * DEPTH.min(k));
-    let mut packed_low = take(3, low_rank.map_or(0, |l| l.adapters * side * l.rank));
+    let adapters = || segments.iter().filter_map(|s| s.adapter);
+    let low_side = low_rank.map_or(0, |l| side * l.ranks());
+    let mut packed_low = take(3, adapters().count() * low_side);
     if let Some(l) = low_rank {
-        let all = packed_low.chunks_mut(side * l.rank).zip(l.b.chunks(n * l.rank));
-        all.for_each(|(panels, b)| pack_columns(panels, l.rank, Matrix::rows(b, l.rank), 0));
+        packed_low.chunks_mut(low_side).zip(adapters()).for_each(|(panels, i)| {
+            let b = &l.b[i * n * l.rank..][..n * l.rank];
+            each_panel(panels, l.ranks(), &|panel, first, count| {
+                l.pack(panel, kernel.nr, b, n, first, count)
+            });
+        });
     }
     for p0 in (0..k).step_by(DEPTH) {
         let depth = DEPTH.min(k - p0);
         packed.truncate(side * depth);
-        pack_columns(&mut packed, depth, columns, p0);
+        each_panel(&mut packed, depth, &|panel, first, count| {
+            pack(panel, kernel.nr, columns, first, count, p0);
+        });
         let whole = Whole { kernel, a, b: &packed, n, p0, depth, add: accumulate || p0 > 0 };
         let at_end = low_rank.filter(|_| p0 + depth == k);
-        let group = |(g, c): (usize, &mut [f32])| {
-            let term = at_end.map(|l| (l, &packed_low[g * side * l.rank..(g + 1) * side * l.rank]));
-            let task = |(t, c): (usize, &mut [f32])| block(whole, g * rows_of_group + t * rows, term, c);
-            match parallel {
-                true => c.par_chunks_mut(rows * n).enumerate().for_each(task),
-                false => c.chunks_mut(rows * n).enumerate().for_each(task),
-            }
-        };
+        let (mut rest, mut first, mut low) = (&mut *c, 0, packed_low.chunks(low_side.max(1)));
+        let mut tasks = Vec::new();
+        for segment in segments {
+            let term = at_end.zip(segment.adapter.and_then(|_| low.next()));
+            let mine = rest.split_off_mut(..segment.rows * n).unwrap_or_default();
+            tasks.extend(mine.chunks_mut(rows * n).enumerate().map(|(t, c)| (first + t * rows, term, c)));
+            first += segment.rows;
+        }
+        let task = |(first, term, c)| block(whole, first, term, c);
         match parallel {
-            true => c.par_chunks_mut(rows_of_group * n).enumerate().for_each(group),
-            false => c.chunks_mut(rows_of_group * n).enumerate().for_each(group),
+            true => tasks.into_par_iter().for_each(task),
+            false => tasks.into_iter().for_each(task),
         }
     }
     give(2, packed);
     give(3, packed_low);
+}
+
+impl LowRank<'_> {
+    /// Columns of S.
+    fn ranks(&self) -> usize {
+        self.parts * self.rank
+    }
+    /// The parts that columns `first` .. `first + count` of `n` are in.
+    fn parts_of(&self, first: usize, count: usize, n: usize) -> Range<usize> {
+        let part = n / self.parts;
+        first / part..(first + count - 1) / part + 1
+    }
+    /// Packs `count` rows of `b` [n, rank] from `first` on, in a panel of `width` that has the ranks of all parts; zeros beyond, and in
+    /// the ranks of other parts.
+    fn pack(&self, panel: &mut [f32], width: usize, b: &[f32], n: usize, first: usize, count: usize) {
+        if self.parts == 1 {
+            return pack(panel, width, Matrix::rows(b, self.rank), first, count, 0);
+        }
+        panel.fill(0.0);
+        for (j, row) in b.chunks(self.rank).enumerate().skip(first).take(count) {
+            let line = self.parts_of(j, 1, n).start * self.rank;
+            let to = panel[line * width + j - first..].iter_mut().step_by(width);
+            to.zip(row).for_each(|(o, v)| *o = *v);
+        }
+    }
 }
 
 /// What all tasks of a pass over k share.
@@ -418,25 +457,33 @@ fn block(whole: Whole<'_>, first: usize, low_rank: Option<(LowRank<'_>, &[f32])>
     let side = m.div_ceil(mr) * mr;
     let mut packed = take(0, side * depth);
     pack_rows(&mut packed, depth, a, p0);
-    let (rank, low_b) = low_rank.map_or((0, &[][..]), |(l, b)| (l.rank, b));
-    let mut packed_low = take(1, side * rank);
+    let ranks = low_rank.map_or(0, |(l, _)| l.ranks());
+    let mut packed_low = take(1, side * ranks);
     if let Some((l, _)) = low_rank {
-        pack_rows(&mut packed_low, rank, Matrix::rows(l.s, rank), 0);
+        pack_rows(&mut packed_low, ranks, Matrix::rows(l.s, ranks), 0);
     }
     let mut tile = [0.0f32; MAX_TILE];
     for j in 0..n.div_ceil(nr) {
         let wide = nr.min(n - j * nr);
+        // Only the ranks of the panel's own parts: the others' would multiply zeros.
+        let low = low_rank.map(|(l, low_b)| {
+            let parts = l.parts_of(j * nr, wide, n);
+            (low_b, parts.start * l.rank..parts.end * l.rank)
+        });
         for i in 0..side / mr {
             let rows = mr.min(m - i * mr);
-            let panel = |a: &[f32], b: &[f32], depth: usize| -> Step {
+            // A part of the depth of panel i of A and panel j of B.
+            let panel = |a: &[f32], b: &[f32], depth: usize, part: Range<usize>| -> Step {
                 (
-                    depth,
-                    a[i * mr * depth..][..mr * depth].as_ptr(),
-                    b[j * nr * depth..][..nr * depth].as_ptr(),
+                    part.len(),
+                    a[(i * depth + part.start) * mr..][..part.len() * mr].as_ptr(),
+                    b[(j * depth + part.start) * nr..][..part.len() * nr].as_ptr(),
                 )
             };
-            let steps = [panel(&packed, b, depth), panel(&packed_low, low_b, rank)];
-            let steps = &steps[..1 + usize::from(rank > 0)];
+            let base = panel(&packed, b, depth, 0..depth);
+            let update = low.clone().map(|(low_b, part)| panel(&packed_low, low_b, ranks, part));
+            let steps = [base, update.unwrap_or(base)];
+            let steps = &steps[..1 + usize::from(update.is_some())];
             let at = i * mr * n + j * nr;
             if wide == nr {
                 let c = &mut c[at..at + (rows - 1) * n + nr];
@@ -470,16 +517,26 @@ mod tests {
     /// Every micro-kernel against plain sums, from every order in memory, with and without a low-rank term.
     #[test]
     fn every_instruction_set_gives_the_product() {
-        for (m, n, k) in [(1, 1, 1), (13, 33, 17), (24, 64, 8), (30, 31, DEPTH + 5)] {
-            let (adapters, rank) = (if m % 2 == 0 { 2 } else { 1 }, 3);
+        for (m, n, k) in [(1usize, 1, 1), (13, 33, 17), (24, 64, 8), (30, 31, DEPTH + 5)] {
+            // Columns in two parts where they divide, the second half of the rows with the other adapter, or with none.
+            let (parts, half, rank) = (1 + (n + 1) % 2, m.div_ceil(2), 3);
+            let adapters = [Some(1), (m % 2 == 0).then_some(0)];
             let [a, b, c] = [&[m, k], &[k, n], &[m, n]].map(|shape| random(m as u64, shape));
-            let (s, low) = (random(5, &[m, rank]), random(6, &[adapters, n, rank]));
+            let (s, low) = (random(5, &[m, parts * rank]), random(6, &[2, n, rank]));
+            let lengths = [half, m - half];
+            let segments: Vec<Segment> = (lengths.into_iter().zip(adapters))
+                .map(|(rows, adapter)| Segment { rows, weight: 0, adapter })
+                .collect();
             let [wa, wb, wc, ws, wlow] = [&a, &b, &c, &s, &low].map(widen);
             let expected = |i: usize, j: usize, with: bool| {
                 let full: f64 = (0..k).map(|p| wa[i * k + p] * wb[p * n + j]).sum();
-                let group = i / (m / adapters);
-                let update = (0..rank).map(|p| ws[i * rank + p] * wlow[(group * n + j) * rank + p]);
-                wc[i * n + j] + full + if with { update.sum() } else { 0.0 }
+                let part = j / (n / parts) * rank;
+                let update = |adapter: usize| -> f64 {
+                    let s = &ws[i * parts * rank + part..];
+                    (0..rank).map(|p| s[p] * wlow[(adapter * n + j) * rank + p]).sum()
+                };
+                let adapter = adapters[i / half].filter(|_| with);
+                wc[i * n + j] + full + adapter.map_or(0.0, update)
             };
             let turned = |x: &[f32], rows: usize, columns: usize| -> Vec<f32> {
                 (0..rows * columns).map(|i| x[i % rows * columns + i / rows]).collect()
@@ -491,7 +548,7 @@ mod tests {
             ];
             for (kernel, (a, b)) in kernels().flat_map(|kernel| orders.map(|order| (kernel, order))) {
                 for with in [false, true] {
-                    let term = LowRank { adapters, rank, s: s.data(), b: low.data() };
+                    let term = LowRank { segments: &segments, parts, rank, s: s.data(), b: low.data() };
                     let mut got = c.data().to_vec();
                     gemm_with(kernel, [m, n, k], a, b, with.then_some(term), &mut got, true);
                     let all: Vec<f64> = (0..m * n).map(|i| expected(i / n, i % n, with)).collect();

@@ -1,62 +1,65 @@
-//! Oracle of [`low_rank_linear`](crate::ops::low_rank_linear::low_rank_linear).
+//! Oracle of [`LowRankLinear`](crate::ops::low_rank_linear::LowRankLinear).
 
-/// Sizes of an oracle call: `rows` of x, split evenly over `adapters`.
+use crate::ops::low_rank_linear::Segment;
+
+/// Sizes of an oracle call.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Rows of x.
-    pub rows: usize,
     /// Columns of x.
     pub inner: usize,
     /// Columns of y.
     pub outer: usize,
-    /// Number of adapters.
-    pub adapters: usize,
-    /// Rank of each.
+    /// Equal parts of y's columns, each with ranks of its own.
+    pub parts: usize,
+    /// Ranks of a part.
     pub rank: usize,
 }
 
-/// y = x W^T + bias + scale (x A^T) B^T by three nested loops.
+/// y = x W^T + bias + scale (x A^T) B^T by nested loops, row after row of every segment: `w` [weights, outer, inner], `bias` [weights,
+/// outer] (empty: none), `a` [adapters, parts * rank, inner], `b` [adapters, outer, rank].
 pub fn low_rank_linear(
     s: Sizes,
-    x: &[f64],
-    w: &[f64],
-    bias: &[f64],
-    a: &[f64],
-    b: &[f64],
+    segments: &[Segment],
+    [x, w, bias, a, b]: [&[f64]; 5],
     scale: f64,
 ) -> Vec<f64> {
-    let mut y = vec![0.0; s.rows * s.outer];
-    for i in 0..s.rows {
-        let x = &x[i * s.inner..(i + 1) * s.inner];
-        let adapter = i / (s.rows / s.adapters);
-        let dot = |row: &[f64]| -> f64 { row.iter().zip(x).map(|(a, b)| a * b).sum() };
-        let shrunk: Vec<f64> =
-            (0..s.rank).map(|r| dot(&a[(adapter * s.rank + r) * s.inner..][..s.inner])).collect();
-        for o in 0..s.outer {
-            let up = &b[(adapter * s.outer + o) * s.rank..][..s.rank];
-            let low: f64 = up.iter().zip(&shrunk).map(|(a, b)| a * b).sum();
-            y[i * s.outer + o] = dot(&w[o * s.inner..][..s.inner]) + bias[o] + scale * low;
+    let mut y = Vec::new();
+    let mut rows = x.chunks(s.inner);
+    for segment in segments {
+        for x in rows.by_ref().take(segment.rows) {
+            let dot = |row: &[f64]| -> f64 { row.iter().zip(x).map(|(a, b)| a * b).sum() };
+            let ranks = s.parts * s.rank;
+            let shrunk: Vec<f64> = match segment.adapter {
+                Some(i) => (0..ranks).map(|r| dot(&a[(i * ranks + r) * s.inner..][..s.inner])).collect(),
+                None => Vec::new(),
+            };
+            for o in 0..s.outer {
+                let column = segment.weight * s.outer + o;
+                let mut sum = dot(&w[column * s.inner..][..s.inner]);
+                if !bias.is_empty() {
+                    sum += bias[column];
+                }
+                if let Some(i) = segment.adapter {
+                    let part = o / (s.outer / s.parts);
+                    for r in 0..s.rank {
+                        sum += scale * b[(i * s.outer + o) * s.rank + r] * shrunk[part * s.rank + r];
+                    }
+                }
+                y.push(sum);
+            }
         }
     }
     y
 }
 
-/// W + scale * B A by three nested loops: `w` [outer, inner], `a` [parts * rank, inner], `b` [outer, rank], where row o of w is of part
-/// o / (outer / parts) and uses that part's ranks of a.
-pub fn merge(
-    [outer, inner, rank, parts]: [usize; 4],
-    w: &[f64],
-    a: &[f64],
-    b: &[f64],
-    scale: f64,
-) -> Vec<f64> {
+/// W + scale * B A by nested loops: `w` [outer, inner], `a` [parts * rank, inner], `b` [outer, rank].
+pub fn merge(s: Sizes, [w, a, b]: [&[f64]; 3], scale: f64) -> Vec<f64> {
     let mut merged = w.to_vec();
-    for o in 0..outer {
-        let part = o / (outer / parts);
-        for r in 0..rank {
-            for i in 0..inner {
-                merged[o * inner + i] += scale * b[o * rank + r] * a[(part * rank + r) * inner + i];
-            }
+    for (o, row) in merged.chunks_mut(s.inner).enumerate() {
+        let part = o / (s.outer / s.parts);
+        for r in 0..s.rank {
+            let a = &a[(part * s.rank + r) * s.inner..][..s.inner];
+            row.iter_mut().zip(a).for_each(|(w, a)| *w += scale * b[o * s.rank + r] * a);
         }
     }
     merged

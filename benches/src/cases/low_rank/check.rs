@@ -91,7 +91,9 @@ fn runs(layer: &Layer) -> Vec<Run> {
         let rows = layer.x.value().numel() / layer.x.value().dim_back(1);
         let adapters = layer.lora.as_ref().map_or(0, |l| l.a.shape()[0]);
         let each = rows / adapters.max(1);
-        return (0..adapters.max(1)).map(|i| (i * each, (i + 1) * each, 0, (adapters > 0).then_some(i))).collect();
+        return (0..adapters.max(1))
+            .map(|i| (i * each, (i + 1) * each, 0, (adapters > 0).then_some(i)))
+            .collect();
     };
     let mut first = 0;
     let run = |s: &hywu_kernels::ops::low_rank_linear::Segment| {
@@ -149,7 +151,9 @@ impl Pair {
 
 /// The output of a layer.
 pub fn rows(bench: &Bench, layer: &Layer, y: &Tensor) -> Result<()> {
-    let &[.., outer, inner] = layer.weight.shape() else { return Err("a weight has two axes or more".into()) };
+    let &[.., outer, inner] = layer.weight.shape() else {
+        return Err("a weight has two axes or more".into());
+    };
     let mut samples = Samples::default();
     for (weight, rows) in sampled_rows(&runs(layer)) {
         let weight = line(layer.weight.value(), outer * inner, weight)?;
@@ -290,7 +294,13 @@ mod tests {
                     assert!(rows(&bench, &layer, &y).is_err(), "{shape}: {wrong} at {at}");
                 }
             }
-            let other = Layer { lora: Some(low_rank::lora(&bench, 8, [shape.rows.instances(), shape.r, 24, 48], 0.5).expect("it fits")), ..layer };
+            let other = Layer {
+                lora: Some(
+                    low_rank::lora(&bench, 8, [shape.rows.instances(), shape.r, 24, 48], 0.5)
+                        .expect("it fits"),
+                ),
+                ..layer
+            };
             assert!(rows(&bench, &other, y.value()).is_err(), "{shape}: another adapter");
         }
     }

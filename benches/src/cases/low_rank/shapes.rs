@@ -58,7 +58,9 @@ impl Shape {
 
     /// Does a bar of the comparison depend on it? Those are timed longer, and in every round.
     pub fn of_a_bar(self) -> bool {
-        [4096, 1024].contains(&self.m) && [self.k, self.n] == [4096, 4096] && [0, 16].contains(&self.r)
+        [4096, 1024].contains(&self.m)
+            && [self.k, self.n] == [4096, 4096]
+            && [0, 16].contains(&self.r)
             && [Rows::Even(1), Rows::Even(16)].contains(&self.rows)
     }
 
@@ -215,15 +217,8 @@ pub fn gradients(bench: &Bench) -> Vec<Shape> {
 
 /// Layers of experts: up and gate, and down.
 pub fn experts(bench: &Bench) -> Vec<Experts> {
-    let layer = |[experts, top, tokens, k, n, r]: [usize; 6], parts| Experts {
-        experts,
-        top,
-        tokens,
-        k,
-        n,
-        r,
-        parts,
-    };
+    let layer =
+        |[experts, top, tokens, k, n, r]: [usize; 6], parts| Experts { experts, top, tokens, k, n, r, parts };
     match (bench.quick, bench.device) {
         (true, _) => vec![layer([4, 2, 24, 32, 48, 4], 2)],
         (_, Device::Cpu) => vec![layer([8, 2, 256, 512, 512, 8], 2)],
@@ -284,7 +279,8 @@ mod tests {
     fn names_are_those_of_the_results() {
         let bench = Bench::new(Device::Cuda(0), false);
         let names: Vec<String> = shapes(&bench, false).iter().map(Shape::to_string).collect();
-        for name in ["m4096 k4096 n4096 r16 b1", "m176512 k192 n576 r16 b1", "m4096 k4096 n16384 r16 ragged"] {
+        for name in ["m4096 k4096 n4096 r16 b1", "m176512 k192 n576 r16 b1", "m4096 k4096 n16384 r16 ragged"]
+        {
             assert!(names.iter().any(|n| n == name), "{name}");
         }
         assert_eq!((names.len(), shapes(&bench, true).len()), (66, 450));

@@ -5,11 +5,14 @@
 //! ([`Use`]).
 
 mod merge;
+#[allow(dead_code, reason = "for the kernels to come")]
+mod rows;
 
 pub use merge::merge;
+pub(crate) use rows::Tables;
 
 use super::{Call, blas, blocks, call::on_gpu, elementwise::sum_parts, pack};
-use crate::{Error, Result, Tensor};
+use crate::{Error, Result, Tensor, ops::low_rank_linear::Segments};
 use hywu_core::Dtype;
 use std::sync::OnceLock;
 
@@ -227,7 +230,26 @@ fn kernel(layout: Layout, dtype: Dtype, tile: usize) -> (String, usize) {
     (format!("product_{name}_{tile}"), if dtype == Dtype::Bf16 { stages } else { 0 })
 }
 
-pub fn shrink(x: &Tensor, a: &Tensor, scale: f32) -> Result<Tensor> {
+/// Only an even division yet.
+fn even(segments: Option<&Segments>, parts: usize, weight: &[usize]) -> Result<()> {
+    let weights: usize = weight[..weight.len() - 2].iter().product();
+    match segments.is_none_or(|s| s.is_even().is_some()) && parts == 1 && weights == 1 {
+        true => Ok(()),
+        false => Err(Error::invalid(OP, "segments, experts and parts are not there on CUDA devices yet")),
+    }
+}
+
+pub(crate) fn banded(
+    _segments: Option<&Segments>,
+    rows: usize,
+    _adapters: usize,
+    ranks: usize,
+) -> [usize; 2] {
+    [rows, ranks]
+}
+
+pub fn shrink(x: &Tensor, a: &Tensor, scale: f32, segments: Option<&Segments>) -> Result<Tensor> {
+    even(segments, 1, &[1, 1])?;
     let (adapters, rank, inner) = (a.shape()[0], a.shape()[1], a.shape()[2]);
     let rows = x.numel() / inner;
     let product = Product {
@@ -245,13 +267,15 @@ pub fn expand(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-    low_rank: Option<(&Tensor, &Tensor)>,
+    low_rank: Option<(&Tensor, &Tensor, usize)>,
+    segments: Option<&Segments>,
     shape: &[usize],
 ) -> Result<Tensor> {
+    even(segments, low_rank.map_or(1, |l| l.2), weight.shape())?;
     let (outer, inner) = (weight.shape()[0], weight.shape()[1]);
-    let adapters = low_rank.map_or(1, |(_, b)| b.shape()[0]);
+    let adapters = low_rank.map_or(1, |(_, b, _)| b.shape()[0]);
     let base = Term { a: x, b: weight, k: inner };
-    let update = low_rank.map(|(s, b)| Term { a: s, b, k: b.shape()[2] });
+    let update = low_rank.map(|(s, b, _)| Term { a: s, b, k: b.shape()[2] });
     let product = Product {
         layout: Layout::Nt,
         dims: [x.numel() / inner / adapters, outer, adapters],
@@ -264,7 +288,14 @@ pub fn expand(
     product.run_with(Use::Everywhere, shape)
 }
 
-pub fn shrink_gradient(grad: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
+pub fn shrink_gradient(
+    grad: &Tensor,
+    b: &Tensor,
+    scale: f32,
+    parts: usize,
+    segments: Option<&Segments>,
+) -> Result<Tensor> {
+    even(segments, parts, &[1, 1])?;
     let (adapters, outer, rank) = (b.shape()[0], b.shape()[1], b.shape()[2]);
     let rows = grad.numel() / outer;
     let product = Product {
@@ -282,8 +313,10 @@ pub fn expand_gradient(
     grad: &Tensor,
     weight: &Tensor,
     low_rank: Option<(&Tensor, &Tensor)>,
+    segments: Option<&Segments>,
     shape: &[usize],
 ) -> Result<Tensor> {
+    even(segments, 1, weight.shape())?;
     let (outer, inner) = (weight.shape()[0], weight.shape()[1]);
     let adapters = low_rank.map_or(1, |(_, a)| a.shape()[0]);
     let base = Term { a: grad, b: weight, k: outer };
@@ -299,7 +332,31 @@ pub fn expand_gradient(
     product.run_with(Use::Gradients, shape)
 }
 
-pub fn row_products(left: &Tensor, right: &Tensor, shape: &[usize]) -> Result<Tensor> {
+pub fn weight_gradient(
+    left: &Tensor,
+    right: &Tensor,
+    segments: Option<&Segments>,
+    shape: &[usize],
+) -> Result<Tensor> {
+    even(segments, 1, shape)?;
+    row_products(left, right, shape)
+}
+pub fn a_gradient(ds: &Tensor, x: &Tensor, segments: Option<&Segments>, shape: &[usize]) -> Result<Tensor> {
+    even(segments, 1, &[1, 1])?;
+    row_products(ds, x, shape)
+}
+pub fn b_gradient(
+    grad: &Tensor,
+    s: &Tensor,
+    parts: usize,
+    segments: Option<&Segments>,
+    shape: &[usize],
+) -> Result<Tensor> {
+    even(segments, parts, &[1, 1])?;
+    row_products(grad, s, shape)
+}
+
+fn row_products(left: &Tensor, right: &Tensor, shape: &[usize]) -> Result<Tensor> {
     let (m, n) = (shape[shape.len() - 2], shape[shape.len() - 1]);
     let entries: usize = shape[..shape.len() - 2].iter().product();
     let product = Product {

@@ -1,61 +1,242 @@
-//! Y`[b]` = X`[b]` W^T + bias + scale * (X`[b]` A`[b]`^T) B`[b]`^T (LoRA, arXiv 2106.09685), an adapter per batch entry.
+//! Y = X W^T + bias + scale (X A^T) B^T (LoRA, arXiv 2106.09685): rows in [`Segments`], each with a weight and an adapter or none.
 //!
-//! On a CUDA device a row's result depends on that row and its adapter alone, bit for bit: not on the rest of the batch, nor on the number
-//! of its rows. Gradients of bf16 tensors may come from cuBLASLt where it is installed; `HYWU_CUDA_BLAS=0` does without it, so that they
-//! are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses it in forward passes too, whose rows then may depend on their
-//! number.
+//! On a CUDA device a row's result depends on that row, its weight and its adapter alone, bit for bit: not on the rest of the batch, nor
+//! on the number of its rows (adapters and weights of finite numbers, that is). Gradients of bf16 tensors may come from cuBLASLt where it
+//! is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses
+//! it in forward passes too, whose rows then may depend on their number.
 
 mod merge;
+mod segments;
+mod shrunk;
 
 pub use merge::{Apply, Load, Prepared, merge, mergeable, merging_gain, merging_pays};
+pub use segments::{Segment, Segments};
+pub use shrunk::{Shrunk, shrink};
 
 use super::together;
-use crate::{Error, LoraVar, Result, Tape, Var, ops::elementwise::column_sums};
+use crate::{Error, LoraVar, Result, Tape, Tensor, Var, ops::elementwise::column_sums};
 
 const OP: &str = "low_rank_linear";
 
-/// Checks the arguments; the shape of the output.
-fn validate(x: &Var, weight: &Var, bias: Option<&Var>, lora: Option<&LoraVar>) -> Result<Vec<usize>> {
-    let [outer, inner] = *weight.shape() else {
-        return Err(Error::shape(OP, "weight", weight.shape(), "[out, in]"));
-    };
-    let batch = x.shape().first().copied().unwrap_or(0);
-    if x.shape().len() < 2 || x.value().dim_back(1) != inner || x.value().numel() == 0 || outer == 0 {
-        return Err(Error::shape(OP, "x", x.shape(), format!("[batch, .., {inner}], not empty")));
-    }
-    if let Some(b) = bias
-        && b.shape() != [outer]
-    {
-        return Err(Error::shape(OP, "bias", b.shape(), format!("[{outer}]")));
-    }
-    if let Some(lora) = lora {
-        let (adapters, rank) = match *lora.a.shape() {
-            [n, r, i] if i == inner && n > 0 && r > 0 && batch % n == 0 => (n, r),
-            ref other => {
-                let expected = format!("[a divisor of {batch}, rank >= 1, {inner}]");
-                return Err(Error::shape(OP, "lora_a", other, expected));
-            }
-        };
-        if lora.b.shape() != [adapters, outer, rank] {
-            let expected = format!("[{adapters}, {outer}, {rank}]");
-            return Err(Error::shape(OP, "lora_b", lora.b.shape(), expected));
-        }
-        if !lora.scale.is_finite() {
-            return Err(Error::invalid(OP, format!("scale {} is not finite", lora.scale)));
-        }
-    }
-    let mut shape = x.shape().to_vec();
-    shape[x.shape().len() - 1] = outer;
-    Ok(shape)
+/// A linear layer with low-rank updates.
+#[derive(Clone, Copy)]
+pub struct LowRankLinear<'a> {
+    /// [batch, .., in]: all but the last axis are rows.
+    pub x: &'a Var,
+    /// [out, in], or [experts, out, in].
+    pub weight: &'a Var,
+    /// `[out]`, or [experts, out].
+    pub bias: Option<&'a Var>,
+    /// Adapters: A [adapters, P r, in], B [adapters, out, r]. Where P > 1 the columns of y are in P equal parts, of which part p has the
+    /// ranks p r .. (p + 1) r of A: the fused up and gate of a SwiGLU, say, with A = [A_up; A_gate].
+    pub lora: Option<&'a LoraVar>,
+    /// Whose weight and adapter each row has. None: there is one weight, and the adapters, whose number divides the batch, serve as many
+    /// entries each, in order.
+    pub segments: Option<&'a Segments>,
+    /// scale X A^T, where whoever made x has computed it, from the same x, A, scale and segments. Gradients are the same as without it.
+    pub shrunk: Option<&'a Shrunk>,
 }
 
-/// Linear layer with an optional low-rank update per batch entry.
-///
-/// `x` [batch, .., in], `weight` [out, in], `bias` `[out]`, `lora.a` [lora batch, r, in], `lora.b` [lora batch, out, r]
-/// -> [batch, .., out]. The lora batch divides the batch: each pair serves batch / lora batch consecutive entries.
+impl LowRankLinear<'_> {
+    /// [batch, .., out]. Rows of a segment without adapter have that of the weight alone. Without `lora` all have, whatever the segments
+    /// say of adapters.
+    ///
+    /// # Errors
+    /// Shapes that don't agree with each other, with the segments or with what was computed ahead, an empty operand, a scale that is not
+    /// finite.
+    pub fn forward(&self, tape: &Tape) -> Result<Var> {
+        let (shape, parts) = self.validate()?;
+        let Self { x, weight, bias, lora, segments, shrunk } = *self;
+        let inputs: Vec<&Var> =
+            [x, weight].into_iter().chain(bias).chain(lora.iter().flat_map(|l| [&l.a, &l.b])).collect();
+        together(OP, &inputs.iter().map(|v| v.value()).collect::<Vec<_>>())?;
+        // scale X A^T, kept for the backward pass.
+        let s = match (lora, shrunk) {
+            (None, _) => None,
+            (Some(_), Some(shrunk)) => Some(shrunk.tensor().clone()),
+            (Some(l), None) => Some(on_device!(
+                x.value(),
+                low_rank_linear::shrink(x.value(), l.a.value(), l.scale, segments)
+            )),
+        };
+        let term = s.as_ref().zip(lora).map(|(s, l)| (s, l.b.value(), parts));
+        let out = on_device!(
+            x.value(),
+            low_rank_linear::expand(x.value(), weight.value(), bias.map(Var::value), term, segments, &shape)
+        );
+        let kept = Backward {
+            x: x.clone(),
+            weight: weight.clone(),
+            bias: bias.cloned(),
+            lora: s.zip(lora.cloned()),
+            parts,
+            segments: segments.cloned(),
+        };
+        Ok(tape.push(out, &inputs, move |grad, grads| kept.run(grad, grads)))
+    }
+
+    /// Checks the arguments; the shape of the output and the number of parts.
+    fn validate(&self) -> Result<(Vec<usize>, usize)> {
+        let Self { x, weight, bias, lora, segments, shrunk } = *self;
+        let (experts, outer, inner) = match *weight.shape() {
+            [outer, inner] => (1, outer, inner),
+            [experts, outer, inner] => (experts, outer, inner),
+            ref other => return Err(Error::shape(OP, "weight", other, "[out, in] or [experts, out, in]")),
+        };
+        if x.shape().len() < 2 || x.value().dim_back(1) != inner || x.value().numel() == 0 || outer == 0 {
+            return Err(Error::shape(OP, "x", x.shape(), format!("[batch, .., {inner}], not empty")));
+        }
+        let rows = x.value().numel() / inner;
+        let of_bias = &weight.shape()[..weight.shape().len() - 1];
+        if let Some(b) = bias
+            && b.shape() != of_bias
+        {
+            return Err(Error::shape(OP, "bias", b.shape(), format!("{of_bias:?}")));
+        }
+        match segments {
+            None if experts != 1 => {
+                return Err(Error::shape(
+                    OP,
+                    "weight",
+                    weight.shape(),
+                    "one weight, as there are no segments",
+                ));
+            }
+            Some(s) if s.rows() != rows => {
+                let what = format!("the segments have {} rows, x has {rows}", s.rows());
+                return Err(Error::invalid(OP, what));
+            }
+            Some(s) if s.weights() > experts => {
+                let what = format!("a segment has weight {}, there are {experts}", s.weights() - 1);
+                return Err(Error::invalid(OP, what));
+            }
+            _ => {}
+        }
+        let mut parts = 1;
+        if let Some(lora) = lora {
+            parts = validate_lora(lora, [x.shape()[0], outer, inner], segments)?;
+        }
+        match (shrunk, lora) {
+            (Some(_), None) => return Err(Error::invalid(OP, "X A^T was computed ahead for no adapters")),
+            (Some(shrunk), Some(lora)) => shrunk.check(x.value(), lora, segments)?,
+            (None, _) => {}
+        }
+        let mut shape = x.shape().to_vec();
+        shape[x.shape().len() - 1] = outer;
+        Ok((shape, parts))
+    }
+}
+
+/// The number of parts.
+fn validate_lora(
+    lora: &LoraVar,
+    [batch, outer, inner]: [usize; 3],
+    segments: Option<&Segments>,
+) -> Result<usize> {
+    let divides = |n: usize| segments.is_some() || (n > 0 && batch.is_multiple_of(n));
+    let (adapters, ranks) = match *lora.a.shape() {
+        [n, r, i] if i == inner && n > 0 && r > 0 && divides(n) => (n, r),
+        ref other => {
+            let expected = match segments {
+                None => format!("[a divisor of {batch}, rank >= 1, {inner}]"),
+                Some(_) => format!("[adapters, rank >= 1, {inner}]"),
+            };
+            return Err(Error::shape(OP, "lora_a", other, expected));
+        }
+    };
+    let parts = match *lora.b.shape() {
+        [n, o, r] if n == adapters && o == outer && r > 0 && ranks.is_multiple_of(r) => ranks / r,
+        ref other => {
+            let expected = format!("[{adapters}, {outer}, {ranks}, or that by the number of parts]");
+            return Err(Error::shape(OP, "lora_b", other, expected));
+        }
+    };
+    if !outer.is_multiple_of(parts) {
+        let what = format!(
+            "lora_a has {parts} times the ranks of lora_b, but {outer} columns are not {parts} equal parts"
+        );
+        return Err(Error::invalid(OP, what));
+    }
+    if let Some(s) = segments
+        && s.adapters() > adapters
+    {
+        let what = format!("a segment has adapter {}, there are {adapters}", s.adapters() - 1);
+        return Err(Error::invalid(OP, what));
+    }
+    if !lora.scale.is_finite() {
+        return Err(Error::invalid(OP, format!("scale {} is not finite", lora.scale)));
+    }
+    Ok(parts)
+}
+
+/// What the gradients need.
+struct Backward {
+    x: Var,
+    weight: Var,
+    bias: Option<Var>,
+    /// scale X A^T and the adapters.
+    lora: Option<(Tensor, LoraVar)>,
+    parts: usize,
+    segments: Option<Segments>,
+}
+
+impl Backward {
+    fn run(&self, grad: &Tensor, grads: &mut crate::Gradients) -> Result<()> {
+        let (x, w, segments) = (self.x.value(), self.weight.value(), self.segments.as_ref());
+        if let Some(b) = self.bias.as_ref().filter(|b| grads.wants(b)) {
+            let db = match b.shape() {
+                [outer] => column_sums(grad, *outer)?,
+                shape => {
+                    // The sums over each weight's rows are a product with a column of ones.
+                    let outer = grad.dim_back(1);
+                    let ones = grad.full_like(&[grad.numel() / outer, 1], 1.0)?;
+                    let shape = [shape[0], 1, outer];
+                    on_device!(grad, low_rank_linear::weight_gradient(&ones, grad, segments, &shape))
+                }
+            };
+            grads.accumulate(b, db)?;
+        }
+        if grads.wants(&self.weight) {
+            let dw = on_device!(grad, low_rank_linear::weight_gradient(grad, x, segments, w.shape()));
+            grads.accumulate(&self.weight, dw)?;
+        }
+        let mut term = None;
+        if let Some((s, lora)) = &self.lora {
+            let (a, b) = (lora.a.value(), lora.b.value());
+            if grads.wants(&lora.b) {
+                // dB = dY^T (scale S)
+                let db =
+                    on_device!(grad, low_rank_linear::b_gradient(grad, s, self.parts, segments, b.shape()));
+                grads.accumulate(&lora.b, db)?;
+            }
+            if grads.wants(&self.x) || grads.wants(&lora.a) {
+                // dS = scale dY B
+                let ds = on_device!(
+                    grad,
+                    low_rank_linear::shrink_gradient(grad, b, lora.scale, self.parts, segments)
+                );
+                if grads.wants(&lora.a) {
+                    // dA = dS^T X
+                    let da = on_device!(grad, low_rank_linear::a_gradient(&ds, x, segments, a.shape()));
+                    grads.accumulate(&lora.a, da)?;
+                }
+                term = Some((ds, a));
+            }
+        }
+        if grads.wants(&self.x) {
+            let term = term.as_ref().map(|(ds, a)| (ds, *a));
+            let dx = on_device!(grad, low_rank_linear::expand_gradient(grad, w, term, segments, x.shape()));
+            grads.accumulate(&self.x, dx)?;
+        }
+        Ok(())
+    }
+}
+
+/// [`LowRankLinear`] with adapters for consecutive entries of the batch: `x` [batch, .., in], `weight` [out, in], `bias` `[out]`,
+/// `lora.a` [lora batch, r, in], `lora.b` [lora batch, out, r] -> [batch, .., out]. The lora batch divides the batch.
 ///
 /// # Errors
-/// Shapes that don't agree, an empty operand, a scale that is not finite.
+/// As [`LowRankLinear::forward`].
 pub fn low_rank_linear(
     tape: &Tape,
     x: &Var,
@@ -63,54 +244,7 @@ pub fn low_rank_linear(
     bias: Option<&Var>,
     lora: Option<&LoraVar>,
 ) -> Result<Var> {
-    let shape = validate(x, weight, bias, lora)?;
-    let inputs: Vec<&Var> =
-        [x, weight].into_iter().chain(bias).chain(lora.iter().flat_map(|l| [&l.a, &l.b])).collect();
-    together(OP, &inputs.iter().map(|v| v.value()).collect::<Vec<_>>())?;
-    // scale * S = scale * X A^T, kept for the backward pass.
-    let shrunk = match lora {
-        Some(l) => Some(on_device!(x.value(), low_rank_linear::shrink(x.value(), l.a.value(), l.scale))),
-        None => None,
-    };
-    let term = shrunk.as_ref().zip(lora).map(|(s, l)| (s, l.b.value()));
-    let out = on_device!(
-        x.value(),
-        low_rank_linear::expand(x.value(), weight.value(), bias.map(Var::value), term, &shape)
-    );
-    let (x_, w_, b_, l_) = (x.clone(), weight.clone(), bias.cloned(), lora.cloned());
-    Ok(tape.push(out, &inputs, move |grad, grads| {
-        let (x, w) = (x_.value(), w_.value());
-        if let Some(b) = b_.as_ref().filter(|b| b.requires_grad()) {
-            grads.accumulate(b, column_sums(grad, b.value().numel())?)?;
-        }
-        if grads.wants(&w_) {
-            grads.accumulate(&w_, on_device!(grad, low_rank_linear::row_products(grad, x, w_.shape())))?;
-        }
-        let mut term = None;
-        if let (Some(lora), Some(shrunk)) = (&l_, &shrunk) {
-            let (a, b) = (lora.a.value(), lora.b.value());
-            if grads.wants(&lora.b) {
-                // dB = dY^T (scale S)
-                let db = on_device!(grad, low_rank_linear::row_products(grad, shrunk, b.shape()));
-                grads.accumulate(&lora.b, db)?;
-            }
-            if grads.wants(&x_) || grads.wants(&lora.a) {
-                // dS = scale dY B
-                let ds = on_device!(grad, low_rank_linear::shrink_gradient(grad, b, lora.scale));
-                if grads.wants(&lora.a) {
-                    let da = on_device!(grad, low_rank_linear::row_products(&ds, x, a.shape()));
-                    grads.accumulate(&lora.a, da)?;
-                }
-                term = Some((ds, a));
-            }
-        }
-        if grads.wants(&x_) {
-            let term = term.as_ref().map(|(ds, a)| (ds, *a));
-            let dx = on_device!(grad, low_rank_linear::expand_gradient(grad, w, term, x_.shape()));
-            grads.accumulate(&x_, dx)?;
-        }
-        Ok(())
-    }))
+    LowRankLinear { x, weight, bias, lora, segments: None, shrunk: None }.forward(tape)
 }
 
 /// [`low_rank_linear`] without an update.

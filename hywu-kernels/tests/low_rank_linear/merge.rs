@@ -2,15 +2,22 @@
 
 use hywu_kernels::{
     LoraVar, Tape, Tensor, Var,
-    ops::low_rank_linear::{Apply, Load, Prepared, linear, low_rank_linear, merge},
-    reference::low_rank_linear as oracle,
+    ops::low_rank_linear::{Apply, Load, Prepared, Segment, linear, low_rank_linear, merge},
+    reference::low_rank_linear as reference,
     testing::{assert_near, check_output, for_each_place, random, widen},
 };
 use proptest::prelude::*;
 
 const SCALE: f32 = 0.75;
 
-fn inputs([outer, inner, rank, parts]: [usize; 4]) -> [Tensor; 3] {
+/// Outer, inner, rank, parts.
+type Sizes = [usize; 4];
+
+fn oracle([outer, inner, rank, parts]: Sizes, v: &[Vec<f64>]) -> Vec<f64> {
+    reference::merge(reference::Sizes { inner, outer, parts, rank }, [&v[0], &v[1], &v[2]], SCALE.into())
+}
+
+fn inputs([outer, inner, rank, parts]: Sizes) -> [Tensor; 3] {
     let weight = random(1, &[outer, inner]);
     [weight, random(2, &[1, parts * rank, inner]), random(3, &[1, outer, rank])]
 }
@@ -19,7 +26,7 @@ fn bits(x: &Tensor) -> Vec<u32> {
     x.to_host().expect("the device works").data().iter().map(|v| v.to_bits()).collect()
 }
 
-fn check(sizes: [usize; 4]) {
+fn check(sizes: Sizes) {
     for_each_place(|place| {
         let [outer, _, rank, parts] = sizes;
         let merged = |_: &Tape, v: &[Var]| {
@@ -27,8 +34,7 @@ fn check(sizes: [usize; 4]) {
             assert_eq!(merged.dtype(), place.dtype);
             Ok(Var::constant(merged))
         };
-        let expected = |v: &[Vec<f64>]| oracle::merge(sizes, &v[0], &v[1], &v[2], SCALE.into());
-        check_output(place, &inputs(sizes), merged, expected, 1e-5);
+        check_output(place, &inputs(sizes), merged, |v| oracle(sizes, v), 1e-5);
         assert!(outer.is_multiple_of(parts) && rank > 0);
     });
 }
@@ -68,11 +74,14 @@ fn small_integers_are_exact() {
             x
         };
         let weight = whole(1, &[outer, inner]);
-        let (a, b) = (whole(2, &[1, parts * rank, inner]), whole(3, &[1, outer, rank]));
-        let expected = oracle::merge(sizes, &widen(&weight), &widen(&a), &widen(&b), 1.0);
+        // Times a scale of three quarters they stay whole.
+        let mut a = whole(2, &[1, parts * rank, inner]);
+        a.data_mut().iter_mut().for_each(|v| *v *= 4.0);
+        let b = whole(3, &[1, outer, rank]);
+        let expected = oracle(sizes, &[&weight, &a, &b].map(widen));
         for_each_place(|place| {
             let [w, a, b] = [&weight, &a, &b].map(|x| place.tensor(x));
-            assert_eq!(widen(&merge(&w, &a, &b, 1.0).expect("it fits")), expected, "at {place:?}");
+            assert_eq!(widen(&merge(&w, &a, &b, SCALE).expect("it fits")), expected, "at {place:?}");
         });
     }
 }
@@ -135,22 +144,24 @@ fn what_does_not_fit_is_an_error() {
 #[test]
 fn fused_and_merged_layers_agree() {
     let [rows, outer, inner, rank] = [33, 72, 40, 4];
-    let sizes = oracle::Sizes { rows, inner, outer, adapters: 1, rank };
     for_each_place(|place| {
         let [weight, a, b] = inputs([outer, inner, rank, 1]);
         let (x, bias) = (random(4, &[1, rows, inner]), random(5, &[outer]));
-        let merged_too = |v: &[Vec<f64>], weight: Vec<f64>| {
-            let none = (vec![0.0; rank * inner], vec![0.0; outer * rank]);
-            oracle::low_rank_linear(sizes, &v[3], &weight, &v[4], &none.0, &none.1, 1.0)
+        let values = [&weight, &a, &b, &x, &bias].map(|t| place.rounded(t));
+        let with = |weight: &[f64], adapter| {
+            let sizes = reference::Sizes { inner, outer, parts: 1, rank };
+            let segment = Segment { rows, weight: 0, adapter };
+            let operands = [&values[3], weight, &values[4], &values[1], &values[2]];
+            reference::low_rank_linear(sizes, &[segment], operands, SCALE.into())
         };
-        let values: Vec<Vec<f64>> = [&weight, &a, &b, &x, &bias].map(|t| place.rounded(t)).to_vec();
-        let expected =
-            oracle::low_rank_linear(sizes, &values[3], &values[0], &values[4], &values[1], &values[2], 0.75);
-        // A naive merge rounds B A, and then the sum.
+        let expected = with(&values[0], Some(0));
+        // A naive merge rounds the weight.
         let naive = |_| {
-            let weight = oracle::merge([outer, inner, rank, 1], &values[0], &values[1], &values[2], 0.75);
-            let rounded = Tensor::new(&[weight.len()], weight.iter().map(|&w| w as f32).collect());
-            merged_too(&values, place.rounded(&rounded.expect("as many")))
+            let weight = oracle([outer, inner, rank, 1], &values);
+            let weight = Tensor::build(&[weight.len()], |out| {
+                out.iter_mut().zip(&weight).for_each(|(o, w)| *o = *w as f32);
+            });
+            with(&place.rounded(&weight), None)
         };
         let [w, a, b, x, bias] = [&weight, &a, &b, &x, &bias].map(|t| place.constant(t));
         let lora = LoraVar { a, b, scale: SCALE };

@@ -1,10 +1,13 @@
 //! Low-rank linear against its oracle, and what must hold bit for bit, at every place.
 
+mod merge;
+mod segments;
+
 use hywu_core::Dtype;
 use hywu_kernels::{
     LoraVar, Tape, Tensor, Var,
-    ops::low_rank_linear::{linear, low_rank_linear},
-    reference::low_rank_linear::{Sizes, low_rank_linear as oracle},
+    ops::low_rank_linear::{Segments, linear, low_rank_linear},
+    reference::low_rank_linear as reference,
     testing::{Place, check_gradients, check_output, for_each_place, places, random},
 };
 
@@ -16,6 +19,23 @@ const SCALE: f32 = 0.5;
 /// Columns of x around the 512 that the matrix product sums in one pass, each with several ranks.
 fn depths() -> impl Iterator<Item = (usize, usize)> {
     [511, 512, 513, 1030].into_iter().flat_map(|inner| [1, 7, 16].map(|rank| (inner, rank)))
+}
+
+/// `rows` of x, divided evenly over `adapters`.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    rows: usize,
+    inner: usize,
+    outer: usize,
+    adapters: usize,
+    rank: usize,
+}
+
+fn oracle(s: Sizes, v: &[Vec<f64>]) -> Vec<f64> {
+    let segments = Segments::even(s.rows, s.adapters).expect("divides");
+    let sizes = reference::Sizes { inner: s.inner, outer: s.outer, parts: 1, rank: s.rank };
+    let v: [&[f64]; 5] = std::array::from_fn(|i| v.get(i).map_or(&[][..], |v| v));
+    reference::low_rank_linear(sizes, segments.as_slice(), v, SCALE.into())
 }
 
 #[derive(Clone)]
@@ -81,7 +101,7 @@ impl Case {
     }
     fn oracle(&self) -> impl Fn(&[Vec<f64>]) -> Vec<f64> + use<> {
         let s = self.sizes();
-        move |v| oracle(s, &v[0], &v[1], &v[2], &v[3], &v[4], SCALE.into())
+        move |v| oracle(s, v)
     }
     fn check(&self) {
         for_each_place(|place| check_output(place, &self.inputs(), update, self.oracle(), 1e-5));
@@ -147,8 +167,8 @@ fn gradients_match_finite_differences() {
     ] {
         check_gradients(&case.inputs(), update, case.oracle(), samples, 1e-5);
         let [x, w, bias, _, _] = case.inputs();
-        let s = Sizes { adapters: 1, rank: 0, ..case.sizes() };
-        let plain = |v: &[Vec<f64>]| oracle(s, &v[0], &v[1], &v[2], &[], &[], 0.0);
+        let s = Sizes { adapters: 0, ..case.sizes() };
+        let plain = |v: &[Vec<f64>]| oracle(s, v);
         check_gradients(&[x, w, bias], base, plain, samples, 1e-5);
     }
 }
