@@ -229,7 +229,7 @@ def main():
     print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
     details, failures = {}, {}
     for name, run in cases().items():
-        if not name.startswith(ARGS.only) or ARGS.few and name in torch_low_rank.WIDE:
+        if not name.startswith(tuple(ARGS.only.split(","))) or ARGS.few and name in torch_low_rank.WIDE:
             continue
         try:
             detail = run()

@@ -10,7 +10,7 @@ import torch
 parser = argparse.ArgumentParser()
 parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 parser.add_argument("--threads", type=int, default=2)
-parser.add_argument("--only", default="", help="cases whose names start so")
+parser.add_argument("--only", default="", help="cases whose names start so, or so: words with commas between")
 parser.add_argument("--quick", action="store_true", help="few calls of small shapes: shows that everything runs")
 parser.add_argument("--all", action="store_true", help="low-rank linear at all shapes, and compiled at all of them")
 parser.add_argument("--few", action="store_true", help="without the cases that are one of many")

@@ -27,9 +27,9 @@ struct Args {
     /// Threads on the CPU.
     #[arg(long, default_value_t = 2)]
     threads: usize,
-    /// Only cases whose names start so.
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Only cases whose names start so, or so: words with commas between.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
     /// Few calls of small shapes: shows that everything runs, not how fast.
     #[arg(long)]
     quick: bool,
@@ -59,7 +59,7 @@ fn main() -> Result<ExitCode> {
         }
     }));
     if args.smoke {
-        let failed = smoke::run(args.device, &args.only);
+        let failed = smoke::run(args.device, args.only.first().map_or("", String::as_str));
         return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     if args.edit {
@@ -72,7 +72,10 @@ fn main() -> Result<ExitCode> {
     print!("\"parameters\": {}, \"ms\": {{", cases::parameters()?);
     let (mut details, mut failures) = (Map::new(), Map::new());
     let mut medians = HashMap::new();
-    let wanted = |case: &Case| case.name.starts_with(&args.only) && !(args.few && case.is_wide);
+    let wanted = |case: &Case| {
+        let named = args.only.is_empty() || args.only.iter().any(|start| case.name.starts_with(start));
+        named && !(args.few && case.is_wide)
+    };
     for case in cases::all(&bench, args.all).into_iter().filter(wanted) {
         match attempt(|| case.run(&bench)) {
             Ok(times) => {

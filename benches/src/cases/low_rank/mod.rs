@@ -9,7 +9,7 @@ pub use policy::merge_or_fuse;
 pub use shapes::{Rows, Shape};
 
 use super::{Case, Floor};
-use crate::{Result, backward, timing::Bench};
+use crate::{backward, timing::Bench};
 use hywu_kernels::{
     LoraVar, Tape, Tensor, Var,
     ops::low_rank_linear::{LowRankLinear, Segments, linear, merge, shrink},
