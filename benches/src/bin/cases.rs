@@ -39,6 +39,9 @@ struct Args {
     /// Without the cases that are one of many: those that a second round repeats.
     #[arg(long)]
     few: bool,
+    /// Only says which cases there are.
+    #[arg(long)]
+    list: bool,
     /// Every op once forward and backward at ragged shapes, untimed: what compute-sanitizer looks at.
     #[arg(long)]
     smoke: bool,
@@ -51,7 +54,9 @@ fn main() -> Result<ExitCode> {
     let args = Args::parse();
     // The main thread is one of the workers: handing every call to another thread costs more than a small op.
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).use_current_thread().build_global()?;
-    args.device.check()?;
+    if !args.list {
+        args.device.check()?;
+    }
     // Panics are reported as the case's error; only the place is missing there.
     panic::set_hook(Box::new(|info| {
         if let Some(place) = info.location() {
@@ -68,15 +73,20 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let bench = Bench::new(args.device, args.quick);
-    print!("{{\"device\": \"{}\", \"threads\": {}, ", args.device, args.threads);
-    print!("\"parameters\": {}, \"ms\": {{", cases::parameters()?);
-    let (mut details, mut failures) = (Map::new(), Map::new());
-    let mut medians = HashMap::new();
     let wanted = |case: &Case| {
         let named = args.only.is_empty() || args.only.iter().any(|start| case.name.starts_with(start));
         named && !(args.few && case.is_wide)
     };
-    for case in cases::all(&bench, args.all).into_iter().filter(wanted) {
+    let wanted = cases::all(&bench, args.all).into_iter().filter(wanted);
+    if args.list {
+        wanted.for_each(|case| println!("{}", case.name));
+        return Ok(ExitCode::SUCCESS);
+    }
+    print!("{{\"device\": \"{}\", \"threads\": {}, ", args.device, args.threads);
+    print!("\"parameters\": {}, \"ms\": {{", cases::parameters()?);
+    let (mut details, mut failures) = (Map::new(), Map::new());
+    let mut medians = HashMap::new();
+    for case in wanted {
         match attempt(|| case.run(&bench)) {
             Ok(times) => {
                 let comma = if details.is_empty() { "" } else { "," };

@@ -11,7 +11,7 @@ pub use shapes::{Rows, Shape};
 use super::{Case, Floor};
 use crate::{backward, timing::Bench};
 use hywu_kernels::{
-    LoraVar, Tape, Tensor, Var,
+    Device, LoraVar, Tape, Tensor, Var,
     ops::low_rank_linear::{LowRankLinear, Segments, linear, merge, shrink},
 };
 use shapes::{Experts, experts, shapes};
@@ -22,24 +22,21 @@ const SCALE: f32 = 0.5;
 /// All cases of a device; with `all`, every token count with every rank and every number of instances.
 pub fn cases(bench: &Bench, all: bool) -> Vec<Case> {
     let bytes = bench.dtype().size() as f64;
+    // On the CPU there are few.
+    let wide = |shape: Shape| bench.device != Device::Cpu && !shape.of_a_bar();
     let mut cases = Vec::new();
     for shape in shapes(bench, all) {
         // Without an update, whatever the rank and the instances.
-        let plain = linear_case(shape, bytes);
-        if cases.iter().all(|c: &Case| c.name != plain.name) {
-            cases.push(plain);
+        let plain = Shape { r: 0, rows: Rows::Even(1), ..shape };
+        let case = plain_layer(plain, bytes).wide(wide(plain));
+        if cases.iter().all(|c: &Case| c.name != case.name) {
+            cases.push(case);
         }
-        cases.push(update(shape, bytes));
+        cases.push(layer(format!("low_rank_linear/{shape}"), shape, bytes, Layer::forward).wide(wide(shape)));
     }
-    for shape in shapes::gradients(bench) {
-        cases.push(gradients(shape, bytes));
-    }
-    for experts in experts(bench) {
-        cases.push(grouped(experts, bytes));
-    }
-    for shape in shapes::merges(bench) {
-        cases.push(merging(shape, bytes));
-    }
+    cases.extend(shapes::gradients(bench).into_iter().map(|shape| gradients(shape, bytes)));
+    cases.extend(experts(bench).into_iter().map(|experts| grouped(experts, bytes)));
+    cases.extend(shapes::merges(bench).into_iter().map(|shape| merging(shape, bytes).wide(wide(shape))));
     cases.push(shrinking(shapes::shrink(bench), bytes));
     cases
 }
@@ -101,29 +98,31 @@ fn floor(shape: Shape, ranks: usize, bytes: f64) -> Floor {
     Floor { bytes: bytes * elements, flops: 2.0 * m * (k * n + r * (k + n)) }
 }
 
-fn linear_case(shape: Shape, bytes: f64) -> Case {
+fn plain_layer(shape: Shape, bytes: f64) -> Case {
     let Shape { m, k, n, .. } = shape;
-    let shape = Shape { r: 0, rows: Rows::Even(1), ..shape };
-    let name = format!("linear/m{m} k{k} n{n}");
-    let case = Case::checked(
-        name,
+    Case::checked(
+        format!("linear/m{m} k{k} n{n}"),
         floor(shape, 0, bytes),
         move |bench, copy| Layer::new(bench, copy, shape, 0),
         |i: &Layer| linear(&Tape::inference(), &i.x, &i.weight, None),
         |bench, i, y| check::rows(bench, i, y.value()),
-    );
-    case.wide(!shape.of_a_bar())
+    )
 }
 
-fn update(shape: Shape, bytes: f64) -> Case {
-    let case = Case::checked(
-        format!("low_rank_linear/{shape}"),
+/// The case `name`: `call` computes the output of a layer with an update.
+fn layer(
+    name: String,
+    shape: Shape,
+    bytes: f64,
+    call: impl Fn(&Layer, &Tape) -> hywu_kernels::Result<Var> + 'static,
+) -> Case {
+    Case::checked(
+        name,
         floor(shape, shape.r, bytes),
         move |bench, copy| Layer::new(bench, copy, shape, shape.r),
-        |i: &Layer| i.forward(&Tape::inference()),
+        move |i: &Layer| call(i, &Tape::inference()),
         |bench, i, y| check::rows(bench, i, y.value()),
-    );
-    case.wide(!shape.of_a_bar())
+    )
 }
 
 /// Gradients of a layer: of x, A and B, the weight being frozen.
@@ -209,7 +208,7 @@ fn merging(shape: Shape, bytes: f64) -> Case {
     let Shape { k, n, r, .. } = shape;
     let [inner, outer, rank] = [k, n, r].map(|x| x as f64);
     let elements = 2.0 * inner * outer + rank * (inner + outer);
-    let case = Case::checked(
+    Case::checked(
         format!("low_rank_linear/merge k{k} n{n} r{r}"),
         Floor { bytes: bytes * elements, flops: 2.0 * inner * outer * rank },
         // The rows of x don't matter.
@@ -219,8 +218,7 @@ fn merging(shape: Shape, bytes: f64) -> Case {
             None => Ok(i.weight.value().clone()),
         },
         check::merged,
-    );
-    case.wide(r != 16)
+    )
 }
 
 /// S = scale X A^T alone. What it computes is checked with the layers that use it.

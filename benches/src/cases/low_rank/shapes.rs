@@ -56,12 +56,14 @@ impl Shape {
         Self { m, k, n, r, rows }
     }
 
-    /// Does a bar of the comparison depend on it? Those are timed longer, and in every round.
+    /// Does a bar of the comparison depend on it, or a merge of that layer? Those are timed longer, and in every round.
     pub fn of_a_bar(self) -> bool {
-        [4096, 1024].contains(&self.m)
-            && [self.k, self.n] == [4096, 4096]
-            && [0, 16].contains(&self.r)
-            && [Rows::Even(1), Rows::Even(16)].contains(&self.rows)
+        let Self { m, k, n, r, rows } = self;
+        m != 256
+            && m <= 4096
+            && [k, n] == [4096, 4096]
+            && [0, 16].contains(&r)
+            && [Rows::Even(1), Rows::Even(16)].contains(&rows)
     }
 
     /// Rows of the instances: the weights 15, 34, .., 300 in a fixed order, in parts of their sum.
