@@ -260,11 +260,19 @@ impl Tensor {
     /// Not enough memory on a device.
     pub fn zeros_like(&self, shape: &[usize]) -> Result<Self> {
         let mut out = self.empty_like(shape)?;
-        match &mut out.storage {
-            Storage::Host(_) => out.data_mut().fill(0.0),
+        out.clear()?;
+        Ok(out)
+    }
+    /// Makes all elements zero, of a tensor that shares its storage with no other.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        match &mut self.storage {
+            Storage::Host(buffer) => Arc::make_mut(buffer).data.fill(0.0),
             Storage::Cuda(view) => view.gpu().zero(&view.memory, view.start(), view.bytes())?,
         }
-        Ok(out)
+        Ok(())
     }
     /// All one value, in another shape where this one is.
     ///

@@ -41,7 +41,7 @@ PRODUCT(product_nn_128, true, false, 128)
 PRODUCT(product_tn_64, false, false, 64)
 PRODUCT(product_tn_128, false, false, 128)
 
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 4)
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 3)
     KERNEL(merge)(const Element* weight, const Element* a, const Element* b, Element* out, MergeSizes sizes) {
     ENGINE::merge(weight, a, b, out, sizes);
 }

@@ -77,7 +77,7 @@ struct MergeBlock {
     }
 };
 
-// 64 x 128 of W a block, 32 x 32 a warp. Four blocks on a multiprocessor have 64 KiB of W on the way, which is what its share of the
+// 64 x 128 of W a block, 32 x 32 a warp. Three blocks on a multiprocessor have 48 KiB of W on the way, more than what its share of the
 // memory's bandwidth takes.
 __device__ void merge(const bf16* weight, const bf16* a, const bf16* b, bf16* out, const MergeSizes& s) {
     constexpr int ROWS = 64, COLUMNS = 128, DEPTH = 32;

@@ -19,8 +19,8 @@ struct Fetch {
     static constexpr int CHUNKS = (ALONG_K ? DEPTH<TILE> : TILE) / 4;
     float v[4];
 
-    __device__ __forceinline__ void load(const Source<float>& source, int row, int rows) {
-        Chunk<float> c = chunk<ALONG_K>(source, row, rows, int(threadIdx.x) / CHUNKS, int(threadIdx.x) % CHUNKS * 4);
+    __device__ __forceinline__ void load(const Source<float>& source) {
+        Chunk<float> c = chunk<ALONG_K>(source, int(threadIdx.x) / CHUNKS, int(threadIdx.x) % CHUNKS * 4);
         if (source.aligned && c.count > 0)
             load_pack(v, c.from);
         else
@@ -44,14 +44,17 @@ __device__ void product(const float* a, const float* b, const float* a2, const f
     constexpr int GROUPS = TILE / 64, DEEP = DEPTH<TILE>, SIZE = DEEP * PITCH<TILE>;
     __shared__ __align__(16) float stages_a[2 * SIZE];
     __shared__ __align__(16) float stages_b[2 * SIZE];
-    Work w = work<TILE, DEEP>(s);
+    Work<float> w;
+    if (!work<A_ALONG_K, B_ALONG_K, TILE, DEEP>(w, a, b, s)) return;
     int row = int(threadIdx.x) / 16 * 4, column = int(threadIdx.x) % 16 * 4;
 
     Fetch<A_ALONG_K, TILE> next_a;
     Fetch<B_ALONG_K, TILE> next_b;
     auto fetch = [&](int step) {
-        next_a.load(source<float, DEEP>(a, s.a, a2, s.a2, s, step), w.row, s.m);
-        next_b.load(source<float, DEEP>(b, s.b, b2, s.b2, s, step), w.column, s.n);
+        Source<float> from_a, from_b;
+        sources<A_ALONG_K, B_ALONG_K, DEEP>(from_a, from_b, w, a2, b2, s, step);
+        next_a.load(from_a);
+        next_b.load(from_b);
     };
     float sum[GROUPS * 4][GROUPS * 4] = {};
     if (w.first < w.last) fetch(w.first);
@@ -79,23 +82,23 @@ __device__ void product(const float* a, const float* b, const float* a2, const f
         }
     }
 
-    int64_t entry = int64_t(blockIdx.y) * s.m * s.n;
-    float* to = partial ? partial + int64_t(blockIdx.z) * gridDim.y * s.m * s.n + entry : out + entry;
+    float* to = (partial ? partial + blockIdx.z * s.plane : out) + w.out;
     float alpha = partial ? 1.0f : s.alpha;
+    if (bias) bias += w.index * s.bias + w.part * s.n + w.column;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
-        int c = w.column + 64 * g + column, count = min(4, s.n - c);
+        int c = 64 * g + column, count = min(4, w.width - c);
         if (count <= 0) continue;
         float add[4] = {};
         if (bias && !partial) load(add, bias + c, count);
 #pragma unroll
         for (int i = 0; i < GROUPS * 4; i++) {
-            int r = w.row + i / 4 * 64 + row + i % 4;
-            if (r >= s.m) continue;
+            int r = i / 4 * 64 + row + i % 4;
+            if (r >= w.height) continue;
             float v[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) v[j] = fmaf(alpha, sum[i][4 * g + j], add[j]);
-            store(to + int64_t(r) * s.n + c, v, count);
+            store(to + int64_t(r) * s.out.pitch + c, v, count);
         }
     }
 }

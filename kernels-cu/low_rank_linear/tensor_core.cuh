@@ -22,12 +22,12 @@ struct Stage {
     static constexpr int SIZE = LINES * PITCH;
 
     template <int THREADS>
-    static __device__ __forceinline__ void fill(bf16* stage, const Source<bf16>& source, int row, int rows) {
+    static __device__ __forceinline__ void fill(bf16* stage, const Source<bf16>& source) {
         constexpr int CHUNKS = WIDTH / 8;
 #pragma unroll
         for (int i = 0; i < LINES * CHUNKS / THREADS; i++) {
             int c = threadIdx.x + i * THREADS, line = c / CHUNKS, at = c % CHUNKS * 8;
-            Chunk<bf16> chunk = ::chunk<ALONG_K>(source, row, rows, line, at);
+            Chunk<bf16> chunk = ::chunk<ALONG_K>(source, line, at);
             bf16* to = stage + line * PITCH + at;
             if (source.aligned) {
                 cp_async_16(to, chunk.from, chunk.count > 0);
@@ -77,15 +77,18 @@ __device__ void product(const bf16* a, const bf16* b, const bf16* a2, const bf16
     constexpr int THREADS = Shape<TILE>::THREADS, ROWS = Shape<TILE>::ROWS, COLUMNS = Shape<TILE>::COLUMNS;
     DYNAMIC_SHARED(bf16, shared);
     bf16 *stages_a = shared, *stages_b = shared + STAGES * A::SIZE;
-    Work w = work<TILE, DEPTH>(s);
+    Work<bf16> w;
+    if (!work<A_ALONG_K, B_ALONG_K, TILE, DEPTH>(w, a, b, s)) return;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int warp_row = warp / Shape<TILE>::COLUMN_WARPS * (16 * ROWS);
     int warp_column = warp % Shape<TILE>::COLUMN_WARPS * (16 * COLUMNS);
 
     auto fill = [&](int step, int slot) {
         if (step < w.last) {
-            A::template fill<THREADS>(stages_a + slot * A::SIZE, source<bf16, DEPTH>(a, s.a, a2, s.a2, s, step), w.row, s.m);
-            B::template fill<THREADS>(stages_b + slot * B::SIZE, source<bf16, DEPTH>(b, s.b, b2, s.b2, s, step), w.column, s.n);
+            Source<bf16> from_a, from_b;
+            sources<A_ALONG_K, B_ALONG_K, DEPTH>(from_a, from_b, w, a2, b2, s, step);
+            A::template fill<THREADS>(stages_a + slot * A::SIZE, from_a);
+            B::template fill<THREADS>(stages_b + slot * B::SIZE, from_b);
         }
         // An empty group too, so that the number of groups tells which stage has come.
         cp_async_commit();
@@ -120,29 +123,29 @@ __device__ void product(const bf16* a, const bf16* b, const bf16* a2, const bf16
 
     // A thread holds pairs of neighbours: (row, column), (row + 8, column) of every 16 x 8.
     int row = warp_row + lane / 4, column = warp_column + lane % 4 * 2;
-    int64_t entry = int64_t(blockIdx.y) * s.m * s.n;
     if (partial) {
         // A part of the sum, as it is: 8 bytes from each of four lanes are a whole sector.
-        float* plane = partial + int64_t(blockIdx.z) * gridDim.y * s.m * s.n + entry;
+        float* plane = partial + blockIdx.z * s.plane + w.out;
 #pragma unroll
         for (int i = 0; i < 2 * ROWS; i++) {
-            int r = w.row + row + 8 * i;
-            if (r >= s.m) continue;
+            int r = row + 8 * i;
+            if (r >= w.height) continue;
 #pragma unroll
             for (int j = 0; j < 2 * COLUMNS; j++) {
-                int c = w.column + column + 8 * j;
-                float* to = plane + int64_t(r) * s.n + c;
+                int c = column + 8 * j;
+                float* to = plane + int64_t(r) * s.out.pitch + c;
                 float low = sum[i / 2][j][i % 2 * 2], high = sum[i / 2][j][i % 2 * 2 + 1];
-                if (c + 1 < s.n && s.n % 2 == 0)
+                if (c + 1 < w.width && (reinterpret_cast<uintptr_t>(to) & 7) == 0)
                     *reinterpret_cast<float2*>(to) = make_float2(low, high);
                 else {
-                    if (c < s.n) to[0] = low;
-                    if (c + 1 < s.n) to[1] = high;
+                    if (c < w.width) to[0] = low;
+                    if (c + 1 < w.width) to[1] = high;
                 }
             }
         }
         return;
     }
+    if (bias) bias += w.index * s.bias + w.part * s.n + w.column;
     // Rounded, then through shared memory, so that memory gets whole packs.
     constexpr int PITCH = TILE + 8;
     static_assert(TILE * PITCH <= STAGES * (A::SIZE + B::SIZE), "the tile fits where the stages were");
@@ -151,8 +154,8 @@ __device__ void product(const bf16* a, const bf16* b, const bf16* a2, const bf16
     for (int j = 0; j < 2 * COLUMNS; j++) {
         int c = column + 8 * j;
         float low = 0.0f, high = 0.0f;
-        if (bias && w.column + c < s.n) low = to_float(bias[w.column + c]);
-        if (bias && w.column + c + 1 < s.n) high = to_float(bias[w.column + c + 1]);
+        if (bias && c < w.width) low = to_float(bias[c]);
+        if (bias && c + 1 < w.width) high = to_float(bias[c + 1]);
 #pragma unroll
         for (int i = 0; i < 2 * ROWS; i++) {
             const float* v = sum[i / 2][j] + i % 2 * 2;
@@ -165,10 +168,10 @@ __device__ void product(const bf16* a, const bf16* b, const bf16* a2, const bf16
 #pragma unroll
     for (int i = 0; i < TILE * CHUNKS / THREADS; i++) {
         int chunk = threadIdx.x + i * THREADS, r = chunk / CHUNKS, c = chunk % CHUNKS * 8;
-        int count = min(8, s.n - w.column - c);
-        if (w.row + r >= s.m || count <= 0) continue;
+        int count = min(8, w.width - c);
+        if (r >= w.height || count <= 0) continue;
         const bf16* from = shared + r * PITCH + c;
-        bf16* to = out + entry + int64_t(w.row + r) * s.n + w.column + c;
+        bf16* to = out + w.out + int64_t(r) * s.out.pitch + c;
         if (whole(to, count))
             *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
         else

@@ -1,7 +1,10 @@
 //! Launcher of `kernels-cu/low_rank_linear/merge.cuh`.
 
-use super::{Call, OP, int, pack};
-use crate::{Error, Result, Tensor, cuda::blocks};
+use super::{OP, int};
+use crate::{
+    Error, Result, Tensor,
+    cuda::{Call, blocks, pack},
+};
 use hywu_core::Dtype;
 
 /// Threads of a block.

@@ -61,7 +61,7 @@ pub(super) struct Rows {
     each: usize,
     /// Tiles, or entries.
     pub count: usize,
-    /// Rows of the longest entry.
+    /// Rows of the longest tile or entry.
     pub longest: usize,
 }
 
@@ -78,21 +78,27 @@ impl Rows {
         adapters: usize,
         height: usize,
     ) -> Result<Self> {
-        let segments = Segments::cover(segments, rows, adapters);
-        if let Some(adapters) = segments.is_even() {
-            let (each, count) = (rows.checked_div(adapters).unwrap_or(0), rows.div_ceil(height));
-            return Ok(Self { tiles: None, segments: None, m: rows, each, count, longest: height });
+        let adapted = Self::adapters(like, segments, rows, adapters)?;
+        let segments = &*Segments::cover(segments, rows, adapters);
+        if segments.is_even().is_some() {
+            return Ok(Self { count: rows.div_ceil(height), longest: height, ..adapted });
         }
-        let tiles = segments.tables().get(like, Kind::Tiles(height), || tiles(&segments, height))?;
+        let tiles = segments.tables().get(like, Kind::Tiles(height), || tiles(segments, height))?;
         let count = tiles.len() / 5;
-        Ok(Self { tiles: Some(tiles), ..Self::adapters(like, &segments, rows)? }.counting(count, height))
+        Ok(Self { tiles: Some(tiles), count, longest: height, ..adapted })
     }
 
     /// The segments that have an adapter as entries, for products over the rows of each.
     ///
     /// # Errors
     /// As [`Rows::new`].
-    pub fn adapters(like: &Tensor, segments: &Segments, rows: usize) -> Result<Self> {
+    pub fn adapters(
+        like: &Tensor,
+        segments: Option<&Segments>,
+        rows: usize,
+        adapters: usize,
+    ) -> Result<Self> {
+        let segments = &*Segments::cover(segments, rows, adapters);
         if let Some(adapters) = segments.is_even() {
             let each = rows.checked_div(adapters).unwrap_or(0);
             return Ok(Self { tiles: None, segments: None, m: rows, each, count: adapters, longest: each });
@@ -109,7 +115,8 @@ impl Rows {
     ///
     /// # Errors
     /// As [`Rows::new`].
-    pub fn weights(like: &Tensor, segments: &Segments, rows: usize) -> Result<Self> {
+    pub fn weights(like: &Tensor, segments: Option<&Segments>, rows: usize) -> Result<Self> {
+        let segments = &*Segments::cover(segments, rows, 0);
         if segments.is_even().is_some() {
             return Ok(Self { tiles: None, segments: None, m: rows, each: rows, count: 1, longest: rows });
         }
@@ -119,10 +126,6 @@ impl Rows {
         let longest = segments.runs().map(|(_, rows, _)| rows.len()).max().unwrap_or(0);
         let count = table.len() / 4;
         Ok(Self { tiles: None, segments: Some(table), m: rows, each: 0, count, longest })
-    }
-
-    fn counting(self, count: usize, longest: usize) -> Self {
-        Self { count, longest, ..self }
     }
 
     /// The struct; `pitch` is the length of a row of S.

@@ -15,7 +15,6 @@ pub struct Shrunk {
 
 impl Shrunk {
     /// For `rows` of x, `ranks` (all parts) and this scale; `s` has the [`shrunk_shape`].
-    #[allow(dead_code, reason = "for kernels that make S beside x")]
     pub(crate) fn new(s: Tensor, rows: usize, ranks: usize, scale: f32) -> Self {
         Self { s, rows, ranks, scale }
     }
@@ -95,5 +94,5 @@ pub fn shrink(x: &Tensor, a: &Tensor, scale: f32, segments: Option<&Segments>) -
     }
     together(OP, &[x, a])?;
     let s = on_device!(x, low_rank_linear::shrink(x, a, scale, segments));
-    Ok(Shrunk { s, rows, ranks, scale })
+    Ok(Shrunk::new(s, rows, ranks, scale))
 }
