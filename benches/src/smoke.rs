@@ -15,7 +15,7 @@ use hywu_kernels::{
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
         loss::{weighted_mse, weighted_sum},
-        low_rank_linear::{LowRankLinear, Segment, Segments, low_rank_linear},
+        low_rank_linear::{LowRankLinear, Segment, Segments, low_rank_linear, merge},
         parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
         patchify::{patchify, unpatchify},
         rms_norm::{Modulation, rms_norm},
@@ -182,6 +182,10 @@ impl Smoke<'_> {
                 let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
                 low_rank_linear(t, &v[0], &v[1], Some(&v[2]), Some(&lora))
             });
+            self.check("low_rank_linear/merge", |s| {
+                let (w, a, b) = (s.tensor(1, w)?, s.tensor(2, &[1, r, k])?, s.tensor(3, &[1, n, r])?);
+                finite("the merged weight", &merge(&w, &a, &b, 0.5)?)
+            });
         }
         // Ragged segments of three experts, the columns in two parts.
         let segment = |rows, weight, adapter| Segment { rows, weight, adapter };
@@ -194,12 +198,16 @@ impl Smoke<'_> {
         ];
         for [k, n, r] in [[65, 34, 7], [192, 576, 16]] {
             let x: &[usize] = &[512, k];
-            self.op("low_rank_linear/segments", &[x, &[3, n, k], &[3, n], &[4, 2 * r, k], &[4, n, r]], |t, v| {
-                let segments = Segments::new(&segments)?;
-                let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
-                let (bias, lora, segments) = (Some(&v[2]), Some(&lora), Some(&segments));
-                LowRankLinear { x: &v[0], weight: &v[1], bias, lora, segments, shrunk: None }.forward(t)
-            });
+            self.op(
+                "low_rank_linear/segments",
+                &[x, &[3, n, k], &[3, n], &[4, 2 * r, k], &[4, n, r]],
+                |t, v| {
+                    let segments = Segments::new(&segments)?;
+                    let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
+                    let (bias, lora, segments) = (Some(&v[2]), Some(&lora), Some(&segments));
+                    LowRankLinear { x: &v[0], weight: &v[1], bias, lora, segments, shrunk: None }.forward(t)
+                },
+            );
         }
     }
 

@@ -1,7 +1,7 @@
 use crate::{BackboneConfig, Error, Result, config::Init, text::PAD};
 use hywu_core::{AdapterSpec, Checkpoint, Dtype, Module, Philox, TensorWriter};
 use hywu_kernels::{
-    Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
+    Bound, Device, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
         attention::{Attention, Layout, QkNorm, Rotary, attention, rotary_table},
         elementwise::{
@@ -10,7 +10,7 @@ use hywu_kernels::{
         },
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
-        low_rank_linear::{LowRankLinear, Shrink, Shrunk, linear},
+        low_rank_linear::{Load, LowRankLinear, Shrink, Shrunk, linear, merge, merging_gain},
         patchify::{patchify, unpatchify},
         rms_norm::{Modulation, rms_norm, rms_norm_shrink},
         swiglu::{silu, swiglu, swiglu_shrink},
@@ -196,6 +196,36 @@ impl Backbone {
             }
         }
         Ok(())
+    }
+
+    /// The same backbone with one instance's adapters merged into its weights ([`merge`]), which it then does not take any more. Weights
+    /// that are kept in f32 and computed with in bf16 are rounded with the update in them, once.
+    ///
+    /// # Errors
+    /// Adapters that don't cover exactly the modules of [`Backbone::adapter_spec`], or of several instances.
+    pub fn merged(&self, adapters: &LoraVars) -> Result<Self> {
+        self.check_adapters(adapters, 1)?;
+        let mut merged = self.clone();
+        for (name, pair) in &adapters.modules {
+            let name = format!("{name}.weight");
+            let weight = self.params.get(&name)?;
+            let (a, b) = (pair.a.value().cast(weight.dtype())?, pair.b.value().cast(weight.dtype())?);
+            merged.params.insert(name, merge(weight, &a, &b, pair.scale)?);
+        }
+        Ok(merged)
+    }
+
+    /// Is it worth it to merge adapters, before so many calls with `tiles` of `size` x `size` pixels each?
+    pub(crate) fn merging_pays(&self, adapters: &LoraVars, calls: usize, tiles: usize, size: usize) -> bool {
+        let side = size / self.config.patch;
+        let load = Load { calls, rows: tiles * (side * side + self.config.text_len) };
+        let gain = |pair: &LoraVar| match (pair.a.shape(), pair.b.shape()) {
+            ([_, _, inner], [_, outer, rank]) => {
+                merging_gain([*outer, *inner], *rank, load, self.params.device())
+            }
+            _ => 0.0,
+        };
+        adapters.modules.values().map(gain).sum::<f64>() > 0.0
     }
 
     /// The text tower: `ids` of [`instances`, text_len] tokens -> [instances, text_len, width], zero at the padding

@@ -2,6 +2,7 @@
 // S = X A^T that feed that term, in bf16: see shrink.cuh.
 #ifndef Element
 #include "ladder.cuh"
+#include "merge.cuh"
 #include "shrink.cuh"
 #include "simt.cuh"
 #include "tensor_core.cuh"
@@ -104,4 +105,9 @@ PRODUCT(product_nn_64, true, false, 64)
 PRODUCT(product_nn_128, true, false, 128)
 PRODUCT(product_tn_64, false, false, 64)
 PRODUCT(product_tn_128, false, false, 128)
+
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 3)
+    KERNEL(merge)(const Element* weight, const Element* a, const Element* b, Element* out, MergeSizes sizes) {
+    ENGINE::merge(weight, a, b, out, sizes);
+}
 #endif

@@ -1,7 +1,7 @@
 //! What is timed: one [`Case`] each, under the names that `peer/torch_peer.py` uses too.
 
 mod attention;
-mod linear;
+pub mod low_rank;
 mod memory;
 mod model;
 
@@ -30,6 +30,8 @@ pub struct Case {
     pub name: String,
     /// What it must move and compute.
     pub floor: Floor,
+    /// One of many, that no bar depends on: it is timed for a shorter time, and in the first round only.
+    pub is_wide: bool,
     run: Box<Run>,
 }
 
@@ -39,7 +41,7 @@ impl Case {
         floor: Floor,
         run: impl Fn(&Bench, Floor) -> Result<Times> + 'static,
     ) -> Self {
-        Self { name: name.into(), floor, run: Box::new(move |bench| run(bench, floor)) }
+        Self { name: name.into(), floor, is_wide: false, run: Box::new(move |bench| run(bench, floor)) }
     }
     /// A single op: `inputs` makes a copy of its inputs, `call` runs it.
     fn op<I, O>(
@@ -52,20 +54,40 @@ impl Case {
             bench.time(1.0, floor.bytes, |copy| Ok(inputs(bench, copy)?), |inputs| Ok(call(inputs)?))
         })
     }
+    /// An op whose result is checked before it is timed.
+    fn checked<I, O>(
+        name: impl Into<String>,
+        floor: Floor,
+        inputs: impl Fn(&Bench, u64) -> hywu_kernels::Result<I> + 'static,
+        call: impl Fn(&I) -> hywu_kernels::Result<O> + 'static,
+        check: impl Fn(&Bench, &I, &O) -> Result<()> + 'static,
+    ) -> Self {
+        Self::new(name, floor, move |bench, floor| {
+            let first = inputs(bench, 0)?;
+            check(bench, &first, &call(&first)?)?;
+            drop(first);
+            bench.time(1.0, floor.bytes, |copy| Ok(inputs(bench, copy)?), |inputs| Ok(call(inputs)?))
+        })
+    }
+    /// See [`Case::is_wide`].
+    fn wide(self, is_wide: bool) -> Self {
+        Self { is_wide, ..self }
+    }
     /// Times it.
     ///
     /// # Errors
     /// Those of the op and the device.
     pub fn run(&self, bench: &Bench) -> Result<Times> {
+        let bench = if self.is_wide { &bench.shorter() } else { bench };
         (self.run)(bench)
     }
 }
 
-/// All cases of a device.
-pub fn all(bench: &Bench) -> Vec<Case> {
+/// All cases of a device; `all_shapes` of low-rank linear, too.
+pub fn all(bench: &Bench, all_shapes: bool) -> Vec<Case> {
     let bytes = bench.dtype().size() as f64;
     let cuda = bench.device != Device::Cpu;
-    let mut cases = linear::cases(cuda && !bench.quick, bytes);
+    let mut cases = low_rank::cases(bench, all_shapes);
     cases.extend(attention::cases(cuda, bench.quick, bytes));
     cases.extend(model::cases(cuda, bench.quick, bytes));
     if cuda {

@@ -1,5 +1,6 @@
 //! Low-rank linear against its oracle, and what must hold bit for bit, at every place.
 
+mod merge;
 mod segments;
 mod shrink;
 

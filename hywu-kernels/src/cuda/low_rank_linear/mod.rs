@@ -6,11 +6,13 @@
 //! ([`Use`]).
 
 pub(crate) mod ladder;
+mod merge;
 mod product;
 mod rows;
 mod shrink;
 mod warpgroup;
 
+pub use merge::merge;
 pub(super) use product::Layout;
 pub(crate) use rows::{Tables, banded};
 pub(super) use shrink::Beside;

@@ -6,10 +6,12 @@
 //! it in forward passes too, whose rows then may depend on their number.
 
 mod ladder;
+mod merge;
 mod segments;
 mod shrunk;
 
 pub use ladder::{LADDER, ladder_step};
+pub use merge::{Apply, Load, Prepared, merge, mergeable, merging_gain, merging_pays};
 pub use segments::{Segment, Segments};
 pub use shrunk::{Shrink, Shrunk, shrink};
 
