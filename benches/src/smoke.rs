@@ -194,12 +194,16 @@ impl Smoke<'_> {
         ];
         for [k, n, r] in [[65, 34, 7], [192, 576, 16]] {
             let x: &[usize] = &[512, k];
-            self.op("low_rank_linear/segments", &[x, &[3, n, k], &[3, n], &[4, 2 * r, k], &[4, n, r]], |t, v| {
-                let segments = Segments::new(&segments)?;
-                let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
-                let (bias, lora, segments) = (Some(&v[2]), Some(&lora), Some(&segments));
-                LowRankLinear { x: &v[0], weight: &v[1], bias, lora, segments, shrunk: None }.forward(t)
-            });
+            self.op(
+                "low_rank_linear/segments",
+                &[x, &[3, n, k], &[3, n], &[4, 2 * r, k], &[4, n, r]],
+                |t, v| {
+                    let segments = Segments::new(&segments)?;
+                    let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
+                    let (bias, lora, segments) = (Some(&v[2]), Some(&lora), Some(&segments));
+                    LowRankLinear { x: &v[0], weight: &v[1], bias, lora, segments, shrunk: None }.forward(t)
+                },
+            );
         }
     }
 
