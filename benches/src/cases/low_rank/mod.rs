@@ -2,6 +2,7 @@
 //! timed is checked first ([`check`]).
 
 mod check;
+mod ladder;
 mod policy;
 mod shapes;
 
@@ -38,6 +39,7 @@ pub fn cases(bench: &Bench, all: bool) -> Vec<Case> {
     cases.extend(experts(bench).into_iter().map(|experts| grouped(experts, bytes)));
     cases.extend(shapes::merges(bench).into_iter().map(|shape| merging(shape, bytes).wide(wide(shape))));
     cases.push(shrinking(shapes::shrink(bench), bytes));
+    cases.extend(ladder::cases(bench, bytes));
     cases
 }
 

@@ -52,7 +52,7 @@ impl fmt::Display for Shape {
 }
 
 impl Shape {
-    const fn new([m, k, n, r]: [usize; 4], rows: Rows) -> Self {
+    pub(super) const fn new([m, k, n, r]: [usize; 4], rows: Rows) -> Self {
         Self { m, k, n, r, rows }
     }
 
