@@ -42,6 +42,9 @@ struct Args {
     /// Only says which cases there are.
     #[arg(long)]
     list: bool,
+    /// Only checks results, where there is a check.
+    #[arg(long)]
+    check: bool,
     /// Every op once forward and backward at ragged shapes, untimed: what compute-sanitizer looks at.
     #[arg(long)]
     smoke: bool,
@@ -81,6 +84,20 @@ fn main() -> Result<ExitCode> {
     if args.list {
         wanted.for_each(|case| println!("{}", case.name));
         return Ok(ExitCode::SUCCESS);
+    }
+    if args.check {
+        let mut failed = 0;
+        for case in wanted {
+            match attempt(|| case.check(&bench)) {
+                Ok(true) => println!("right: {}", case.name),
+                Ok(false) => {}
+                Err(e) => {
+                    failed += 1;
+                    println!("WRONG: {}: {e}", case.name);
+                }
+            }
+        }
+        return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     print!("{{\"device\": \"{}\", \"threads\": {}, ", args.device, args.threads);
     print!("\"parameters\": {}, \"ms\": {{", cases::parameters()?);

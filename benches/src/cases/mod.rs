@@ -12,6 +12,7 @@ use crate::{
     timing::{Bench, Times},
 };
 use hywu_kernels::Device;
+use std::rc::Rc;
 
 /// What a call must move and compute at least.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,6 +24,7 @@ pub struct Floor {
 }
 
 type Run = dyn Fn(&Bench) -> Result<Times>;
+type Check = dyn Fn(&Bench) -> Result<()>;
 
 /// Something to time.
 pub struct Case {
@@ -33,6 +35,7 @@ pub struct Case {
     /// One of many, that no bar depends on: it is timed for a shorter time, and in the first round only.
     pub is_wide: bool,
     run: Box<Run>,
+    check: Option<Box<Check>>,
 }
 
 impl Case {
@@ -41,7 +44,8 @@ impl Case {
         floor: Floor,
         run: impl Fn(&Bench, Floor) -> Result<Times> + 'static,
     ) -> Self {
-        Self { name: name.into(), floor, is_wide: false, run: Box::new(move |bench| run(bench, floor)) }
+        let run = Box::new(move |bench: &Bench| run(bench, floor));
+        Self { name: name.into(), floor, is_wide: false, run, check: None }
     }
     /// A single op: `inputs` makes a copy of its inputs, `call` runs it.
     fn op<I, O>(
@@ -62,22 +66,32 @@ impl Case {
         call: impl Fn(&I) -> hywu_kernels::Result<O> + 'static,
         check: impl Fn(&Bench, &I, &O) -> Result<()> + 'static,
     ) -> Self {
-        Self::new(name, floor, move |bench, floor| {
-            let first = inputs(bench, 0)?;
-            check(bench, &first, &call(&first)?)?;
-            drop(first);
-            bench.time(1.0, floor.bytes, |copy| Ok(inputs(bench, copy)?), |inputs| Ok(call(inputs)?))
-        })
+        let (inputs, call) = (Rc::new(inputs), Rc::new(call));
+        let (of_check, called) = (inputs.clone(), call.clone());
+        let case = Self::op(name, floor, move |bench, copy| inputs(bench, copy), move |inputs| call(inputs));
+        let check = move |bench: &Bench| {
+            let first = of_check(bench, 0)?;
+            check(bench, &first, &called(&first)?)
+        };
+        Self { check: Some(Box::new(check)), ..case }
     }
     /// See [`Case::is_wide`].
     fn wide(self, is_wide: bool) -> Self {
         Self { is_wide, ..self }
     }
-    /// Times it.
+    /// Checks its result; false where there is no check.
     ///
     /// # Errors
-    /// Those of the op and the device.
+    /// A wrong result; those of the op and the device.
+    pub fn check(&self, bench: &Bench) -> Result<bool> {
+        self.check.as_ref().map_or(Ok(false), |check| check(bench).map(|()| true))
+    }
+    /// Checks and times it.
+    ///
+    /// # Errors
+    /// A wrong result; those of the op and the device.
     pub fn run(&self, bench: &Bench) -> Result<Times> {
+        self.check(bench)?;
         let bench = if self.is_wide { &bench.shorter() } else { bench };
         (self.run)(bench)
     }
