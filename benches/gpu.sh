@@ -6,11 +6,12 @@
 #                                         leaves OUT_DIR/runs/DATE-GPU/ with logs and results, and prints a table last
 #     --rounds N      of the comparison (3)          --seconds N     for everything (480)
 #     --parts LIST    of tests,sanitizer,compare,edit (all)   --quick   small shapes, untimed in effect
+#     --only LIST     cases of the comparison that start so   --all     low-rank linear at all shapes (give it more --seconds)
 #
-# Ends with 1 when a test, the smoke run or the sanitizer failed. Reads the card's settings and never changes them.
+# Ends with 1 when a test, the smoke run, the sanitizer or a case of ours failed (a case also fails when its result is wrong). Reads the card's settings and never changes them.
 set -euo pipefail
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 
 package() {
   local root out
@@ -121,13 +122,14 @@ run_sanitizer() {
 run_all() {
   local package=$1 out=$2 gpu
   shift 2
-  rounds=3 seconds=480 parts=tests,sanitizer,compare,edit quick=()
+  rounds=3 seconds=480 parts=tests,sanitizer,compare,edit more=()
   while [ $# -gt 0 ]; do
     case $1 in
     --rounds) rounds=$2; shift 2 ;;
     --seconds) seconds=$2; shift 2 ;;
     --parts) parts=$2; shift 2 ;;
-    --quick) quick=(--quick); shift ;;
+    --quick | --all) more+=("$1"); shift ;;
+    --only) more+=(--only "$2"); shift 2 ;;
     *) usage ;;
     esac
   done
@@ -150,8 +152,8 @@ run_all() {
   if wants sanitizer; then run_sanitizer; fi
   if wants compare; then
     # 45 s are kept for the edits.
-    python3 "$work/benches/peer/compare_gpu.py" "$run" --cases "$cases" --rounds "$rounds" "${quick[@]}" \
-      --seconds $(($(left) - 45)) >"$run/compare.log" 2>&1 || row compare "some cases" "failed: see compare.log"
+    python3 "$work/benches/peer/compare_gpu.py" "$run" --cases "$cases" --rounds "$rounds" "${more[@]}" \
+      --seconds $(($(left) - 45)) >"$run/compare.log" 2>&1 || { row compare "some cases" "FAILED: see compare.log"; failed=1; }
   fi
   if wants edit; then
     if timeout -k 5 60 "$cases" --device cuda --edit >"$run/edit.json" 2>"$run/edit.log"; then

@@ -23,6 +23,8 @@ COUNTED = {
     "LDGSTS": r"LDGSTS\b",
     "UTMALDG": r"UTMALDG\b",
 }
+# What the machine code of some kernels must show, by their names: without it they would be on a slower path.
+REQUIRED = [("90a", r"warpgroup_|ladder_[3-9]", ["HGMMA", "UTMALDG"])]
 FUNCTION = re.compile(r"ptxas info\s*: Function properties for (\S+)")
 ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '(\S+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -114,6 +116,10 @@ def check(nvcc, root, source, arch, work):
             problems.append(f"{label}: {local} loads or stores of local memory (LDL, STL)")
         if name in entries:
             counts = [sum(re.match(p, opcode) is not None for opcode in code) for p in COUNTED.values()]
+            for where, names, needed in REQUIRED:
+                for column in needed if where == arch and re.match(names, name) else []:
+                    if counts[list(COUNTED).index(column)] == 0:
+                        problems.append(f"{label}: no {column}")
             rows.append([op, plain_name(name), f"sm_{arch}", used["registers"], used["shared"], *counts])
     return rows, problems
 

@@ -19,7 +19,7 @@ def main():
     parser.add_argument("out", nargs="?", help="where to write; benches/runs/DATE-CPU unless given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3600, help="no round begins that would end later")
-    parser.add_argument("--only", default="", help="cases whose names start so")
+    parser.add_argument("--only", default="", help="cases whose names start so, or so: words with commas between")
     args = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     options = ["--device", "cpu", "--threads", threads, "--only", args.only]

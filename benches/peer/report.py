@@ -3,7 +3,8 @@
 A folder of results holds raw.csv (every round, every case), summary.md (the table), machine.md and machine.json, and one
 BENCH.json a bench: a list of {"case", "ours_ms", "peer", "peer_ms", "ratio", "tflops", "gbs", "of_ceiling", "spread"}. A ratio
 below 1 means that this project is faster; `spread` is its lowest and highest round. `of_ceiling` is the part of the ceiling
-(measured bandwidth, or measured bf16 matrix product, whichever binds the case) that this project reaches.
+(measured bandwidth, or measured bf16 matrix product, whichever binds the case) that this project reaches. low_rank_linear.json
+has that list as "cases", beside "bars" and "merge_or_fuse" (bars.py).
 """
 
 import csv
@@ -17,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+import bars
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -111,7 +114,9 @@ class Comparison:
             for side in ("peer", "ours"):
                 # In the first round each side may take as long as leaves the other its half.
                 share = (seconds - (time.monotonic() - start)) * (0.6 if side == "peer" else 1.0)
-                result[side], trouble = run(self.commands[side], max(share, 10.0))
+                # The cases that are one of many are in the first round only.
+                command = [*self.commands[side], *(["--few"] if i else [])]
+                result[side], trouble = run(command, max(share, 10.0))
                 failures = result[side].get("failures", {})
                 for case, error in failures.items():
                     self.failures[f"{side}, {case}"] = error
@@ -191,7 +196,10 @@ class Comparison:
         for case in self.names():
             if any(self.times("ours", case)):
                 benches.setdefault(case.split("/", 1)[0], []).append(self.row(case))
+        low_rank = {"bars": bars.measured(self.rounds), "merge_or_fuse": bars.merge_or_fuse(self.rounds)}
         for name, rows in benches.items():
+            if name == "low_rank_linear":
+                rows = {"cases": rows} | low_rank
             (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
         with open(out / "raw.csv", "w", newline="") as file:
             lines = csv.writer(file, lineterminator="\n")
@@ -209,6 +217,8 @@ class Comparison:
             facts["measured_matmul_tflops"] = round(arithmetic / 1e12, 1)
         write_machine(out, facts)
         text = self.table(benches)
+        if "low_rank_linear" in benches:
+            text += "\n".join(bars.tables(**low_rank)) + "\n"
         (out / "summary.md").write_text(text)
         print(text)
 

@@ -9,150 +9,19 @@ run a case (eager, torch.compile, cuDNN's attention) the fastest counts; all are
 side has, `ceiling/..`, measure what the card can do. Used by compare_cpu.py and compare_gpu.py.
 """
 
-import argparse
 import json
-import statistics
 import sys
-import time
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+import torch_low_rank
 from torch import nn
-from torch_mini import COEFFICIENTS, EPS, FEATURES, HIDDEN, Mini, local_filter, modulated, patchify, with_adapter
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-parser.add_argument("--threads", type=int, default=2)
-parser.add_argument("--only", default="", help="cases whose names start so")
-parser.add_argument("--quick", action="store_true", help="few calls of small shapes: shows that everything runs")
-parser.add_argument("--no-compile", action="store_true", help="eager only")
-ARGS = parser.parse_args()
-CUDA = ARGS.device == "cuda"
-DEVICE = ARGS.device
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-
-# Inputs and outputs of consecutive calls on a device add up to more than this (bytes): see benches/src/timing.rs.
-ROTATED_BYTES, MOST_COPIES, SAMPLE_MS, CASE_MS = 180e6, 64, 0.2, 1500.0
+from torch_mini import COEFFICIENTS, EPS, FEATURES, HIDDEN, Mini, local_filter, modulated, patchify
+from torch_timing import ARGS, CUDA, DEVICE, DTYPE, fastest, measure, randn, ways
 
 
-def randn(*shape, scale=1.0, dtype=None):
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype or DTYPE)
-
-
-def tensors(x):
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(x, torch.Tensor):
-        return [x]
-    values = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else []
-    return [t for value in values for t in tensors(value)]
-
-
-def cpu_times(call, seconds):
-    """Many calls after a warm-up."""
-    for _ in range(3):
-        call()
-    times, start = [], time.perf_counter()
-    while len(times) < 7 or (time.perf_counter() - start < seconds and len(times) < 1000):
-        t = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - t))
-    return times, 1
-
-
-def cuda_times(call):
-    """Samples of many calls between two events; nothing waits between the samples."""
-
-    def sample(calls):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        return start, end
-
-    def lasted(events):
-        events[1].synchronize()
-        return events[0].elapsed_time(events[1])
-
-    lasted(sample(1 if ARGS.quick else 10))
-    calls, number = 1, 3
-    if not ARGS.quick:
-        ms = lasted(sample(calls))
-        while ms < SAMPLE_MS and calls < 4096:
-            calls *= 2
-            ms = lasted(sample(calls))
-        number = min(max(int(CASE_MS / ms), 5), 100)
-    events = [sample(calls) for _ in range(number)]
-    return [lasted(e) / calls for e in events], calls
-
-
-def measure(make, call, seconds=1.0, rotate=True, grad=False):
-    """Times of call(*make()); on a device as many copies of the inputs take turns as it takes to leave the cache."""
-    with nullcontext() if grad else torch.inference_mode() if not CUDA else torch.no_grad():
-        inputs = [make()]
-        if not CUDA:
-            times, calls = cpu_times(lambda: call(*inputs[0]), seconds)
-        else:
-            out = call(*inputs[0])
-            size = sum(t.nbytes for t in tensors(inputs) + tensors(out))
-            copies = 2 if ARGS.quick else min(int(ROTATED_BYTES / max(size, 1)) + 1, MOST_COPIES)
-            copies = copies if rotate else 1
-            inputs += [make() for _ in range(copies - 1)]
-            outputs, turn = [None] * copies, 0
-
-            def next_call():
-                nonlocal turn
-                outputs[turn] = call(*inputs[turn])
-                turn = (turn + 1) % copies
-
-            times, calls = cuda_times(next_call)
-    times.sort()
-    at = lambda part: times[round(part * (len(times) - 1))]
-    return {"ms": statistics.median(times), "p10": at(0.1), "p90": at(0.9), "samples": len(times), "calls": calls}
-
-
-def ways(call, compiled=False, **more):
-    """The ways to run a case on a device: eager, compiled where asked for, and others."""
-    known = {"eager": call}
-    if CUDA and compiled and not ARGS.no_compile:
-        known["compiled"] = torch.compile(call, dynamic=False)
-    return known | (more if CUDA else {})
-
-
-def fastest(make, calls, **options):
-    """Times of the fastest way, with all of them beside it. A way that fails leaves the others."""
-    results, errors = {}, {}
-    for name, call in calls.items():
-        try:
-            results[name] = measure(make, call, **options)
-        except Exception as e:  # noqa: BLE001: whatever it is, the next way may work.
-            errors[name] = f"{type(e).__name__}: {e}"[:500]
-    if not results:
-        raise RuntimeError("; ".join(f"{name}: {e}" for name, e in errors.items()))
-    best = min(results, key=lambda name: results[name]["ms"])
-    return results[best] | {"way": best, "ways": {n: r["ms"] for n, r in results.items()}, "errors": errors}
-
-
-LINEARS = [(1, 1024, 4096, 4096, 16), (32, 84, 192, 576, 8), (32, 84, 192, 1024, 8), (32, 84, 512, 192, 8), (1, 64, 768, 256, 8)]
-LARGE_LINEARS = [(1, 4096, 4096, 4096, 16), (1, 16384, 1024, 4096, 16), (1, 4096, 4096, 6144, 16), (16, 4096, 4096, 4096, 16)]
 ATTENTIONS = [(32, 84, 3, 64), (16, 276, 3, 64), (1, 1024, 4, 64)]
 LARGE_ATTENTIONS = [(1, 4096, 16, 128), (4, 1024, 16, 64)]
-
-
-def linear(b, m, k, n, r, adapters):
-    """x [b, m, k], one adapter per batch entry."""
-
-    def make():
-        x, w, bias = randn(b, m, k), randn(n, k, scale=k**-0.5), randn(n)
-        pair = (randn(b, r, k, scale=k**-0.5), randn(b, n, r, scale=0.1)) if adapters else ()
-        return x, w, bias, *pair
-
-    def call(x, w, bias, *pair):
-        y = F.linear(x, w, bias)
-        return with_adapter(y, x, *pair, 0.5) if pair else y
-
-    return fastest(make, ways(call))
 
 
 def attention(b, t, h, d, backward):
@@ -326,15 +195,11 @@ def matmul_ceiling():
 
 def cases():
     """{name: function that times it}."""
-    large = CUDA and not ARGS.quick
     out = {}
     if CUDA:
         out |= {"ceiling/copy": copy_ceiling, "ceiling/matmul": matmul_ceiling}
-    for shape in LINEARS + (LARGE_LINEARS if large else []):
-        name = "b{} m{} k{} n{} r{}".format(*shape)
-        out[f"low_rank_linear/{name}"] = lambda shape=shape: linear(*shape, adapters=True)
-        out[f"linear/{name}"] = lambda shape=shape: linear(*shape, adapters=False)
-    attentions = ATTENTIONS[:1] if CUDA and ARGS.quick else ATTENTIONS + (LARGE_ATTENTIONS if large else [])
+    out |= torch_low_rank.cases()
+    attentions = ATTENTIONS[:1] if CUDA and ARGS.quick else ATTENTIONS + (LARGE_ATTENTIONS if CUDA else [])
     for shape in attentions:
         name = "b{} t{} h{} d{}".format(*shape)
         out[f"attention/fwd {name}"] = lambda shape=shape: attention(*shape, backward=False)
@@ -364,7 +229,7 @@ def main():
     print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
     details, failures = {}, {}
     for name, run in cases().items():
-        if not name.startswith(ARGS.only):
+        if not name.startswith(tuple(ARGS.only.split(","))) or ARGS.few and name in torch_low_rank.WIDE:
             continue
         try:
             detail = run()

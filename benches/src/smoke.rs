@@ -15,7 +15,9 @@ use hywu_kernels::{
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
         loss::{weighted_mse, weighted_sum},
-        low_rank_linear::{Format, LowRankLinear, QuantizedWeight, Segment, Segments, low_rank_linear},
+        low_rank_linear::{
+            Format, LowRankLinear, QuantizedWeight, Segment, Segments, low_rank_linear, merge,
+        },
         parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
         patchify::{patchify, unpatchify},
         rms_norm::{Modulation, rms_norm},
@@ -181,6 +183,10 @@ impl Smoke<'_> {
             self.op("low_rank_linear/adapters", &[x, w, b, pair[0], pair[1]], |t, v| {
                 let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: 0.5 };
                 low_rank_linear(t, &v[0], &v[1], Some(&v[2]), Some(&lora))
+            });
+            self.check("low_rank_linear/merge", |s| {
+                let (w, a, b) = (s.tensor(1, w)?, s.tensor(2, &[1, r, k])?, s.tensor(3, &[1, n, r])?);
+                finite("the merged weight", &merge(&w, &a, &b, 0.5)?)
             });
         }
         // Ragged segments of three experts, the columns in two parts.

@@ -137,6 +137,27 @@ fn strength_zero_is_the_backbone_alone() {
         .assert()
         .success();
     assert_eq!(pixels(&a), alone);
+    for apply in ["merged", "auto"] {
+        let options = ["--strength", "0", "--apply", apply];
+        edit(&input, "fix the white balance", &a).args(options).assert().success();
+        assert_eq!(pixels(&a), alone, "{apply}");
+    }
+}
+
+#[test]
+fn a_merged_adapter_gives_the_same_picture() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let input = photo(dir.path(), "in.png", 72, 64);
+    let (fused, merged) = (dir.path().join("fused.png"), dir.path().join("merged.png"));
+    let pixels = |p: &Path| image::open(p).expect("a picture").to_rgb8().into_raw();
+    edit(&input, "make it black and white", &fused).args(["--device", "cpu"]).assert().success();
+    assert!(difference(&input, &fused) > 1.0, "the adapter does something");
+    for apply in ["merged", "auto"] {
+        let mut command = edit(&input, "make it black and white", &merged);
+        command.args(["--apply", apply, "--device", "cpu"]).assert().success();
+        let (a, b) = (pixels(&fused), pixels(&merged));
+        assert!(a.iter().zip(&b).all(|(a, b)| a.abs_diff(*b) <= 1), "{apply}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 use crate::{BackboneConfig, Error, Result, config::Init, text::PAD};
 use hywu_core::{AdapterSpec, Checkpoint, Dtype, Module, Philox, TensorWriter};
 use hywu_kernels::{
-    Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
+    Bound, Device, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
         attention::{Attention, Layout, QkNorm, Rotary, attention, rotary_table},
         elementwise::{
@@ -10,10 +10,10 @@ use hywu_kernels::{
         },
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
-        low_rank_linear::{linear, low_rank_linear},
+        low_rank_linear::{Load, LowRankLinear, Shrink, Shrunk, linear, merge, merging_gain},
         patchify::{patchify, unpatchify},
-        rms_norm::{Modulation, rms_norm},
-        swiglu::{silu, swiglu},
+        rms_norm::{Modulation, rms_norm, rms_norm_shrink},
+        swiglu::{silu, swiglu, swiglu_shrink},
         timestep::timestep_embedding,
     },
 };
@@ -198,6 +198,36 @@ impl Backbone {
         Ok(())
     }
 
+    /// The same backbone with one instance's adapters merged into its weights ([`merge`]), which it then does not take any more. Weights
+    /// that are kept in f32 and computed with in bf16 are rounded with the update in them, once.
+    ///
+    /// # Errors
+    /// Adapters that don't cover exactly the modules of [`Backbone::adapter_spec`], or of several instances.
+    pub fn merged(&self, adapters: &LoraVars) -> Result<Self> {
+        self.check_adapters(adapters, 1)?;
+        let mut merged = self.clone();
+        for (name, pair) in &adapters.modules {
+            let name = format!("{name}.weight");
+            let weight = self.params.get(&name)?;
+            let (a, b) = (pair.a.value().cast(weight.dtype())?, pair.b.value().cast(weight.dtype())?);
+            merged.params.insert(name, merge(weight, &a, &b, pair.scale)?);
+        }
+        Ok(merged)
+    }
+
+    /// Is it worth it to merge adapters, before so many calls with `tiles` of `size` x `size` pixels each?
+    pub(crate) fn merging_pays(&self, adapters: &LoraVars, calls: usize, tiles: usize, size: usize) -> bool {
+        let side = size / self.config.patch;
+        let load = Load { calls, rows: tiles * (side * side + self.config.text_len) };
+        let gain = |pair: &LoraVar| match (pair.a.shape(), pair.b.shape()) {
+            ([_, _, inner], [_, outer, rank]) => {
+                merging_gain([*outer, *inner], *rank, load, self.params.device())
+            }
+            _ => 0.0,
+        };
+        adapters.modules.values().map(gain).sum::<f64>() > 0.0
+    }
+
     /// The text tower: `ids` of [`instances`, text_len] tokens -> [instances, text_len, width], zero at the padding
     /// (id 0) after the last token.
     ///
@@ -269,25 +299,38 @@ impl Backbone {
             Sequence::Text(lengths) => (None, Some(lengths.to_vec())),
         };
         let weight = |path: &str| bound.get(&format!("{name}.{path}.weight"));
-        let project = |x: &Var, path: &str| {
-            low_rank_linear(tape, x, weight(path)?, None, adapters.get(&format!("{name}.{path}")))
+        let lora = |path: &str| adapters.get(&format!("{name}.{path}"));
+        let project = |x: &Var, path: &str, shrunk: Option<&Shrunk>| {
+            let (weight, lora) = (weight(path)?, lora(path));
+            LowRankLinear { x, weight: weight.into(), bias: None, lora, segments: None, shrunk }.forward(tape)
         };
-        let norm = |x: &Var, path: &str, branch: usize| {
+        // Where there is an adapter, what makes x makes its product with the adapter's A too.
+        let norm_project = |x: &Var, norm: &str, branch: usize, path: &str| {
             let modulation =
                 modulation.map(|m| Modulation { scale: &m[3 * branch], shift: &m[3 * branch + 1] });
-            rms_norm(tape, x, Some(weight(path)?), EPS, modulation)
+            let norm = Some(weight(norm)?);
+            let Some(lora) = lora(path) else {
+                return project(&rms_norm(tape, x, norm, EPS, modulation)?, path, None);
+            };
+            let (y, shrunk) = rms_norm_shrink(tape, x, norm, EPS, modulation, &Shrink::by(lora, None))?;
+            project(&y, path, Some(&shrunk))
+        };
+        let swiglu_project = |x: &Var, path: &str| {
+            let Some(lora) = lora(path) else { return project(&swiglu(tape, x)?, path, None) };
+            let (y, shrunk) = swiglu_shrink(tape, x, &Shrink::by(lora, None))?;
+            project(&y, path, Some(&shrunk))
         };
         let residual = |x: &Var, y: &Var, branch: usize| match modulation {
             Some(m) => gated_residual(tape, x, y, &m[3 * branch + 2]),
             None => add(tape, x, y),
         };
-        let qkv = project(&norm(x, "input_norm", 0)?, "self_attn.qkv_proj")?;
+        let qkv = norm_project(x, "input_norm", 0, "self_attn.qkv_proj")?;
         let args = Attention { key_lengths: lengths, ..self.attention(x.shape()[0], x.shape()[1], rotary) };
         let qk = QkNorm { q: weight("self_attn.q_norm")?.clone(), k: weight("self_attn.k_norm")?.clone() };
         let y = attention(tape, &args, &qkv, &qkv, &qkv, Some(&qk))?;
-        let x = residual(x, &project(&y, "self_attn.o_proj")?, 0)?;
-        let y = project(&norm(&x, "mlp_norm", 1)?, "mlp.gate_and_up_proj")?;
-        let y = project(&swiglu(tape, &y)?, "mlp.down_proj")?;
+        let x = residual(x, &project(&y, "self_attn.o_proj", None)?, 0)?;
+        let y = norm_project(&x, "mlp_norm", 1, "mlp.gate_and_up_proj")?;
+        let y = swiglu_project(&y, "mlp.down_proj")?;
         Ok(residual(&x, &y, 1)?)
     }
 

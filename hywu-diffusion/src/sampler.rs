@@ -9,6 +9,7 @@ use hywu_kernels::{
     LoraVars, Tape, Tensor, Var,
     ops::{
         elementwise::{concat_tokens, lerp, mean_of},
+        low_rank_linear::Apply,
         noise::noise_window,
     },
 };
@@ -86,11 +87,14 @@ pub struct SampleOptions {
     pub overlap: usize,
     /// Tiles that go through the backbone at once; a matter of memory only, the result is the same.
     pub batch: usize,
+    /// How the adapter is applied; the result is the same but for rounding.
+    pub apply: Apply,
 }
 
 impl Default for SampleOptions {
     fn default() -> Self {
-        Self { seed: 0, steps: 4, sampler: Sampler::Euler, tile: 0, overlap: 0, batch: 0 }.with_tile(128)
+        let (sampler, apply) = (Sampler::Euler, Apply::Fused);
+        Self { seed: 0, steps: 4, sampler, tile: 0, overlap: 0, batch: 0, apply }.with_tile(128)
     }
 }
 
@@ -147,11 +151,8 @@ pub fn edit_picture(
     options.validate()?;
     check_picture(picture)?;
     let Picture { height, width, .. } = *picture;
-    let tape = Tape::inference();
-    let bound = backbone.params.bind(&tape, false)?;
-    let text = backbone.text_tokens(&tape, &bound, ids, 1)?;
     // Everything stays where the backbone is, in f32; only the finished picture comes back.
-    let device = text.value().device();
+    let device = backbone.params.device();
     let tiling = Tiling::new(height, width, options.tile, options.overlap).on(device)?;
     let canvas = [tiling.height, tiling.width, 3];
     let source = pad_reflect(picture, Tiling::MARGIN, tiling.height, tiling.width);
@@ -159,6 +160,24 @@ pub fn edit_picture(
     let batches = |layout: &Layout| layout.at.len().div_ceil(options.batch);
     let earlier = options.sampler.evaluations(options.steps) - 1;
     let total = earlier * batches(&tiling.layouts[0]) + tiling.layouts.iter().map(batches).sum::<usize>();
+    let merges = match options.apply {
+        Apply::Fused => false,
+        Apply::Merged => true,
+        Apply::Auto => {
+            let tiles = options.batch.min(tiling.layouts[0].at.len());
+            backbone.merging_pays(adapters, total, tiles, tiling.size)
+        }
+    };
+    let merged;
+    let (backbone, adapters) = if merges {
+        merged = backbone.merged(adapters)?;
+        (&merged, &LoraVars::none())
+    } else {
+        (backbone, adapters)
+    };
+    let tape = Tape::inference();
+    let bound = backbone.params.bind(&tape, false)?;
+    let text = backbone.text_tokens(&tape, &bound, ids, 1)?;
     let mut done = 0;
     let mut look = |x: &Tensor, t: f32, layout: &Layout| {
         let tile = [tiling.size, tiling.size, 3];

@@ -7,7 +7,10 @@ use hywu_diffusion::{
     Backbone, Error, Picture, SampleOptions, Sampler, edit_picture, pixel_position,
     tiles::{Tiling, pad_reflect, reflect, tile_starts},
 };
-use hywu_kernels::{Device, LoraVars, Tensor, ops::noise::noise_window};
+use hywu_kernels::{
+    Device, LoraVars, Tensor,
+    ops::{low_rank_linear::Apply, noise::noise_window},
+};
 use proptest::prelude::*;
 use std::ops::ControlFlow;
 
@@ -51,6 +54,36 @@ fn tiles_leave_no_seam() {
             let worst = out.rgb.iter().zip(&source.rgb).map(|(o, s)| (o + s).abs()).fold(0.0, f32::max);
             assert!(worst <= 1e-5, "tile {tile}: {worst}");
         }
+    }
+}
+
+#[test]
+fn a_merged_adapter_gives_the_same_picture() {
+    let backbone = backbone();
+    let before: Vec<Tensor> = backbone.params.iter().map(|(_, t)| t.clone()).collect();
+    let source = picture(70, 100);
+    let adapters = adapters(&backbone, 1, 0.2);
+    let with = |apply, adapters: &LoraVars| {
+        edit(&backbone, &source, adapters, &SampleOptions { apply, ..steps(2) }.with_tile(64))
+    };
+    let (fused, merged, auto) =
+        (with(Apply::Fused, &adapters), with(Apply::Merged, &adapters), with(Apply::Auto, &adapters));
+    let none = with(Apply::Fused, &LoraVars::none());
+    let largest = |a: &Picture, b: &Picture| {
+        let differences = a.rgb.iter().zip(&b.rgb).map(|(a, b)| (a - b).abs());
+        differences.fold(0.0, |m, d| if d > m || d.is_nan() { d } else { m })
+    };
+    assert!(largest(&fused, &none) > 0.01, "the adapter does something");
+    // A step of 8 bits is 2 / 255 here.
+    for other in [&merged, &auto] {
+        assert!(largest(&fused, other) < 1.0 / 255.0, "{}", largest(&fused, other));
+    }
+    assert!(auto.rgb == fused.rgb || auto.rgb == merged.rgb);
+    // Without an adapter there is nothing to merge, and the backbone is what it was.
+    assert_eq!(with(Apply::Merged, &LoraVars::none()).rgb, none.rgb);
+    assert_eq!(with(Apply::Auto, &LoraVars::none()).rgb, none.rgb);
+    for ((name, now), before) in backbone.params.iter().zip(&before) {
+        assert_eq!(now.data(), before.data(), "{name}");
     }
 }
 

@@ -1,6 +1,12 @@
 //! Helpers for tests: places to run a test body at, tolerances that NaN fails, finite differences.
 
-use crate::{Device, Result, Tape, Tensor, Var, cuda, ops::loss::weighted_sum};
+use crate::{
+    Device, Result, Tape, Tensor, Var, cuda,
+    ops::{
+        loss::weighted_sum,
+        low_rank_linear::{Segments, Shrunk},
+    },
+};
 use half::bf16;
 use hywu_core::{Dtype, Philox};
 use std::{cell::Cell, sync::OnceLock};
@@ -149,6 +155,42 @@ pub fn naive_bf16<T>(body: impl FnOnce() -> T) -> T {
 /// What [`naive_bf16`] makes of an op's result; itself elsewhere.
 pub(crate) fn as_naive(x: Tensor) -> Tensor {
     if NAIVE.get() && !x.is_cuda() { rounded_to_bf16(&x) } else { x }
+}
+
+/// scale X A^T as plain rows [rows, ranks] on the host, for the same segments and number of adapters. Panics where a device has something
+/// other than zeros between, before or behind the rows of the instances, or behind the ranks.
+#[track_caller]
+pub fn shrunk_rows(shrunk: &Shrunk, segments: Option<&Segments>, adapters: usize) -> Tensor {
+    /// As in `kernels-cu/low_rank_linear/rows.cuh`.
+    const BAND: usize = 128;
+    let s = shrunk.tensor().to_host().expect("the device works");
+    let [rows, ranks] = shrunk.size();
+    if !shrunk.tensor().is_cuda() {
+        assert_eq!(s.shape(), [rows, ranks]);
+        return s;
+    }
+    let segments = Segments::cover(segments, rows, adapters);
+    let pitch = ranks.next_multiple_of(8);
+    let mut lines = s.data().chunks_exact(pitch);
+    let zeros = |lines: &mut std::slice::ChunksExact<'_, f32>| {
+        for i in 0..BAND {
+            let line = lines.next().expect("a band");
+            assert!(line.iter().all(|v| *v == 0.0), "row {i} of a band: {line:?}");
+        }
+    };
+    let mut plain = Tensor::zeros(&[rows, ranks]);
+    let out = plain.data_mut();
+    zeros(&mut lines);
+    for (first, segment) in segments.placed().filter(|(_, s)| s.adapter.is_some()) {
+        for row in first..first + segment.rows {
+            let (values, padding) = lines.next().expect("a row").split_at(ranks);
+            assert!(padding.iter().all(|v| *v == 0.0), "padding of row {row}: {padding:?}");
+            out[row * ranks..][..ranks].copy_from_slice(values);
+        }
+        zeros(&mut lines);
+    }
+    assert_eq!(lines.next(), None);
+    plain
 }
 
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {

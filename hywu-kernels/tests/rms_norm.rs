@@ -4,10 +4,11 @@ use hywu_kernels::{
     Tape, Tensor, Var,
     ops::{
         loss::weighted_sum,
-        rms_norm::{Modulation, rms_norm},
+        low_rank_linear::{Segment, Segments, Shrink},
+        rms_norm::{Modulation, rms_norm, rms_norm_shrink},
     },
     reference::elementary as oracle,
-    testing::{Place, check_gradients, check_gradients_at, for_each_place, random},
+    testing::{Place, check_gradients, check_gradients_at, for_each_place, random, shrunk_rows},
 };
 use proptest::prelude::*;
 
@@ -158,6 +159,74 @@ fn equal_input_gives_equal_bits_whatever_the_batch() {
         }
         assert_eq!(of_entries(place, &[2])[0], all[2]);
     });
+}
+
+/// The norm with scale y A^T beside it is the two, one after the other, in every bit: the output, what is computed ahead and the gradients.
+fn check_shrink(place: Place, [batch, rows, c]: [usize; 3], ranks: usize, of: Option<&Segments>) {
+    let adapters = of.map_or(batch, Segments::adapters);
+    let [x, w, scale, shift] = [&[batch, rows, c][..], &[c], &[batch, c], &[batch, c]].map(|s| random(1, s));
+    let a = place.tensor(&random(2, &[adapters, ranks, c]));
+    let shrink = Shrink { a: &a, scale: 0.75, segments: of };
+    for (weighted, modulated) in [(true, true), (true, false), (false, true), (false, false)] {
+        let run = |fused: bool| {
+            let tape = Tape::new();
+            let leaves = [&x, &w, &scale, &shift].map(|t| tape.leaf(place.tensor(t)));
+            let [x, w, scale, shift] = &leaves;
+            let (w, modulation) = (weighted.then_some(w), modulated.then_some(Modulation { scale, shift }));
+            let (y, s) = match fused {
+                true => rms_norm_shrink(&tape, x, w, 1e-3, modulation, &shrink).expect("it runs"),
+                false => {
+                    let y = rms_norm(&tape, x, w, 1e-3, modulation).expect("it runs");
+                    let s = shrink.of(y.value()).expect("it runs");
+                    (y, s)
+                }
+            };
+            let loss = weighted_sum(&tape, &y, &place.tensor(&random(3, y.shape()))).expect("one shape");
+            let mut grads = tape.backward(&loss).expect("a scalar");
+            let grads = leaves.iter().filter_map(|leaf| grads.take(leaf));
+            let all: Vec<Tensor> = [y.value().clone()].into_iter().chain(grads).collect();
+            let all = all.iter().map(|t| t.to_host().expect("the device works")).collect::<Vec<_>>();
+            all.into_iter().chain([shrunk_rows(&s, of, adapters)]).collect::<Vec<_>>()
+        };
+        let (one, two) = (run(true), run(false));
+        assert_eq!(one.len(), two.len());
+        for (i, (one, two)) in one.iter().zip(&two).enumerate() {
+            let what =
+                format!("result {i} at {place:?}: {c} channels, {ranks} ranks, {weighted}, {modulated}");
+            assert!(one.data().iter().all(|v| v.is_finite()), "{what}");
+            assert!(one.data() == two.data(), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_shrink_beside_it_changes_no_bit() {
+    let segment = |(rows, adapter)| Segment { rows, weight: 0, adapter };
+    let ragged = [
+        (1, Some(2)),
+        (15, Some(0)),
+        (16, Some(6)),
+        (17, Some(1)),
+        (31, Some(3)),
+        (33, Some(5)),
+        (129, Some(4)),
+    ];
+    let ragged = Segments::new(&ragged.map(segment)).expect("good segments");
+    let partly =
+        Segments::new(&[(30, Some(1)), (6, None), (14, Some(0))].map(segment)).expect("good segments");
+    for_each_place(|place| {
+        for c in [8, 24, 63, 64, 65, 192, 256, 264, 513, 2056, 4104, 8200] {
+            check_shrink(place, [2, 19, c], 16, None);
+        }
+        for ranks in [1, 4, 7, 17, 64, 65, 128] {
+            check_shrink(place, [3, 16, 72], ranks, None);
+        }
+        check_shrink(place, [2, 121, 72], 12, Some(&ragged));
+        check_shrink(place, [2, 25, 72], 12, Some(&partly));
+    });
+    let (x, a) = (Var::constant(Tensor::zeros(&[2, 3, 8])), Tensor::zeros(&[2, 4, 9]));
+    let shrink = Shrink { a: &a, scale: 1.0, segments: None };
+    assert!(rms_norm_shrink(&Tape::inference(), &x, None, 1e-3, None, &shrink).is_err());
 }
 
 proptest! {

@@ -1,13 +1,14 @@
 //! Activations against the oracle, forward and backward.
 
 use hywu_kernels::{
-    Tape, Tensor,
+    Tape, Tensor, Var,
     ops::{
         loss::weighted_sum,
-        swiglu::{silu, swiglu},
+        low_rank_linear::{Segment, Segments, Shrink},
+        swiglu::{silu, swiglu, swiglu_shrink},
     },
     reference::elementary as oracle,
-    testing::{check_gradients, for_each_place, random},
+    testing::{Place, check_gradients, for_each_place, random, shrunk_rows},
 };
 use proptest::prelude::*;
 
@@ -66,6 +67,66 @@ fn more_rows_than_one_task_takes() {
     check_gradients(&[random(1, &[ROWS, 9])], |t, v| silu(t, &v[0]), silu_all, 6, 1e-5);
     let pairs = random(2, &[ROWS, 2 * 9]);
     check_gradients(&[pairs], |t, v| swiglu(t, &v[0]), |v| oracle::swiglu(&v[0], 2 * 9), 6, 1e-5);
+}
+
+/// SwiGLU with scale y A^T beside it is the two, one after the other, in every bit: the output, what is computed ahead and the gradient.
+fn check_shrink(place: Place, [batch, rows, h]: [usize; 3], ranks: usize, of: Option<&Segments>) {
+    let adapters = of.map_or(batch, Segments::adapters);
+    let (x, a) = (random(1, &[batch, rows, 2 * h]), place.tensor(&random(2, &[adapters, ranks, h])));
+    let shrink = Shrink { a: &a, scale: 0.75, segments: of };
+    let run = |fused: bool| {
+        let tape = Tape::new();
+        let x = tape.leaf(place.tensor(&x));
+        let (y, s) = match fused {
+            true => swiglu_shrink(&tape, &x, &shrink).expect("it runs"),
+            false => {
+                let y = swiglu(&tape, &x).expect("it runs");
+                let s = shrink.of(y.value()).expect("it runs");
+                (y, s)
+            }
+        };
+        let loss = weighted_sum(&tape, &y, &place.tensor(&random(3, y.shape()))).expect("one shape");
+        let grads = tape.backward(&loss).expect("a scalar");
+        let both =
+            [y.value(), grads.get(&x).expect("a leaf")].map(|t| t.to_host().expect("the device works"));
+        let [y, dx] = both;
+        [y, dx, shrunk_rows(&s, of, adapters)]
+    };
+    for (i, (one, two)) in run(true).iter().zip(&run(false)).enumerate() {
+        let what = format!("result {i} at {place:?}: {h} channels, {ranks} ranks");
+        assert!(one.data().iter().all(|v| v.is_finite()), "{what}");
+        assert!(one.data() == two.data(), "{what}");
+    }
+}
+
+#[test]
+fn a_shrink_beside_it_changes_no_bit() {
+    let segment = |(rows, adapter)| Segment { rows, weight: 0, adapter };
+    let ragged = [
+        (1, Some(2)),
+        (15, Some(0)),
+        (16, Some(6)),
+        (17, Some(1)),
+        (31, Some(3)),
+        (33, Some(5)),
+        (129, Some(4)),
+    ];
+    let ragged = Segments::new(&ragged.map(segment)).expect("good segments");
+    let partly =
+        Segments::new(&[(30, Some(1)), (6, None), (14, Some(0))].map(segment)).expect("good segments");
+    for_each_place(|place| {
+        for h in [8, 24, 63, 64, 65, 192, 513, 2056] {
+            check_shrink(place, [2, 19, h], 16, None);
+        }
+        for ranks in [1, 4, 7, 17, 64, 65, 128] {
+            check_shrink(place, [3, 16, 72], ranks, None);
+        }
+        check_shrink(place, [2, 121, 72], 12, Some(&ragged));
+        check_shrink(place, [2, 25, 72], 12, Some(&partly));
+    });
+    let (x, a) = (Var::constant(Tensor::zeros(&[2, 3, 8])), Tensor::zeros(&[2, 4, 8]));
+    let shrink = Shrink { a: &a, scale: 1.0, segments: None };
+    assert!(swiglu_shrink(&Tape::inference(), &x, &shrink).is_err());
 }
 
 proptest! {

@@ -45,19 +45,21 @@ __device__ __forceinline__ void load_pack(float (&v)[4], const float* p) {
     v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
 }
 
-__device__ __forceinline__ void load_pack(float (&v)[8], const bf16* p) {
-    uint4 q = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ void widen(const uint4& q, float (&v)[8]) {
     widen(q.x, v[0], v[1]), widen(q.y, v[2], v[3]), widen(q.z, v[4], v[5]), widen(q.w, v[6], v[7]);
 }
+
+__device__ __forceinline__ uint4 narrow(const float (&v)[8]) {
+    return make_uint4(narrow(v[0], v[1]), narrow(v[2], v[3]), narrow(v[4], v[5]), narrow(v[6], v[7]));
+}
+
+__device__ __forceinline__ void load_pack(float (&v)[8], const bf16* p) { widen(*reinterpret_cast<const uint4*>(p), v); }
 
 __device__ __forceinline__ void store_pack(float* p, const float (&v)[4]) {
     *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
 }
 
-__device__ __forceinline__ void store_pack(bf16* p, const float (&v)[8]) {
-    *reinterpret_cast<uint4*>(p) =
-        make_uint4(narrow(v[0], v[1]), narrow(v[2], v[3]), narrow(v[4], v[5]), narrow(v[6], v[7]));
-}
+__device__ __forceinline__ void store_pack(bf16* p, const float (&v)[8]) { *reinterpret_cast<uint4*>(p) = narrow(v); }
 
 // Is it a whole pack that one 16-byte access moves? Rows of odd lengths start anywhere.
 template <class T> __device__ __forceinline__ bool whole(const T* p, int count) {

@@ -40,7 +40,7 @@ HYWU_PTX void barrier_arrive(uint64_t* barrier) {
 HYWU_PTX void barrier_arrive_in(uint64_t* barrier, uint32_t block) {
     asm volatile(
         "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
         "r"(block)
         : "memory");
 }
@@ -51,7 +51,7 @@ HYWU_PTX void barrier_expect(uint64_t* barrier, uint32_t bytes) {
 HYWU_PTX bool barrier_passed(uint64_t* barrier, uint32_t parity) {
     uint32_t passed;
     asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
         : "=r"(passed)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");

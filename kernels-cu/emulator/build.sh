@@ -9,39 +9,50 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kernels=$(dirname "$here")
 CXX=${CXX:-g++}
 flags=(-std=c++17 -O2 -g1 -ffp-contract=off -fPIC -fvisibility=hidden -fno-gnu-unique -fno-extern-tls-init
-    -fno-strict-aliasing -fsanitize=alignment -fno-sanitize-recover=alignment -pthread -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function
+    -fno-strict-aliasing -fsanitize=alignment -fno-sanitize-recover=alignment -pthread -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi
     -I "$here/include" -I "$kernels/common" -I "$kernels")
 language=(-x c++ -include "$here/emulator.h")
 lower() { if command -v nice >/dev/null; then nice -n 5 "$@"; else "$@"; fi; }
 
-# The names of the kernels in a .cu: lines `name threads`, then whether there is static shared memory.
+# The kernels in a .cu: lines `name (launch bounds) (cluster dims)`, then whether there are static `__shared__`
+# variables, and any at all.
 scan() {
     "$CXX" "${flags[@]}" "${language[@]}" -DHYWU_SCAN -E -P "$1" | tr '\n\t' '  ' | awk '
     {
         n = split($0, part, "__hywu_kernel__")
         for (i = 2; i <= n; i++) {
             if (part[i - 1] !~ /extern *"C" *$/) continue
-            text = part[i]; bound = ""
-            at = index(text, "__hywu_bounds__")
-            paren = index(text, "(")
-            if (at && at < paren) {
-                rest = substr(text, paren); depth = 0
+            text = part[i]; bound = cluster = "()"
+            while (match(text, /^[^(]*__hywu_(bounds|cluster)__ *\(/)) {
+                is_bound = substr(text, 1, RLENGTH) ~ /__hywu_bounds__ *\($/
+                rest = substr(text, RLENGTH); depth = 0
                 for (j = 1; j <= length(rest); j++) {
                     c = substr(rest, j, 1)
                     if (c == "(") depth++
                     if (c == ")" && --depth == 0) break
                 }
-                bound = substr(rest, 1, j)
+                argument = substr(rest, 1, j)
+                gsub(/ /, "", argument)
+                if (is_bound) bound = argument; else cluster = argument
                 text = substr(rest, j + 1)
+            }
+            # A tensor map by value has to stay in the memory of the parameters.
+            parameters = text
+            sub(/\).*/, "", parameters)
+            count = split(parameters, parameter, /[,(]/)
+            for (j = 2; j <= count; j++) {
+                if (parameter[j] !~ /CUtensorMap/ || parameter[j] ~ /[*&]/ || parameter[j] ~ /__hywu_constant__/) continue
+                print "build.sh: a tensor map without __grid_constant__:" parameter[1] > "/dev/stderr"
+                exit 1
             }
             sub(/\(.*/, "", text)
             gsub(/ +$/, "", text)
             m = split(text, word, /[^A-Za-z0-9_]+/)
-            gsub(/ /, "", bound)
-            print word[m], (bound == "" ? "()" : bound)
+            print word[m], bound, cluster
         }
+        named = /__hywu_shared__/ ? "true" : "false"
         gsub(/extern *__hywu_shared__/, "")
-        print "shared", (/__hywu_shared__/ ? "true" : "false")
+        print "shared", (/__hywu_shared__/ ? "true" : "false") ", " named
     }'
 }
 
@@ -54,10 +65,10 @@ unit() {
     {
         echo "#include \"$source\""
         local shared
-        shared=$(awk '$1 == "shared" { print $2 }' "$base.names")
+        shared=$(sed -n 's/^shared //p' "$base.names")
         echo "static const bool hywu_registered = [] {"
         awk -v unit="$name" -v shared="$shared" '$1 != "shared" {
-            printf "    emu::add<%s>(\"%s\", \"%s\", emu::bounds%s, %s);\n", $1, unit, $1, $2, shared
+            printf "    emu::add<%s>(\"%s\", \"%s\", emu::bounds%s, dim3%s, %s);\n", $1, unit, $1, $2, $3, shared
         }' "$base.names"
         echo "    return true;"
         echo "}();"

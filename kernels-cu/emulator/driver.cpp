@@ -149,6 +149,8 @@ API cuDeviceGetAttribute(int* value, int attribute, int handle) {
         {106, 32},        // blocks of a multiprocessor
         {111, 1 << 10},   // shared memory that the driver keeps of a block
         {115, 1},         // memory pools
+        {120, 1},         // clusters
+        {127, 1},         // tensor maps
     };
     if (!device(handle)) return INVALID_DEVICE;
     if (!value || attribute < 1) return INVALID_VALUE;
@@ -338,6 +340,13 @@ int emu::launch_work(void* function, dim3 grid, dim3 block, unsigned dynamic, vo
         std::lock_guard lock(state);
         if (dynamic > kernel->max_dynamic) return INVALID_VALUE;
     }
+    auto [cx, cy, cz] = kernel->cluster;
+    if (uint64_t(cx) * cy * cz > MAX_CLUSTER) return INVALID_CLUSTER;
+    if (gx % cx || gy % cy || gz % cz) return INVALID_VALUE;
+    if (cx * cy * cz > 1 && bx * by * bz % WARP) {
+        fprintf(stderr, "emulator: kernel %s: blocks of clusters have to be of whole warps here\n", kernel->name);
+        return INVALID_VALUE;
+    }
     auto copies = copy_parameters(*kernel, parameters);
     Launch l{kernel, grid, block, dynamic, copies.get()};
     work = [l, copies] { return launch(l); };
@@ -378,6 +387,7 @@ static const struct {
      "operation failed due to a previous error during capture"},
     {CAPTURE_UNMATCHED, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED",
      "capture was not ended in the same stream as it began"},
+    {INVALID_CLUSTER, "CUDA_ERROR_INVALID_CLUSTER_SIZE", "cluster misconfiguration"},
     {CAPTURE_WRONG_THREAD, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
      "attempt to terminate a thread-local capture sequence from another thread"},
 };

@@ -33,6 +33,7 @@ enum Result : int {
     CAPTURE_INVALIDATED = 901,
     CAPTURE_UNMATCHED = 903,
     CAPTURE_WRONG_THREAD = 908,
+    INVALID_CLUSTER = 912,
 };
 
 /// A device, its primary context and its memory pool: the handles of all three point here.

@@ -21,16 +21,19 @@
 #define __global__ __hywu_kernel__
 #define __shared__ __hywu_shared__
 #define __launch_bounds__(...) __hywu_bounds__(__VA_ARGS__)
+#define __cluster_dims__(...) __hywu_cluster__(__VA_ARGS__)
+#define __grid_constant__ __hywu_constant__
 #else
+#define __grid_constant__
 #define __global__
 // Within a function this is static too; after `extern` it declares the dynamic array of the scheduler.
 #define __shared__ thread_local
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #endif
 #define __device__
 #define __host__
 #define __constant__
-#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))

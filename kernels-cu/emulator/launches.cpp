@@ -41,7 +41,7 @@ Kernel* find_kernel(const std::string& name) {
 
 struct Work {
     const Launch* launch;
-    uint64_t blocks;
+    uint64_t clusters;
     std::atomic<uint64_t> next{0};
     std::atomic<bool> trapped{false};
 };
@@ -50,6 +50,42 @@ static std::mutex workers_lock;
 static std::vector<Worker*>& workers() {
     static auto* free = new std::vector<Worker*>;
     return *free;
+}
+
+/// Gives the launch's threads and blocks their places.
+static void set_up(Worker& w) {
+    const Launch& l = *w.launch;
+    const dim3& c = l.kernel->cluster;
+    w.blocks = c.x * c.y * c.z;
+    w.block_threads = l.block.x * l.block.y * l.block.z;
+    w.threads = w.blocks * w.block_threads;
+    w.trapped = false;
+    if (w.blocks > 1 && !w.cluster_memory) {
+        w.cluster_memory = static_cast<unsigned char*>(aligned_alloc(1024, MAX_CLUSTER * SHARED_SLOT));
+    }
+    w.thread.resize(w.threads);
+    w.warp.resize((w.threads + WARP - 1) / WARP);
+    w.order.resize(w.threads);
+    for (unsigned i = 0; i < w.blocks; i++) {
+        Running& block = w.block[i];
+        block.size = l.block;
+        block.grid = l.grid;
+        block.rank = i;
+        block.origin = w.blocks > 1 ? w.cluster_memory + i * SHARED_SLOT : dynamic_shared;
+        block.dynamic = block.origin + seed() % 2 * SHARED_ALIGN;
+        block.thread = &w.thread[i * w.block_threads];
+    }
+    for (unsigned i = 0; i < w.threads; i++) {
+        Thread& t = w.thread[i];
+        unsigned number = i % w.block_threads;
+        t.index = {number % l.block.x, number / l.block.x % l.block.y, number / l.block.x / l.block.y};
+        t.number = number;
+        t.block = &w.block[i / w.block_threads];
+        t.worker = &w;
+        t.warp = &w.warp[i / WARP];
+        w.order[i] = i;
+    }
+    for (unsigned i = 0; i * WARP < w.threads; i++) w.warp[i].threads = &w.thread[i * WARP];
 }
 
 static void run_blocks(Work& work) {
@@ -65,32 +101,23 @@ static void run_blocks(Work& work) {
     Worker& w = *worker;
     const Launch& l = *work.launch;
     w.launch = &l;
-    w.threads = l.block.x * l.block.y * l.block.z;
-    w.trapped = false;
-    w.block.size = l.block;
-    w.block.grid = l.grid;
-    w.block.dynamic = dynamic_shared;
-    for (unsigned i = 0; i < w.threads; i++) {
-        Thread& t = w.thread[i];
-        t.index = {i % l.block.x, i / l.block.x % l.block.y, i / l.block.x / l.block.y};
-        t.number = i;
-        t.block = &w.block;
-        t.worker = &w;
-        w.order[i] = i;
-    }
+    set_up(w);
 #ifdef __SANITIZE_ADDRESS__
-    __asan_poison_memory_region(dynamic_shared + l.dynamic, MAX_DYNAMIC - l.dynamic);
+    for (unsigned i = 0; i < w.blocks; i++) {
+        const unsigned char* end = w.block[i].dynamic + l.dynamic;
+        __asan_poison_memory_region(end, size_t(w.block[i].origin + SHARED_SLOT - end));
+    }
 #endif
     for (;;) {
         uint64_t i = work.next.fetch_add(1, std::memory_order_relaxed);
-        if (i >= work.blocks || work.trapped) break;
+        if (i >= work.clusters || work.trapped) break;
         // Another seed takes the blocks in another order too.
-        if (seed() % 2) i = work.blocks - 1 - i;
-        run_block(w, i);
+        if (seed() % 2) i = work.clusters - 1 - i;
+        run_cluster(w, i);
         if (w.trapped) work.trapped = true;
     }
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(dynamic_shared, MAX_DYNAMIC);
+    for (unsigned i = 0; i < w.blocks; i++) __asan_unpoison_memory_region(w.block[i].origin, SHARED_SLOT);
 #endif
     // The fibers of a trapped block never end: their stacks are given up, and the device with them.
     if (w.trapped) return;
@@ -132,10 +159,11 @@ bool run(const Launch& launch) {
     segment();
     auto work = std::make_shared<Work>();
     work->launch = &launch;
-    work->blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    const dim3& c = launch.kernel->cluster;
+    work->clusters = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z / (c.x * c.y * c.z);
     // A launch that finds the pool at work runs on its own thread alone.
     std::unique_lock busy(pool->busy, std::try_to_lock);
-    unsigned helpers = busy ? unsigned(std::min<uint64_t>(pool->helpers, work->blocks - 1)) : 0;
+    unsigned helpers = busy ? unsigned(std::min<uint64_t>(pool->helpers, work->clusters - 1)) : 0;
     if (helpers) {
         std::lock_guard hold(pool->lock);
         pool->work = work;

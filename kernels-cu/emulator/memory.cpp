@@ -85,8 +85,7 @@ Graph::~Graph() {
     for (uint64_t address : memory) release(address);
 }
 
-/// Whether these bytes lie within one allocation.
-static bool is_device_memory(uint64_t address, size_t bytes) {
+bool is_device_memory(uint64_t address, size_t bytes) {
     std::lock_guard lock(state);
     auto after = allocations().upper_bound(address);
     if (after == allocations().begin()) return false;

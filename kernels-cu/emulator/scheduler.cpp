@@ -1,7 +1,8 @@
 // The threads of a block are fibers of one host thread.
 
-#include "emulator.h"
 #include "worker.h"
+
+#include "emulator.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -16,7 +17,7 @@
 // What `extern __shared__ ... dynamic_shared[]` of the kernels means. Every other thread-local variable of
 // this library is a kernel's static shared memory: the emulator itself must have none, since they are
 // poisoned for every block.
-alignas(1024) thread_local unsigned char dynamic_shared[emu::MAX_DYNAMIC];
+alignas(1024) thread_local unsigned char dynamic_shared[emu::SHARED_SLOT];
 
 // Saves the callee's registers on this stack and takes up the other one; r15 is the running thread.
 asm(R"(
@@ -88,9 +89,22 @@ static void to_scheduler(Worker& w, Fiber& f) {
     arrive_on_fiber(w, f.fake_stack);
 }
 
-static void yield(Thread& t) {
+void yield(Thread& t) {
     t.yielded = true;
     to_scheduler(*t.worker, *t.fiber);
+}
+
+void maybe_yield() {
+    Thread& t = self();
+    if (!chance(*t.worker, 8)) return;
+    t.state = State::Ready;
+    yield(t);
+}
+
+void wake(Thread& t) {
+    t.state = State::Ready;
+    t.worker->woken = true;
+    t.worker->idle = 0;
 }
 
 static void finish(Thread& t);
@@ -182,6 +196,10 @@ static const char* describe(State state) {
     case State::Ready: return "is ready";
     case State::Barrier: return "waits at a barrier of the block";
     case State::Collective: return "waits for its warp";
+    case State::Mbarrier: return "waits for a barrier in shared memory";
+    case State::Named: return "waits at a named barrier";
+    case State::Cluster: return "waits at a barrier of the cluster";
+    case State::Products: return "waits for products that not all of its warpgroup have issued";
     case State::Done: return "has exited";
     }
     return "?";
@@ -189,7 +207,7 @@ static const char* describe(State state) {
 
 static void print_thread(const Thread& t) {
     const Worker& w = *t.worker;
-    const uint3 &b = w.block.index, &i = t.index;
+    const uint3 &b = t.block->index, &i = t.index;
     fprintf(stderr, "kernel %s (%s), block (%u, %u, %u), thread (%u, %u, %u)", w.launch->kernel->name,
             w.launch->kernel->unit, b.x, b.y, b.z, i.x, i.y, i.z);
 }
@@ -204,21 +222,45 @@ void fail(const char* what) {
 [[noreturn]] static void deadlock(const Worker& w) {
     fprintf(stderr, "emulator: deadlock: %u of %u threads have not exited, all of them wait\n", w.live,
             w.threads);
-    // One thread of every kind that there is.
-    for (State state : {State::Barrier, State::Collective, State::Done}) {
-        for (unsigned i = 0; i < w.threads; i++) {
-            if (w.thread[i].state != state) continue;
-            fprintf(stderr, "  ");
-            print_thread(w.thread[i]);
-            fprintf(stderr, " %s", describe(state));
-            const Warp& warp = w.warp[i / WARP];
-            if (state == State::Collective) {
-                fprintf(stderr, " in %s, mask %08x, here %08x", warp.name[i % WARP], warp.mask[i % WARP],
-                        warp.waiting);
-            }
-            fprintf(stderr, "\n");
-            break;
+    // One thread of every kind that there is, and how many they are.
+    struct Kind {
+        const Thread* thread;
+        unsigned number, count;
+        const Mbarrier* barrier;
+    };
+    std::vector<Kind> kinds;
+    for (const Thread& t : w.thread) {
+        Kind kind{&t, 0, 1, nullptr};
+        const Pending* p = w.asynchronous ? &w.pending[size_t(&t - w.thread.data())] : nullptr;
+        if (t.state == State::Mbarrier) kind.barrier = p->barrier;
+        if (t.state == State::Named) kind.number = p->number;
+        auto same = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& k) {
+            return k.thread->state == t.state && k.number == kind.number && k.barrier == kind.barrier;
+        });
+        if (same == kinds.end()) kinds.push_back(kind);
+        else same->count++;
+    }
+    for (const Kind& k : kinds) {
+        const Thread& t = *k.thread;
+        fprintf(stderr, "  ");
+        print_thread(t);
+        fprintf(stderr, " %s", describe(t.state));
+        unsigned lane = t.number % WARP;
+        if (t.state == State::Collective) {
+            fprintf(stderr, " in %s, mask %08x, here %08x", t.warp->name[lane], t.warp->mask[lane], t.warp->waiting);
         }
+        if (t.state == State::Named) {
+            const NamedBarrier& b = running(t).named[k.number];
+            fprintf(stderr, ", number %u: %u of %u threads are here", k.number, b.arrived, b.threads);
+        }
+        if (const Mbarrier* b = k.barrier) {
+            const auto* from = reinterpret_cast<const unsigned char*>(b->address);
+            fprintf(stderr, " at %td of dynamic shared memory: parity %u of phase %u, %u of %u arrivals and %lld bytes missing",
+                    from - t.block->dynamic, b->phase & 1, b->phase, b->pending, b->expected,
+                    static_cast<long long>(b->bytes));
+        }
+        if (k.count > 1) fprintf(stderr, " (and %u others)", k.count - 1);
+        fprintf(stderr, "\n");
     }
     abort();
 }
@@ -234,11 +276,11 @@ void trap() {
 
 // Barriers
 
-static void release_barrier(Worker& w) {
-    int result = w.kind == Barrier::Or ? w.any : w.kind == Barrier::And ? w.all : w.count;
-    w.arrived = 0;
-    for (unsigned i = 0; i < w.threads; i++) {
-        Thread& t = w.thread[i];
+static void release_barrier(Running& block) {
+    int result = block.kind == Barrier::Or ? block.any : block.kind == Barrier::And ? block.all : block.count;
+    block.arrived = 0;
+    for (unsigned i = 0, count = self().worker->block_threads; i < count; i++) {
+        Thread& t = block.thread[i];
         if (t.state != State::Barrier) continue;
         t.state = State::Ready;
         t.result = result;
@@ -247,37 +289,34 @@ static void release_barrier(Worker& w) {
 
 int barrier(Barrier kind, int predicate) {
     Thread& t = self();
-    Worker& w = *t.worker;
-    if (w.arrived++ == 0) {
-        w.kind = kind;
-        w.any = 0, w.all = 1, w.count = 0;
-    } else if (w.kind != kind) {
+    Running& block = running(t);
+    if (block.arrived++ == 0) {
+        block.kind = kind;
+        block.any = 0, block.all = 1, block.count = 0;
+    } else if (block.kind != kind) {
         fail("threads of a block meet at barriers of different kinds");
     }
-    w.any |= predicate != 0;
-    w.all &= predicate != 0;
-    w.count += predicate != 0;
+    block.any |= predicate != 0;
+    block.all &= predicate != 0;
+    block.count += predicate != 0;
     t.state = State::Barrier;
-    bool last = w.arrived == w.live;
-    if (last) release_barrier(w);
+    bool last = block.arrived == block.live;
+    if (last) release_barrier(block);
     // The last one to arrive must not always be the first one to go on.
     if (!last || seed()) yield(t);
     return t.result;
 }
 
 unsigned alive() {
-    const Thread& t = self();
-    return t.worker->warp[t.number / WARP].alive;
+    return self().warp->alive;
 }
 
 /// Runs the collective that lanes with this mask wait for, if nobody is missing.
-static bool complete(Worker& w, unsigned number, unsigned mask) {
-    Warp& warp = w.warp[number];
+static bool complete(Warp& warp, unsigned mask) {
     unsigned need = mask & warp.alive;
     if ((warp.waiting & need) != need || !need) return false;
     unsigned first = unsigned(__builtin_ctz(need));
     void* operands[WARP] = {};
-    Thread* threads = &w.thread[number * WARP];
     for (unsigned i = first; i < WARP; i++) {
         if (!(need >> i & 1)) continue;
         if (warp.mask[i] != mask) fail("lanes of a warp meet with different masks");
@@ -290,15 +329,14 @@ static bool complete(Worker& w, unsigned number, unsigned mask) {
     warp.run[first](operands);
     warp.waiting &= ~need;
     for (unsigned i = first; i < WARP; i++) {
-        if (need >> i & 1) threads[i].state = State::Ready;
+        if (need >> i & 1) warp.threads[i].state = State::Ready;
     }
     return true;
 }
 
 void collective(unsigned mask, void* operand, Collective run, const char* name) {
     Thread& t = self();
-    Worker& w = *t.worker;
-    Warp& warp = w.warp[t.number / WARP];
+    Warp& warp = *t.warp;
     unsigned lane = t.number % WARP;
     if (!(mask >> lane & 1)) fail("a lane calls a warp operation with a mask that leaves it out");
     warp.waiting |= 1u << lane;
@@ -307,23 +345,28 @@ void collective(unsigned mask, void* operand, Collective run, const char* name) 
     warp.run[lane] = run;
     warp.name[lane] = name;
     t.state = State::Collective;
-    bool last = complete(w, t.number / WARP, mask);
+    bool last = complete(warp, mask);
     if (!last || seed()) yield(t);
 }
 
 /// Exited threads are not waited for, as on the device.
 static void finish(Thread& t) {
     Worker& w = *t.worker;
+    Running& block = running(t);
+    if (w.asynchronous) finish_asynchronous(t);
     t.state = State::Done;
     w.live--;
-    Warp& warp = w.warp[t.number / WARP];
+    block.live--;
+    Warp& warp = *t.warp;
     warp.alive &= ~(1u << (t.number % WARP));
     for (unsigned left = warp.waiting; left;) {
         unsigned mask = warp.mask[__builtin_ctz(left)];
-        complete(w, t.number / WARP, mask);
+        complete(warp, mask);
         left &= ~mask;
     }
-    if (w.arrived && w.arrived == w.live) release_barrier(w);
+    if (block.arrived && block.arrived == block.live) release_barrier(block);
+    if (w.arrived && w.arrived == w.live) release_cluster(w);
+    if (w.asynchronous && !block.live) finish_asynchronous(w, block);
     if (!t.copies.empty()) t.copies.clear();
 }
 
@@ -355,18 +398,35 @@ const Segment& segment() {
 }
 
 bool is_shared(const void* address) {
-    const unsigned char* start = self().block->dynamic + segment().start;
+    const Worker& w = *self().worker;
+    if (w.blocks > 1) return is_shared(address, 1);
+    const unsigned char* start = w.block[0].origin + segment().start;
     return address >= start && address < start + segment().bytes;
 }
 
 /// NaN in every float type, so that what a kernel reads before it wrote it shows.
 static void poison_shared(const Worker& w) {
-    unsigned char* dynamic = w.block.dynamic;
-    memset(dynamic, 0xff, w.launch->dynamic);
-    if (!w.launch->kernel->has_static_shared) return;
-    unsigned char *start = dynamic + segment().start, *end = start + segment().bytes;
-    memset(start, 0xff, size_t(dynamic - start));
-    memset(dynamic + MAX_DYNAMIC, 0xff, size_t(end - dynamic - MAX_DYNAMIC));
+    for (unsigned i = 0; i < w.blocks; i++) {
+        const Running& block = w.block[i];
+        memset(block.origin, 0xff, size_t(block.dynamic - block.origin) + w.launch->dynamic);
+    }
+    unsigned char *start = dynamic_shared + segment().start, *end = start + segment().bytes;
+    if (w.blocks > 1) {
+        if (w.launch->kernel->has_named_shared) memset(start, 0xff, size_t(end - start));
+    } else if (w.launch->kernel->has_static_shared) {
+        memset(start, 0xff, size_t(dynamic_shared - start));
+        memset(dynamic_shared + SHARED_SLOT, 0xff, size_t(end - dynamic_shared - SHARED_SLOT));
+    }
+}
+
+/// Blocks of a cluster would share the one copy that there is of variables.
+static void check_named_shared(const Worker& w) {
+    if (w.blocks == 1 || !w.launch->kernel->has_named_shared) return;
+    unsigned char *start = dynamic_shared + segment().start, *end = start + segment().bytes;
+    if (std::all_of(start, end, [](unsigned char byte) { return byte == 0xff; })) return;
+    fprintf(stderr, "emulator: kernel %s (%s) with a cluster has __shared__ variables; it may have DYNAMIC_SHARED alone\n",
+            w.launch->kernel->name, w.launch->kernel->unit);
+    abort();
 }
 
 // Blocks
@@ -377,6 +437,8 @@ static uint64_t next_random(uint64_t& state) {
     state ^= state << 17;
     return state * 0x2545f4914f6cdd1dull >> 32;
 }
+
+bool chance(Worker& w, unsigned one_in) { return seed() && next_random(w.random) % one_in == 0; }
 
 static void shuffle_order(Worker& w) {
     for (unsigned i = w.threads; i > 1; i--) std::swap(w.order[i - 1], w.order[next_random(w.random) % i]);
@@ -395,10 +457,17 @@ static bool run_some(Worker& w, unsigned begin, unsigned end) {
     return ran;
 }
 
-void run_block(Worker& w, uint64_t number) {
+void run_cluster(Worker& w, uint64_t number) {
     const Launch& l = *w.launch;
-    w.block.index = {unsigned(number % l.grid.x), unsigned(number / l.grid.x % l.grid.y),
-                     unsigned(number / l.grid.x / l.grid.y)};
+    const dim3& c = l.kernel->cluster;
+    unsigned gx = l.grid.x / c.x, gy = l.grid.y / c.y;
+    for (unsigned i = 0; i < w.blocks; i++) {
+        Running& block = w.block[i];
+        block.index = {unsigned(number % gx) * c.x + i % c.x, unsigned(number / gx % gy) * c.y + i / c.x % c.y,
+                       unsigned(number / gx / gy) * c.z + i / c.x / c.y};
+        block.live = w.block_threads;
+        block.arrived = 0;
+    }
     poison_shared(w);
     w.live = w.threads;
     w.arrived = 0;
@@ -419,6 +488,7 @@ void run_block(Worker& w, uint64_t number) {
     }
     while (w.live > 0 && !w.trapped) {
         bool ran = false;
+        w.woken = false;
         if (seed()) {
             shuffle_order(w);
             ran = run_some(w, 0, w.threads);
@@ -428,8 +498,11 @@ void run_block(Worker& w, uint64_t number) {
                 while (run_some(w, i, std::min(i + WARP, w.threads))) ran = true;
             }
         }
-        if (!ran && w.live > 0 && !w.trapped) deadlock(w);
+        if (w.asynchronous && !w.trapped) drift(w);
+        if (!ran && w.live > 0 && !w.trapped && !(w.asynchronous && advance(w))) deadlock(w);
     }
+    if (w.asynchronous) finish_asynchronous(w);
+    if (!w.trapped) check_named_shared(w);
 }
 
 } // namespace emu

@@ -17,6 +17,8 @@ struct Launch {
 Kernel* find_kernel(const std::string& name);
 /// An integer from the environment, or `otherwise`.
 unsigned long long setting(const char* name, unsigned long long otherwise);
+/// Whether these bytes lie within one allocation.
+bool is_device_memory(uint64_t address, size_t bytes);
 /// False if a thread trapped.
 bool run(const Launch& launch);
 

@@ -1,8 +1,13 @@
-// Matrix products with an optional second term: linear layers with low-rank updates, and their gradients; see product.cuh.
+// Matrix products with an optional second term: linear layers with low-rank updates, and their gradients; see product.cuh. The products
+// S = X A^T that feed that term, in bf16: see shrink.cuh.
 #ifndef Element
+#include "ladder.cuh"
+#include "merge.cuh"
 #include "quantized.cuh"
+#include "shrink.cuh"
 #include "simt.cuh"
 #include "tensor_core.cuh"
+#include "warpgroup.cuh"
 
 // Threads of a block, and blocks that share a multiprocessor.
 template <class T, int TILE>
@@ -38,6 +43,67 @@ QUANTIZED(quantized_fp8_few_bf16, Fp8, Few, 2)
         quantized::dequantize<quantized::Code>(codes, scales, out, inner, groups);                                      \
     }
 
+// The kernels of Hopper; elsewhere they are empty, and not launched.
+#ifdef HOPPER
+#define WARPGROUP_PRODUCT(...) warpgroup::product<warpgroup::Config<__VA_ARGS__>>(a, b, a2, b2, out, sizes)
+#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define WARPGROUP_PRODUCT(...)
+#define CLUSTER_OF(blocks)
+#endif
+#define WARPGROUP(name, cluster, ...)                                                                                          \
+    extern "C" __global__ void cluster __launch_bounds__(warpgroup::THREADS, 1)                                                 \
+        name(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap a2, \
+             const __grid_constant__ CUtensorMap b2, const __grid_constant__ CUtensorMap out,                                    \
+             const __grid_constant__ warpgroup::Sizes sizes) {                                                                  \
+        WARPGROUP_PRODUCT(__VA_ARGS__);                                                                                        \
+    }
+// Columns of a tile and blocks of a cluster, for each layout.
+#define WARPGROUP_KERNELS(layout, A_ALONG_K, B_ALONG_K)                              \
+    WARPGROUP(warpgroup_##layout##_256_2, CLUSTER_OF(2), A_ALONG_K, B_ALONG_K, 256, 2) \
+    WARPGROUP(warpgroup_##layout##_128_2, CLUSTER_OF(2), A_ALONG_K, B_ALONG_K, 128, 2) \
+    WARPGROUP(warpgroup_##layout##_128_1, , A_ALONG_K, B_ALONG_K, 128, 1)              \
+    WARPGROUP(warpgroup_##layout##_64_1, , A_ALONG_K, B_ALONG_K, 64, 1)
+
+WARPGROUP_KERNELS(nt, true, true)
+WARPGROUP_KERNELS(nn, true, false)
+WARPGROUP_KERNELS(tn, false, false)
+
+// Lines of `length` into lines of `pitch`, whole packs, zeros at their ends: a thread a pack.
+extern "C" __global__ void __launch_bounds__(BLOCK) pad_lines(const bf16* from, bf16* to, int64_t lines, int length, int pitch) {
+    int64_t i = thread_index(), packs = pitch / PACK<bf16>, line = i / packs;
+    int at = int(i - line * packs) * PACK<bf16>;
+    if (line >= lines) return;
+    float v[PACK<bf16>];
+    load(v, from + line * length + at, min(PACK<bf16>, length - at));
+    store_pack(to + line * pitch + at, v);
+}
+
+// Steps of the ladder, see README.md.
+WARPGROUP(ladder_3, , true, true, 128, 1, 1, false)
+WARPGROUP(ladder_4, , true, true, 128, 1, 5, false)
+WARPGROUP(ladder_5, , true, true, 256, 1, 4, false)
+WARPGROUP(ladder_7, , true, true, 256, 1, 4, true)
+
+// S by blocks of HEIGHT rows and RANKS ranks, with so many blocks on a multiprocessor.
+#define SHRINK(name, HEIGHT, RANKS, ALIGNED, BLOCKS)                                                                    \
+    extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)                                                         \
+        name(const bf16* x, const bf16* a, bf16* s, shrink::Sizes sizes) {                                              \
+        shrink::shrink<HEIGHT, RANKS, ALIGNED>(x, a, s, sizes);                                                         \
+    }
+SHRINK(shrink_16_16_bf16, 16, 16, true, 3)
+SHRINK(shrink_16_32_bf16, 16, 32, true, 3)
+SHRINK(shrink_32_16_bf16, 32, 16, true, 2)
+SHRINK(shrink_32_32_bf16, 32, 32, true, 2)
+// Rows that are not whole packs.
+SHRINK(shrink_odd_bf16, 16, 16, false, 3)
+
+// Adapters' B [n, ranks] -> [ranks, n].
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    shrink_transpose_bf16(const bf16* __restrict__ b, bf16* __restrict__ out, int n, int ranks) {
+    shrink::transpose(b, out, n, ranks);
+}
+
 #define Element float
 #define KERNEL(name) name##_f32
 #define ENGINE simt
@@ -58,6 +124,11 @@ PRODUCT(product_nn_64, true, false, 64)
 PRODUCT(product_nn_128, true, false, 128)
 PRODUCT(product_tn_64, false, false, 64)
 PRODUCT(product_tn_128, false, false, 128)
+
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 3)
+    KERNEL(merge)(const Element* weight, const Element* a, const Element* b, Element* out, MergeSizes sizes) {
+    ENGINE::merge(weight, a, b, out, sizes);
+}
 DEQUANTIZE(dequantize_int8, Int8)
 DEQUANTIZE(dequantize_fp8, Fp8)
 #endif

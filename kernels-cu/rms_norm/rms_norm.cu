@@ -4,8 +4,9 @@
 // A row belongs to `threads` neighbouring threads, a power of two: a part of a warp, a warp, or a whole block. It is read twice, the
 // second time from L1, which costs nothing beside the first and keeps registers for more warps.
 #ifndef Element
-#include "common.cuh"
+#include "norm.cuh"
 #include "reduce.cuh"
+#include "rms_norm_shrink.cuh"
 
 // Sum over the threads of a row; every thread of the block takes part.
 __device__ __forceinline__ float row_sum(float x, int threads, float* scratch) {
@@ -13,29 +14,6 @@ __device__ __forceinline__ float row_sum(float x, int threads, float* scratch) {
     for (int offset = threads / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
 }
-
-// The factors of a row: absent ones are null.
-template <class T> struct Gains {
-    const T *weight, *scale;
-
-    __device__ __forceinline__ Gains(const T* weight, const T* scale, int64_t entry, int channels)
-        : weight(weight), scale(scale ? scale + entry * channels : nullptr) {}
-
-    // v *= weight * (1 + scale)
-    __device__ __forceinline__ void apply(float (&v)[PACK<T>], int column, int count) const {
-        float f[PACK<T>];
-        if (weight) {
-            load(f, weight + column, count);
-#pragma unroll
-            for (int i = 0; i < PACK<T>; i++) v[i] *= f[i];
-        }
-        if (scale) {
-            load(f, scale + column, count);
-#pragma unroll
-            for (int i = 0; i < PACK<T>; i++) v[i] *= 1.0f + f[i];
-        }
-    }
-};
 
 // The block's place: row, first pack and step of the thread. Rows beyond the last have no packs, but take part in the sums.
 struct RowThread {
@@ -45,6 +23,18 @@ struct RowThread {
     __device__ __forceinline__ RowThread(int threads, int rows)
         : row(blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads), lane(threadIdx.x % threads), there(row < rows) {}
 };
+
+// The norm, and S = X A^T of its result for blocks of RANKS ranks; bf16, whole packs.
+#define RMS_NORM_SHRINK(RANKS)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 2) rms_norm_shrink_##RANKS##_bf16(                                  \
+        const bf16* __restrict__ x, const bf16* __restrict__ weight, const bf16* __restrict__ scale,                        \
+        const bf16* __restrict__ shift, bf16* __restrict__ out, const bf16* __restrict__ a, bf16* __restrict__ s,           \
+        shrink::Sizes sizes, int rows_per_entry, int threads, float eps) {                                                  \
+        rms_norm_shrink<RANKS / 8>(x, weight, scale, shift, out, a, s, sizes, rows_per_entry, threads, eps);                \
+    }
+RMS_NORM_SHRINK(16)
+RMS_NORM_SHRINK(32)
+RMS_NORM_SHRINK(64)
 
 #define KERNELS "rms_norm/rms_norm.cu"
 #include "instantiate.cuh"
@@ -64,22 +54,15 @@ extern "C" __global__ void __launch_bounds__(1024)
     for (int column = first; column < end; column += step) {
         load(v, x + at + column, pack_count<Element>(channels, column));
 #pragma unroll
-        for (int i = 0; i < PACK<Element>; i++) square += v[i] * v[i];
+        for (int i = 0; i < PACK<Element>; i++) square = fmaf(v[i], v[i], square);
     }
-    float inverse = 1.0f / sqrtf(row_sum(square, threads, scratch) / channels + eps);
+    float inverse = inverse_rms(row_sum(square, threads, scratch), channels, eps);
     Gains<Element> gains(weight, scale, entry, channels);
+    if (shift) shift += entry * channels;
     for (int column = first; column < end; column += step) {
         int count = pack_count<Element>(channels, column);
         load(v, x + at + column, count);
-#pragma unroll
-        for (int i = 0; i < PACK<Element>; i++) v[i] *= inverse;
-        gains.apply(v, column, count);
-        if (shift) {
-            float s[PACK<Element>];
-            load(s, shift + entry * channels + column, count);
-#pragma unroll
-            for (int i = 0; i < PACK<Element>; i++) v[i] += s[i];
-        }
+        normalise(v, inverse, gains, shift, column, count);
         store(out + at + column, v, count);
     }
 }
@@ -104,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 #pragma unroll
         for (int i = 0; i < PACK<Element>; i++) square += v[i] * v[i], product += d[i] * v[i];
     }
-    float inverse = 1.0f / sqrtf(row_sum(square, threads, scratch) / channels + eps);
+    float inverse = inverse_rms(row_sum(square, threads, scratch), channels, eps);
     float mean = row_sum(product, threads, scratch) * inverse * inverse / channels;
     for (int column = first; column < end; column += step) {
         int count = pack_count<Element>(channels, column);

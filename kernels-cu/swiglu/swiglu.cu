@@ -1,11 +1,21 @@
 // SwiGLU and SiLU: memory-bound, a thread moves 16 bytes of each operand.
 #ifndef Element
-#include "common.cuh"
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+#include "activation.cuh"
+#include "swiglu_shrink.cuh"
 
 // The derivative of silu(x) = x * s, with s = sigmoid(x).
 __device__ __forceinline__ float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
+
+// The activation, and S = X A^T of its result for blocks of RANKS ranks; bf16, whole packs.
+#define SWIGLU_SHRINK(RANKS)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 2) swiglu_shrink_##RANKS##_bf16(                                    \
+        const bf16* __restrict__ x, bf16* __restrict__ out, const bf16* __restrict__ a, bf16* __restrict__ s,               \
+        shrink::Sizes sizes) {                                                                                              \
+        swiglu_shrink<RANKS / 8>(x, out, a, s, sizes);                                                                      \
+    }
+SWIGLU_SHRINK(16)
+SWIGLU_SHRINK(32)
+SWIGLU_SHRINK(64)
 
 #define KERNELS "swiglu/swiglu.cu"
 #include "instantiate.cuh"
@@ -21,8 +31,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     float u[PACK<Element>], g[PACK<Element>];
     load(u, x + up, p.count);
     load(g, x + up + half, p.count);
-#pragma unroll
-    for (int i = 0; i < PACK<Element>; i++) u[i] *= g[i] * sigmoid(g[i]);
+    gate<Element>(u, g);
     store(out + at, u, p.count);
 }
 

@@ -1,7 +1,7 @@
 //! What is timed: one [`Case`] each, under the names that `peer/torch_peer.py` uses too.
 
 mod attention;
-mod linear;
+pub mod low_rank;
 mod memory;
 mod model;
 mod quantized;
@@ -13,6 +13,7 @@ use crate::{
     timing::{Bench, Times},
 };
 use hywu_kernels::Device;
+use std::rc::Rc;
 
 /// What a call must move and compute at least.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,6 +25,7 @@ pub struct Floor {
 }
 
 type Run = dyn Fn(&Bench) -> Result<Times>;
+type Check = dyn Fn(&Bench) -> Result<()>;
 
 /// Something to time.
 pub struct Case {
@@ -31,7 +33,10 @@ pub struct Case {
     pub name: String,
     /// What it must move and compute.
     pub floor: Floor,
+    /// One of many, that no bar depends on: it is timed for a shorter time, and in the first round only.
+    pub is_wide: bool,
     run: Box<Run>,
+    check: Option<Box<Check>>,
 }
 
 impl Case {
@@ -40,7 +45,8 @@ impl Case {
         floor: Floor,
         run: impl Fn(&Bench, Floor) -> Result<Times> + 'static,
     ) -> Self {
-        Self { name: name.into(), floor, run: Box::new(move |bench| run(bench, floor)) }
+        let run = Box::new(move |bench: &Bench| run(bench, floor));
+        Self { name: name.into(), floor, is_wide: false, run, check: None }
     }
     /// A single op: `inputs` makes a copy of its inputs, `call` runs it.
     fn op<I, O>(
@@ -53,20 +59,50 @@ impl Case {
             bench.time(1.0, floor.bytes, |copy| Ok(inputs(bench, copy)?), |inputs| Ok(call(inputs)?))
         })
     }
-    /// Times it.
+    /// An op whose result is checked before it is timed.
+    fn checked<I, O>(
+        name: impl Into<String>,
+        floor: Floor,
+        inputs: impl Fn(&Bench, u64) -> hywu_kernels::Result<I> + 'static,
+        call: impl Fn(&I) -> hywu_kernels::Result<O> + 'static,
+        check: impl Fn(&Bench, &I, &O) -> Result<()> + 'static,
+    ) -> Self {
+        let (inputs, call) = (Rc::new(inputs), Rc::new(call));
+        let (of_check, called) = (inputs.clone(), call.clone());
+        let case = Self::op(name, floor, move |bench, copy| inputs(bench, copy), move |inputs| call(inputs));
+        let check = move |bench: &Bench| {
+            let first = of_check(bench, 0)?;
+            check(bench, &first, &called(&first)?)
+        };
+        Self { check: Some(Box::new(check)), ..case }
+    }
+    /// See [`Case::is_wide`].
+    fn wide(self, is_wide: bool) -> Self {
+        Self { is_wide, ..self }
+    }
+    /// Checks its result; false where there is no check.
     ///
     /// # Errors
-    /// Those of the op and the device.
+    /// A wrong result; those of the op and the device.
+    pub fn check(&self, bench: &Bench) -> Result<bool> {
+        self.check.as_ref().map_or(Ok(false), |check| check(bench).map(|()| true))
+    }
+    /// Checks and times it.
+    ///
+    /// # Errors
+    /// A wrong result; those of the op and the device.
     pub fn run(&self, bench: &Bench) -> Result<Times> {
+        self.check(bench)?;
+        let bench = if self.is_wide { &bench.shorter() } else { bench };
         (self.run)(bench)
     }
 }
 
-/// All cases of a device.
-pub fn all(bench: &Bench) -> Vec<Case> {
+/// All cases of a device; `all_shapes` of low-rank linear, too.
+pub fn all(bench: &Bench, all_shapes: bool) -> Vec<Case> {
     let bytes = bench.dtype().size() as f64;
     let cuda = bench.device != Device::Cpu;
-    let mut cases = linear::cases(cuda && !bench.quick, bytes);
+    let mut cases = low_rank::cases(bench, all_shapes);
     cases.extend(quantized::cases(bench));
     cases.extend(attention::cases(cuda, bench.quick, bytes));
     cases.extend(model::cases(cuda, bench.quick, bytes));

@@ -1,6 +1,6 @@
 //! Calls of the backbone and whole training steps.
 
-use super::{Case, Floor, linear::lora};
+use super::{Case, Floor, low_rank::lora};
 use crate::{
     Result, normal,
     timing::{Bench, Times},

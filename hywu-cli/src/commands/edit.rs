@@ -11,7 +11,7 @@ use hywu::{
 };
 use hywu_core::{Adapter, Dtype};
 use hywu_diffusion::{Picture, SampleOptions, Sampler, check_output, load_picture, save_picture};
-use hywu_kernels::Device;
+use hywu_kernels::{Device, ops::low_rank_linear::Apply};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     collections::HashSet,
@@ -51,6 +51,10 @@ pub struct EditArgs {
     /// Factor on the adapter; 0 is the backbone's own output
     #[arg(long, default_value_t = 1.0, value_name = "F", allow_negative_numbers = true, value_parser = values::finite)]
     strength: f32,
+    /// How the adapter is applied: in every call, merged into the weights, or whichever takes less time. The pictures differ by
+    /// rounding alone, which on the CPU does not show
+    #[arg(long, value_enum, default_value = "fused")]
+    apply: ApplyArg,
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: Device,
@@ -83,6 +87,16 @@ enum SamplerArg {
     Euler,
     /// Two evaluations a step, second order
     Heun,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum ApplyArg {
+    /// Whichever takes less time
+    Auto,
+    /// In every call, beside the weights
+    Fused,
+    /// Merged into a copy of the weights
+    Merged,
 }
 
 /// Ends the process with exit code 2 and clap's own wording.
@@ -160,9 +174,14 @@ impl EditArgs {
             SamplerArg::Euler => Sampler::Euler,
             SamplerArg::Heun => Sampler::Heun,
         };
-        let sample =
-            SampleOptions { seed: self.seed, steps: self.steps, sampler, ..SampleOptions::default() }
-                .with_tile(self.tile);
+        let apply = match self.apply {
+            ApplyArg::Auto => Apply::Auto,
+            ApplyArg::Fused => Apply::Fused,
+            ApplyArg::Merged => Apply::Merged,
+        };
+        let (seed, steps) = (self.seed, self.steps);
+        let sample = SampleOptions { seed, steps, sampler, apply, ..SampleOptions::default() };
+        let sample = sample.with_tile(self.tile);
         EditOptions { strength: self.strength, sample }
     }
 }

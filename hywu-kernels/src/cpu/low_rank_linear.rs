@@ -233,3 +233,28 @@ fn row_products(
         });
     })
 }
+
+/// W + scale * B A: weight [outer, inner], a [parts * rank, inner], b [outer, rank]; part p of the rows uses ranks p * rank .. of A.
+pub fn merge(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32, parts: usize) -> Tensor {
+    /// Rows of a task: few enough that they stay in the cache between the product and the sum.
+    const ROWS: usize = 48;
+    let (outer, inner, rank) = (weight.shape()[0], weight.shape()[1], b.dim_back(1));
+    let each = outer / parts;
+    Tensor::build(weight.shape(), |out| {
+        let work = out.par_chunks_mut(each * inner).zip(weight.data().par_chunks(each * inner));
+        let work = work.zip(a.data().par_chunks(rank * inner).zip(b.data().par_chunks(each * rank)));
+        work.for_each(|((out, weight), (a, b))| {
+            let rows = out.par_chunks_mut(ROWS * inner).zip(weight.par_chunks(ROWS * inner));
+            rows.zip(b.par_chunks(ROWS * rank)).for_each(|((out, weight), b)| {
+                let dims = [b.len() / rank, inner, rank];
+                gemm(dims, Matrix::rows(b, rank), Matrix::rows(a, inner), out, false);
+                // Where the update is zero, the weight keeps its bits, -0 too.
+                let add = |(sum, w): (&mut f32, &f32)| {
+                    let update = scale * *sum;
+                    *sum = if update == 0.0 { *w } else { *w + update };
+                };
+                out.iter_mut().zip(weight).for_each(add);
+            });
+        });
+    })
+}

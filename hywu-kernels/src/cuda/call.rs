@@ -21,6 +21,18 @@ pub(crate) fn blocks(n: usize, per_block: usize) -> Result<u32> {
     }
 }
 
+/// A tensor of two or three axes in device memory, and the boxes of it that Hopper's copy engine moves. Axes from the innermost on.
+#[derive(Debug)]
+pub(crate) struct Boxes {
+    pub address: u64,
+    /// Elements along the axes.
+    pub dims: Vec<u64>,
+    /// Bytes from one to the next along the axes but the innermost; multiples of 16.
+    pub pitches: Vec<u64>,
+    /// Elements of a box along the axes.
+    pub size: Vec<u32>,
+}
+
 /// A launch in the making. The kernel `<name>_f32` or `<name>_bf16` of `kernels-cu/<op>/<op>.cu` is called with the arguments in the
 /// order of these calls. Lengths and offsets are passed as 64-bit integers (`int64_t`), sizes as 32-bit (`int`).
 pub(crate) struct Call {
@@ -148,6 +160,14 @@ impl Call {
             u64::from_le_bytes(word)
         }));
         self
+    }
+    /// What the copy engine is told about a tensor (`const __grid_constant__ CUtensorMap`).
+    ///
+    /// # Errors
+    /// Sizes that the driver does not take.
+    pub fn boxes(mut self, boxes: &Boxes) -> Result<Self> {
+        self.arguments.push(self.gpu.tensor_map(boxes)?);
+        Ok(self)
     }
     /// Launches with `shared` bytes of dynamic shared memory. An empty grid is no launch.
     ///

@@ -4,9 +4,13 @@ use super::{
     Call, blocks,
     call::BLOCK,
     elementwise::{RowParts, sum_parts},
+    low_rank_linear::Beside,
     pack,
 };
-use crate::{Result, Tensor, ops::rms_norm::Sums};
+use crate::{
+    Result, Tensor,
+    ops::{low_rank_linear::Shrink, rms_norm::Sums},
+};
 use hywu_core::Dtype;
 
 const OP: &str = "rms_norm";
@@ -22,14 +26,18 @@ fn row_threads(c: usize, dtype: Dtype) -> usize {
     }
 }
 
+/// Rows of an entry: of those that have a modulation of their own.
+fn entry(x: &Tensor) -> usize {
+    x.numel() / x.dim_back(1) / x.shape().first().unwrap_or(&1)
+}
+
 impl Call {
     /// Adds the sizes and launches the threads of every row. A block is one row where that is more than a warp.
     fn over_norm_rows(self, x: &Tensor, eps: f32) -> Result<()> {
         let c = x.dim_back(1);
         let (rows, threads) = (x.numel() / c, row_threads(c, x.dtype()));
         let block = if threads > 32 { threads } else { BLOCK as usize };
-        let entry = rows / x.shape().first().unwrap_or(&1);
-        let call = self.size(rows)?.size(c)?.size(entry)?.size(threads)?.float(eps);
+        let call = self.size(rows)?.size(c)?.size(entry(x))?.size(threads)?.float(eps);
         call.launch([blocks(rows, block / threads)?, 1, 1], block as u32, 0)
     }
 }
@@ -45,6 +53,24 @@ pub fn forward(
     let call = Call::new(OP, "rms_norm", x)?.tensor(x)?.optional(w)?.optional(scale)?.optional(shift)?;
     call.tensor(&out)?.over_norm_rows(x, eps)?;
     Ok(out)
+}
+
+/// The same out, and S of it; None where they are to be computed one after the other.
+pub fn forward_shrink(
+    x: &Tensor,
+    w: Option<&Tensor>,
+    modulation: Option<(&Tensor, &Tensor)>,
+    eps: f32,
+    shrink: &Shrink<'_>,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let rows = x.numel() / x.dim_back(1);
+    let Some(beside) = Beside::new(x, rows, shrink)? else { return Ok(None) };
+    let out = x.empty_like(x.shape())?;
+    let (scale, shift) = modulation.unzip();
+    let call = Call::new(OP, &format!("rms_norm_shrink_{}", beside.ranks()), x)?.tensor(x)?.optional(w)?;
+    let call = beside.arguments(call.optional(scale)?.optional(shift)?.tensor(&out)?)?;
+    let call = call.size(entry(x))?.size(row_threads(x.dim_back(1), x.dtype()))?.float(eps);
+    Ok(Some((out, beside.launch(call)?)))
 }
 
 pub fn backward(

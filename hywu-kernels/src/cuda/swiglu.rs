@@ -1,18 +1,32 @@
 //! Launchers of `kernels-cu/swiglu`; see `cpu/swiglu.rs` for what each computes.
 
-use super::{Call, pack};
-use crate::{Result, Tensor};
+use super::{Call, low_rank_linear::Beside, pack};
+use crate::{Result, Tensor, ops::low_rank_linear::Shrink};
 
 const OP: &str = "swiglu";
 
-pub fn swiglu(x: &Tensor) -> Result<Tensor> {
+/// For the result of a row [up | gate].
+fn halved(x: &Tensor) -> Result<Tensor> {
     let mut shape = x.shape().to_vec();
-    let half = x.dim_back(1) / 2;
-    shape[x.shape().len() - 1] = half;
-    let out = x.empty_like(&shape)?;
+    shape[x.shape().len() - 1] = x.dim_back(1) / 2;
+    x.empty_like(&shape)
+}
+
+pub fn swiglu(x: &Tensor) -> Result<Tensor> {
+    let (out, half) = (halved(x)?, x.dim_back(1) / 2);
     let call = Call::new(OP, "swiglu", x)?.tensor(x)?.tensor(&out)?.size(half)?;
     call.over_rows(out.numel() / half, half, pack(x.dtype()))?;
     Ok(out)
+}
+
+/// The same, and S of it; None where they are to be computed one after the other.
+pub fn swiglu_shrink(x: &Tensor, shrink: &Shrink<'_>) -> Result<Option<(Tensor, Tensor)>> {
+    let rows = x.numel() / x.dim_back(1);
+    let Some(beside) = Beside::new(x, rows, shrink)? else { return Ok(None) };
+    let out = halved(x)?;
+    let call = Call::new(OP, &format!("swiglu_shrink_{}", beside.ranks()), x)?.tensor(x)?.tensor(&out)?;
+    let call = beside.arguments(call)?;
+    Ok(Some((out, beside.launch(call)?)))
 }
 
 pub fn swiglu_gradient(x: &Tensor, grad: &Tensor) -> Result<Tensor> {

@@ -51,3 +51,16 @@ pub fn low_rank_linear(
     }
     y
 }
+
+/// W + scale * B A by nested loops: `w` [outer, inner], `a` [parts * rank, inner], `b` [outer, rank].
+pub fn merge(s: Sizes, [w, a, b]: [&[f64]; 3], scale: f64) -> Vec<f64> {
+    let mut merged = w.to_vec();
+    for (o, row) in merged.chunks_mut(s.inner).enumerate() {
+        let part = o / (s.outer / s.parts);
+        for r in 0..s.rank {
+            let a = &a[(part * s.rank + r) * s.inner..][..s.inner];
+            row.iter_mut().zip(a).for_each(|(w, a)| *w += scale * b[o * s.rank + r] * a);
+        }
+    }
+    merged
+}

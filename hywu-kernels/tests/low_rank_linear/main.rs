@@ -1,7 +1,9 @@
 //! Low-rank linear against its oracle, and what must hold bit for bit, at every place.
 
+mod merge;
 mod quantized;
 mod segments;
+mod shrink;
 
 use hywu_core::Dtype;
 use hywu_kernels::{

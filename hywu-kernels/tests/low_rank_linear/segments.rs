@@ -406,7 +406,8 @@ proptest! {
     #[test]
     fn any_segmentation(
         segments in any_segments(),
-        (inner, outer) in (1usize..70, 1usize..40),
+        // A gradient of one number may be a sum that cancels: its relative error would say nothing.
+        (inner, outer) in (5usize..70, 5usize..40),
         (parts, rank) in (1usize..3, 1usize..20),
     ) {
         Case::new(segments, [inner, parts * outer, parts, rank]).check(6);

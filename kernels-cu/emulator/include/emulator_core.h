@@ -14,17 +14,22 @@ constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 1024;
 constexpr unsigned MAX_DYNAMIC = 227 << 10;
 constexpr unsigned FREE_DYNAMIC = 48 << 10;
+/// Blocks of a cluster.
+constexpr unsigned MAX_CLUSTER = 8;
 
 struct Fiber;
+struct Warp;
 struct Worker;
 
+/// A block as kernels see it.
 struct Block {
     uint3 index;
     dim3 size, grid;
     unsigned char* dynamic;
 };
 
-enum class State : unsigned char { Fresh, Ready, Barrier, Collective, Done };
+/// What a thread does; those between Ready and Done say what it waits for.
+enum class State : unsigned char { Fresh, Ready, Barrier, Collective, Mbarrier, Named, Cluster, Products, Done };
 
 /// A cp.async that has not happened yet.
 struct Copy {
@@ -39,6 +44,7 @@ struct Thread {
     unsigned number;
     Block* block;
     Worker* worker;
+    Warp* warp;
     Fiber* fiber;
     State state;
     bool yielded;
@@ -74,6 +80,10 @@ struct Kernel {
     unsigned max_threads;
     /// Whether its file has `__shared__` variables other than the dynamic one.
     bool has_static_shared;
+    /// Whether it has any, named by `__shared__` (rather than DYNAMIC_SHARED).
+    bool has_named_shared;
+    /// Its `__cluster_dims__`, or 1, 1, 1.
+    dim3 cluster;
     unsigned max_dynamic = FREE_DYNAMIC;
 };
 
@@ -100,9 +110,10 @@ constexpr unsigned bounds(unsigned max_threads = MAX_THREADS, unsigned = 0, unsi
 }
 
 template <auto F>
-void add(const char* unit, const char* name, unsigned max_threads, bool has_static_shared) {
+void add(const char* unit, const char* name, unsigned max_threads, dim3 cluster, bool has_static_shared,
+         bool has_named_shared) {
     using I = Invoker<F>;
-    add_kernel({unit, name, I::invoke, I::sizes, I::count, max_threads, has_static_shared});
+    add_kernel({unit, name, I::invoke, I::sizes, I::count, max_threads, has_static_shared, has_named_shared, cluster});
 }
 
 } // namespace emu

@@ -110,6 +110,21 @@ extern "C" __global__ void test_poison(float* out) {
     dynamic[threadIdx.x] = 1;
 }
 
+// Blocks of a cluster have their own, which the emulator has not.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) test_cluster_shared(float* out) {
+    __shared__ float x[32];
+    x[threadIdx.x] = float(blockIdx.x);
+    __syncthreads();
+    out[blockIdx.x * 32 + threadIdx.x] = x[31 - threadIdx.x];
+}
+// The indices of the blocks in their order in the grid.
+extern "C" __global__ void __launch_bounds__(64) __cluster_dims__(2, 2, 1) test_cluster_index(unsigned* out) {
+    DYNAMIC_SHARED(unsigned, own);
+    own[threadIdx.x] = blockIdx.x + 100 * blockIdx.y;
+    __syncthreads();
+    out[(blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x] = own[63 - threadIdx.x];
+}
+
 extern "C" __global__ void test_count(unsigned* counter, int* out) {
     atomicAdd(counter, 1u);
     // Threads that have exited are not waited for.

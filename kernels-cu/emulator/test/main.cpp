@@ -1,6 +1,8 @@
 // Tests of the emulated driver, with the kernels of kernels.cu. main LIBRARY --all runs every case in a
 // process of its own, main LIBRARY CASE: some need another environment, some end the process.
 
+#include "test.h"
+
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -18,84 +20,9 @@
 #include <vector>
 
 static const char* path;
-static void* library;
-static int failures = 0;
-static void* module;
-
-static void expect(bool ok, const char* what, int line) {
-    if (ok) return;
-    fprintf(stderr, "main.cpp:%d: %s\n", line, what);
-    failures++;
-}
-#define EXPECT(X) expect(X, #X, __LINE__)
-
-template <class... A>
-int call(const char* name, A... arguments) {
-    auto* f = reinterpret_cast<int (*)(A...)>(dlsym(library, name));
-    if (!f) {
-        fprintf(stderr, "no %s in the library\n", name);
-        exit(1);
-    }
-    return f(arguments...);
-}
-
-static void* null = nullptr;
-
-/// An array on the device.
-template <class T>
-struct Array {
-    uint64_t address = 0;
-    size_t n;
-    explicit Array(size_t n) : n(n) { EXPECT(call("cuMemAllocAsync", &address, n * sizeof(T), null) == 0); }
-    explicit Array(const std::vector<T>& v) : Array(v.size()) {
-        EXPECT(call("cuMemcpyHtoD_v2", address, static_cast<const void*>(v.data()), n * sizeof(T)) == 0);
-    }
-    ~Array() { call("cuMemFreeAsync", address, null); }
-    Array(const Array&) = delete;
-    std::vector<T> get() const {
-        std::vector<T> v(n);
-        EXPECT(call("cuMemcpyDtoH_v2", static_cast<void*>(v.data()), address, n * sizeof(T)) == 0);
-        return v;
-    }
-};
-
-static void* function(const char* name) {
-    void* f = nullptr;
-    EXPECT(call("cuModuleGetFunction", &f, module, name) == 0);
-    return f;
-}
-
-template <class... A>
-int launch_on(void* stream, const char* name, unsigned grid, unsigned block, unsigned shared,
-              A... arguments) {
-    void* parameters[] = {&arguments..., nullptr};
-    void** extra = nullptr;
-    return call("cuLaunchKernel", function(name), grid, 1u, 1u, block, 1u, 1u, shared, stream,
-                &parameters[0], extra);
-}
-template <class... A>
-int launch(const char* name, unsigned grid, unsigned block, unsigned shared, A... arguments) {
-    return launch_on(nullptr, name, grid, block, shared, arguments...);
-}
-
-static float from_bf16(uint16_t v) {
-    uint32_t bits = uint32_t(v) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-static uint16_t to_bf16(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static std::vector<float> numbers(size_t n) {
-    std::vector<float> v(n);
-    uint32_t state = 1;
-    for (auto& x : v) x = float(int((state = state * 1664525u + 1013904223u) >> 16) % 1000 - 500) / 250;
-    return v;
-}
+void* library;
+void* module;
+int failures = 0;
 
 static void add() {
     constexpr size_t n = 1000;
@@ -228,6 +155,23 @@ static void count() {
     EXPECT(launch("test_count", 100, 96, 0, counter.address, out.address) == 0);
     EXPECT(counter.get()[0] == 9600);
     EXPECT((out.get() == std::vector<int>{35, 1, 0}));
+}
+
+static void clusters() {
+    Array<uint32_t> out(6 * 4 * 64);
+    auto* f = function("test_cluster_index");
+    void* parameters[] = {&out.address};
+    void** extra = nullptr;
+    auto launch = [&](unsigned x, unsigned y) {
+        return call("cuLaunchKernel", f, x, y, 1u, 64u, 1u, 1u, 256u, null, &parameters[0], extra);
+    };
+    EXPECT(launch(5, 4) == 1 && launch(6, 3) == 1 && launch(6, 4) == 0);
+    auto got = out.get();
+    for (uint32_t i = 0; i < got.size(); i++) EXPECT(got[i] == i / 64 % 6 + i / 64 / 6 * 100);
+}
+static void cluster_shared() {
+    Array<float> out(64);
+    launch("test_cluster_shared", 2, 32, 0, out.address);
 }
 
 static void graph() {
@@ -431,17 +375,18 @@ static void deadlock() { launch("test_deadlock", 1, 32, 0); }
 static void no_image() { exit(call("cuModuleLoadData", &module, "image")); }
 
 static void standard() {
-    for (auto test : {add, scale, warp, mma, ldmatrix, poison, count, graph, nodes, events, limits, threads}) test();
+    for (auto test : {add, scale, warp, mma, ldmatrix, poison, count, clusters, graph, nodes, events, limits, threads}) test();
     speed();
     EXPECT(block_sum_is_right("test_block_sum"));
 }
 
-static const std::map<std::string, void (*)()> CASES = {
+static const Cases CASES = {
     {"standard", standard},   {"missing_barrier", missing_barrier},
     {"deadlock", deadlock},   {"out_of_memory", out_of_memory},
     {"trap", trap},           {"fail_launch", fail_launch},
     {"no_image", no_image},   {"outside", outside},
     {"outside_shared", outside_shared}, {"aligned", aligned}, {"misaligned", misaligned},
+    {"cluster_shared", cluster_shared},
 };
 
 /// The exit status, or minus the signal, of a case in a process of its own.
@@ -465,6 +410,22 @@ static bool finds_missing_barrier() {
     return false;
 }
 
+static void hopper() {
+    for (const char* seed : {"HYWU_EMULATOR_SEED=0", "HYWU_EMULATOR_SEED=1", "HYWU_EMULATOR_SEED=2"}) {
+        EXPECT(run("hopper", {seed}) == 0);
+        // What the emulator ends the process for.
+        for (const char* mistake : {"freed", "too_large", "no_map", "pipeline_full", "pipeline_empty", "pipeline_bytes",
+                                    "pipeline_arrivals", "pair_full", "pair_empty", "pair_exit", "no_arrival", "no_named",
+                                    "no_init", "init_twice", "overwritten", "no_arrival_poll"}) {
+            if (run(mistake, {seed}, true) != -SIGABRT) expect(false, mistake, __FILE__, __LINE__);
+        }
+        // Wrong numbers.
+        EXPECT(run("pipeline_products", {seed}) == 3);
+    }
+    EXPECT(run("early_store", {}) == 0 && run("pipeline_store", {}) == 3);
+    EXPECT(run("pipeline_store", {"HYWU_EMULATOR_SEED=2"}) == 3);
+}
+
 int main(int count, char** arguments) {
     if (count < 2) return 2;
     path = arguments[1];
@@ -482,9 +443,14 @@ int main(int count, char** arguments) {
         EXPECT(run("deadlock", {}) == -SIGABRT);
         EXPECT(run("aligned", {}) == 0);
         EXPECT(run("misaligned", {}, true) != 0);
+        EXPECT(run("cluster_shared", {}, true) == -SIGABRT);
+        EXPECT(run("hopper_speed", {}) == 0);
+        hopper();
     } else if (count > 2 && !strcmp(arguments[2], "--asan")) {
         EXPECT(run("standard", {}) == 0);
         EXPECT(run("standard", {"HYWU_EMULATOR_SEED=5"}) == 0);
+        EXPECT(run("hopper", {}) == 0);
+        EXPECT(run("hopper", {"HYWU_EMULATOR_SEED=5"}) == 0);
         EXPECT(run("outside", {}, true) != 0);
         EXPECT(run("outside_shared", {}, true) != 0);
     } else {
@@ -501,7 +467,7 @@ int main(int count, char** arguments) {
         EXPECT(call("cuCtxSetCurrent", context) == 0);
         const std::string name = count > 2 ? arguments[2] : "standard";
         if (name != "no_image") EXPECT(call("cuModuleLoadData", &module, "image") == 0);
-        CASES.at(name)();
+        (CASES.count(name) ? CASES : HOPPER_CASES).at(name)();
     }
     if (!failures && count > 2 && arguments[2][0] == '-') printf("the emulator works (%s)\n", arguments[2]);
     return failures != 0;

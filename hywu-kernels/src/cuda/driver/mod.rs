@@ -5,6 +5,7 @@ mod memory;
 mod op;
 mod recording;
 mod replay;
+mod tensor_map;
 mod transfer;
 
 pub(crate) use memory::{Memory, broken_guards, guard_allocations};

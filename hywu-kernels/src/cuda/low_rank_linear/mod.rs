@@ -5,13 +5,19 @@
 //! alone, by kernels of our own: cuBLASLt, which chooses an algorithm by the number of rows, takes part in gradients only
 //! ([`Use`]).
 
+pub(crate) mod ladder;
+mod merge;
 mod product;
 mod quantized;
 mod rows;
+mod shrink;
+mod warpgroup;
 
+pub use merge::merge;
 pub(super) use product::Layout;
 pub(crate) use quantized::{Packed, dequantize};
 pub(crate) use rows::{Tables, banded};
+pub(super) use shrink::Beside;
 
 use crate::{
     Error, Result, Tensor,
@@ -40,6 +46,9 @@ fn matrices(shape: &[usize]) -> usize {
 }
 
 pub fn shrink(x: &Tensor, a: &Tensor, scale: f32, segments: Option<&Segments>) -> Result<Tensor> {
+    if x.dtype() == Dtype::Bf16 {
+        return shrink::shrink(x, a, scale, segments);
+    }
     let [ranks, inner] = matrix(a.shape());
     let (rows, adapters) = (x.numel() / inner, a.shape()[0]);
     let shape = banded(segments, rows, adapters, ranks);
@@ -68,32 +77,28 @@ impl Weight<'_> {
     }
 }
 
-pub fn expand(
-    x: &Tensor,
-    weight: Weight<'_>,
-    bias: Option<&Tensor>,
-    low_rank: Option<(&Tensor, &Tensor, usize)>,
-    segments: Option<&Segments>,
-    shape: &[usize],
-) -> Result<Tensor> {
-    let [outer, inner] = matrix(weight.shape());
+/// S, B and the number of parts.
+type Update<'a> = (&'a Tensor, &'a Tensor, usize);
+
+/// [`expand`] by the kernels that every device has: `weight` has `outer` rows.
+fn expand_product<'a>(
+    x: &'a Tensor,
+    weight: Operand<'a>,
+    outer: usize,
+    bias: Option<&'a Tensor>,
+    low_rank: Option<Update<'a>>,
+    segments: Option<&'a Segments>,
+) -> Product<'a> {
+    let inner = x.dim_back(1);
     let parts = low_rank.map_or(1, |(_, _, parts)| parts);
     let (part, adapters) = (outer / parts, low_rank.map_or(0, |(_, b, _)| b.shape()[0]));
-    let widened;
-    let b = match weight {
-        Weight::Quantized(weight) if x.dtype() == Dtype::Bf16 => Operand::codes(weight),
-        _ => {
-            widened = weight.dense(x.dtype())?;
-            Operand::matrices(&widened)
-        }
-    };
-    let product = Product {
+    Product {
         layout: Layout::Nt,
         over: Over::Rows { segments, rows: x.numel() / inner, adapters },
         dims: [0, part, inner],
         parts,
         a: Operand::rows(x, inner),
-        b: b.by_part(part * b.pitch),
+        b: weight.by_part(part * weight.pitch),
         // [X | S] [W | B]^T: the update is a few more steps of the same sum.
         low_rank: low_rank.map(|(s, b, _)| {
             let rank = b.shape()[2];
@@ -102,11 +107,45 @@ pub fn expand(
         bias,
         out: [0, part, outer],
         alpha: 1.0,
-    };
-    match weight {
-        Weight::Quantized(weight) if x.dtype() == Dtype::Bf16 => quantized::expand(&product, weight, shape),
-        _ => product.run_with(Use::Everywhere, matrices(weight.shape()), shape),
     }
+}
+
+pub fn expand(
+    x: &Tensor,
+    weight: Weight<'_>,
+    bias: Option<&Tensor>,
+    low_rank: Option<Update>,
+    segments: Option<&Segments>,
+    shape: &[usize],
+) -> Result<Tensor> {
+    let [outer, inner] = matrix(weight.shape());
+    if let Weight::Quantized(weight) = weight
+        && x.dtype() == Dtype::Bf16
+    {
+        let codes = Operand::codes(weight);
+        return quantized::expand(&expand_product(x, codes, outer, bias, low_rank, segments), weight, shape);
+    }
+    let weight = &*weight.dense(x.dtype())?;
+    let product = expand_product(x, Operand::matrices(weight), outer, bias, low_rank, segments);
+    if let Some(out) = product.by_blas(Use::Everywhere, matrices(weight.shape()), shape)? {
+        return Ok(out);
+    }
+    let on_hopper = warpgroup::Product {
+        layout: Layout::Nt,
+        dims: [x.numel() / inner, outer, inner],
+        a: x,
+        b: weight,
+        low_rank: low_rank.map(|(s, b, parts)| warpgroup::LowRank {
+            s,
+            b,
+            adapters: b.shape()[0],
+            ranks: b.shape()[2],
+            parts,
+        }),
+        bias,
+        segments,
+    };
+    if on_hopper.fits()? { on_hopper.run(shape) } else { product.run(shape) }
 }
 
 pub fn shrink_gradient(
@@ -116,6 +155,9 @@ pub fn shrink_gradient(
     parts: usize,
     segments: Option<&Segments>,
 ) -> Result<Tensor> {
+    if grad.dtype() == Dtype::Bf16 {
+        return shrink::shrink_gradient(grad, b, scale, parts, segments);
+    }
     let [outer, rank] = matrix(b.shape());
     let (rows, adapters, part) = (grad.numel() / outer, b.shape()[0], outer / parts);
     let shape = banded(segments, rows, adapters, parts * rank);
@@ -144,20 +186,36 @@ pub fn expand_gradient(
     let [outer, inner] = matrix(weight.shape());
     let adapters = low_rank.map_or(0, |(_, a)| a.shape()[0]);
     // A weight in eight bits is rounded here, once.
-    let weight = weight.dense(grad.dtype())?;
+    let weight = &*weight.dense(grad.dtype())?;
     let product = Product {
         layout: Layout::Nn,
         over: Over::Rows { segments, rows: grad.numel() / outer, adapters },
         dims: [0, inner, outer],
         parts: 1,
         a: Operand::rows(grad, outer),
-        b: Operand::matrices(&weight),
+        b: Operand::matrices(weight),
         low_rank: low_rank.map(|(ds, a)| (Operand::shrunk(ds), Operand::matrices(a), a.shape()[1])),
         bias: None,
         out: [0, 0, inner],
         alpha: 1.0,
     };
-    product.run_with(Use::Gradients, matrices(weight.shape()), shape)
+    let on_hopper = warpgroup::Product {
+        layout: Layout::Nn,
+        dims: [grad.numel() / outer, inner, outer],
+        a: grad,
+        b: weight,
+        low_rank: low_rank.map(|(s, b)| warpgroup::LowRank { s, b, adapters, ranks: b.shape()[1], parts: 1 }),
+        bias: None,
+        segments,
+    };
+    let fits = on_hopper.fits()?;
+    // Two terms are one product on Hopper, two by cuBLASLt.
+    let using = if fits && low_rank.is_some() { Use::Everywhere } else { Use::Gradients };
+    match product.by_blas(using, matrices(weight.shape()), shape)? {
+        Some(out) => Ok(out),
+        None if fits => on_hopper.run(shape),
+        None => product.run(shape),
+    }
 }
 
 pub fn weight_gradient(
@@ -169,7 +227,21 @@ pub fn weight_gradient(
     let [m, n] = matrix(shape);
     let entries = Rows::weights(left, segments, left.numel() / m)?;
     let product = row_products(Operand::rows(left, m), Operand::rows(right, n), 1, entries, shape);
-    product.run_with(Use::Gradients, matrices(shape), shape)
+    if let Some(out) = product.by_blas(Use::Gradients, matrices(shape), shape)? {
+        return Ok(out);
+    }
+    let on_hopper = warpgroup::Product {
+        layout: Layout::Tn,
+        dims: [m, n, left.numel() / m],
+        a: left,
+        b: right,
+        low_rank: None,
+        bias: None,
+        segments: None,
+    };
+    let one = matrices(shape) == 1 && segments.is_none_or(|s| s.is_even().is_some());
+    // Few tiles of long sums are better cut into parts.
+    if one && on_hopper.fits()? && on_hopper.fills()? { on_hopper.run(shape) } else { product.run(shape) }
 }
 
 pub fn a_gradient(ds: &Tensor, x: &Tensor, segments: Option<&Segments>, shape: &[usize]) -> Result<Tensor> {

@@ -234,14 +234,14 @@ impl Product<'_> {
         Ok(bytes)
     }
 
-    /// By cuBLASLt where it may be used for this and there is one weight: the first term and the bias, added to the other term, which is
-    /// rounded before. By our own kernel otherwise.
-    pub fn run_with(&self, using: Use, weights: usize, shape: &[usize]) -> Result<Tensor> {
+    /// By cuBLASLt where it may be used for this, is there, and there is one weight: the first term and the bias, added to the other term,
+    /// which is rounded before.
+    pub fn by_blas(&self, using: Use, weights: usize, shape: &[usize]) -> Result<Option<Tensor>> {
         let (a, b) = (self.a.tensor, self.b.tensor);
         if a.dtype() != Dtype::Bf16 || in_use() < using || weights != 1 {
-            return self.run(shape);
+            return Ok(None);
         }
-        let Some(blas) = blas::of(on_gpu(OP, a)?.gpu())? else { return self.run(shape) };
+        let Some(blas) = blas::of(on_gpu(OP, a)?.gpu())? else { return Ok(None) };
         let out = match (&self.low_rank, &self.over) {
             (Some(_), Over::Rows { segments, rows, adapters }) => {
                 let over = Over::Rows { segments: *segments, rows: *rows, adapters: *adapters };
@@ -255,10 +255,9 @@ impl Product<'_> {
             Layout::Tn => [self.dims[0], self.dims[1], a.numel() / self.dims[0]],
             Layout::Nt | Layout::Nn => [a.numel() / self.dims[2], self.parts * self.dims[1], self.dims[2]],
         };
-        match blas.product((self.layout, [m, n, k]), [a, b], self.bias, &out, self.low_rank.is_some())? {
-            true => Ok(out),
-            false => self.run(shape),
-        }
+        let done =
+            blas.product((self.layout, [m, n, k]), [a, b], self.bias, &out, self.low_rank.is_some())?;
+        Ok(done.then_some(out))
     }
 }
 

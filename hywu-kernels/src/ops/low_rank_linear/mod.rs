@@ -5,14 +5,18 @@
 //! is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses
 //! it in forward passes too, whose rows then may depend on their number.
 
+mod ladder;
+mod merge;
 mod quantized;
 mod segments;
 mod shrunk;
 mod weight;
 
+pub use ladder::{LADDER, ladder_step};
+pub use merge::{Apply, Load, Prepared, merge, mergeable, merging_gain, merging_pays};
 pub use quantized::{Format, QuantizedWeight};
 pub use segments::{Segment, Segments};
-pub use shrunk::{Shrunk, shrink};
+pub use shrunk::{Shrink, Shrunk, shrink};
 pub use weight::Weight;
 
 use super::together;

@@ -1,0 +1,99 @@
+// Hopper's own instructions, which on the device come from common/hopper.cuh: what they mean stands there.
+#pragma once
+
+#include "cuda.h"
+#include "emulator_core.h"
+
+#include <cstdint>
+
+#define HOPPER 1
+
+namespace emu {
+
+// Memory barriers
+void barrier_init(uint64_t* barrier, uint32_t arrivals);
+/// Arrives once and announces `bytes`, in the block of this rank of the cluster.
+void barrier_arrive(uint64_t* barrier, uint32_t bytes, uint32_t rank);
+/// Until the phase of this parity is over; false if the wait was given up before (only where `once`).
+bool barrier_wait(uint64_t* barrier, uint32_t parity, bool once);
+
+// Other barriers
+void named_barrier(uint32_t number, uint32_t threads);
+uint32_t cluster_rank();
+void cluster_sync();
+
+// Copies; `blocks`: a bit for every rank of the cluster
+void prefetch(const CUtensorMap* map);
+void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, uint32_t blocks);
+void store_box(const CUtensorMap* map, const void* from, int x, int y);
+void store_commit();
+/// Until at most `left` groups of this thread's stores still read, or are not `done`.
+void store_wait(unsigned left, bool done);
+
+// Products
+uint32_t shared_address(const void* p);
+void multiply(float* d, unsigned columns, bool a_along_k, bool b_along_k, uint64_t a, uint64_t b, bool add);
+void multiply_commit();
+void multiply_wait(unsigned left);
+
+} // namespace emu
+
+namespace hopper {
+
+using emu::barrier_init, emu::cluster_rank, emu::cluster_sync, emu::named_barrier, emu::prefetch, emu::shared_address,
+    emu::store_box, emu::store_commit;
+
+// Barriers
+
+static inline void barrier_init_fence() {}
+static inline void barrier_arrive(uint64_t* barrier) { emu::barrier_arrive(barrier, 0, cluster_rank()); }
+static inline void barrier_arrive_in(uint64_t* barrier, uint32_t block) { emu::barrier_arrive(barrier, 0, block); }
+static inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+    emu::barrier_arrive(barrier, bytes, cluster_rank());
+}
+static inline bool barrier_passed(uint64_t* barrier, uint32_t parity) { return emu::barrier_wait(barrier, parity, true); }
+static inline void barrier_wait(uint64_t* barrier, uint32_t parity) { emu::barrier_wait(barrier, parity, false); }
+
+// Copies
+
+static inline void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
+    emu::load_box(to, map, barrier, x, y, z, 1u << cluster_rank());
+}
+static inline void load_box_multicast(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z,
+                                      uint16_t blocks) {
+    emu::load_box(to, map, barrier, x, y, z, blocks);
+}
+template <int N>
+inline void store_wait_read() {
+    emu::store_wait(N, false);
+}
+template <int N>
+inline void store_wait() {
+    emu::store_wait(N, true);
+}
+static inline void fence_async() {}
+
+// Products
+
+static inline uint64_t descriptor(const void* start, uint32_t leading, uint32_t stride) {
+    constexpr uint64_t SWIZZLE_128 = 1ull << 62;
+    return SWIZZLE_128 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | shared_address(start) >> 4;
+}
+static inline void wgmma_fence() {}
+static inline void wgmma_commit() { emu::multiply_commit(); }
+template <int N>
+inline void wgmma_wait() {
+    emu::multiply_wait(N);
+}
+template <int N, bool A_ALONG_K, bool B_ALONG_K>
+inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
+    static_assert(N == 64 || N == 128 || N == 256, "these widths are used");
+    emu::multiply(d, N, A_ALONG_K, B_ALONG_K, a, b, add);
+}
+
+template <int N>
+inline void fewer_registers() {}
+template <int N>
+inline void more_registers() {}
+
+} // namespace hopper
