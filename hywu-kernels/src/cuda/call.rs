@@ -33,6 +33,18 @@ pub(crate) struct Boxes {
     pub size: Vec<u32>,
 }
 
+impl Boxes {
+    /// Do the sizes follow the engine's rules?
+    fn good(&self) -> bool {
+        let whole = std::iter::once(&self.address).chain(&self.pitches).all(|n| n.is_multiple_of(16));
+        let counts = self.dims.len() == self.size.len() && self.dims.len() == self.pitches.len() + 1;
+        whole
+            && counts
+            && self.dims.iter().all(|n| (1..1 << 32).contains(n))
+            && self.size.iter().all(|n| *n <= 256)
+    }
+}
+
 /// A launch in the making. The kernel `<name>_f32` or `<name>_bf16` of `kernels-cu/<op>/<op>.cu` is called with the arguments in the
 /// order of these calls. Lengths and offsets are passed as 64-bit integers (`int64_t`), sizes as 32-bit (`int`).
 pub(crate) struct Call {
@@ -164,8 +176,14 @@ impl Call {
     /// What the copy engine is told about a tensor (`const __grid_constant__ CUtensorMap`).
     ///
     /// # Errors
-    /// Sizes that the driver does not take.
+    /// Sizes that it does not take.
     pub fn boxes(mut self, boxes: &Boxes) -> Result<Self> {
+        if !boxes.good() {
+            return Err(Error::invalid(
+                self.op,
+                format!("sizes that can't be copied by the engine: {boxes:?}"),
+            ));
+        }
         self.arguments.push(self.gpu.tensor_map(boxes)?);
         Ok(self)
     }
