@@ -1,5 +1,5 @@
 //! Linear layers with low-rank updates, beside those without: rows of one instance or of many, experts, gradients, merging. Whatever is
-//! timed is checked first ([`check`]).
+//! timed is checked first (`check`).
 
 mod check;
 mod ladder;

@@ -12,7 +12,7 @@ use std::fmt;
 pub enum Rows {
     /// As many for each of so many instances.
     Even(usize),
-    /// [`RAGGED`] instances whose lengths are 1 : 20 at the extremes.
+    /// `RAGGED` instances whose lengths are 1 : 20 at the extremes.
     Ragged,
 }
 
