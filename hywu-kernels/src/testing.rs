@@ -4,7 +4,7 @@ use crate::{
     Device, Result, Tape, Tensor, Var, cuda,
     ops::{
         loss::weighted_sum,
-        low_rank_linear::{Segments, Shrunk},
+        low_rank_linear::{Segment, Segments, Shrunk},
     },
 };
 use half::bf16;
@@ -191,6 +191,25 @@ pub fn shrunk_rows(shrunk: &Shrunk, segments: Option<&Segments>, adapters: usize
     }
     assert_eq!(lines.next(), None);
     plain
+}
+
+/// Segments of one weight: uneven ones, with an adapter each; and some without.
+pub fn uneven_segments() -> [Segments; 2] {
+    let all = [(1, 2), (15, 0), (16, 6), (17, 1), (31, 3), (33, 5), (129, 4)].map(|(n, i)| (n, Some(i)));
+    [&all[..], &[(30, Some(1)), (6, None), (14, Some(0))]].map(|list| {
+        let segment = |&(rows, adapter)| Segment { rows, weight: 0, adapter };
+        Segments::new(&list.iter().map(segment).collect::<Vec<_>>()).expect("good segments")
+    })
+}
+
+/// Panics where two runs differ in a bit, or give what is not finite.
+#[track_caller]
+pub fn assert_same_bits(one: &[Tensor], two: &[Tensor], what: &str) {
+    assert_eq!(one.len(), two.len(), "{what}");
+    for (i, (one, two)) in one.iter().zip(two).enumerate() {
+        assert!(one.data().iter().all(|v| v.is_finite()), "result {i} {what}");
+        assert!(one.data() == two.data(), "result {i} {what}");
+    }
 }
 
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {

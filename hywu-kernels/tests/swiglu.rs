@@ -4,11 +4,13 @@ use hywu_kernels::{
     Tape, Tensor, Var,
     ops::{
         loss::weighted_sum,
-        low_rank_linear::{Segment, Segments, Shrink},
+        low_rank_linear::{Segments, Shrink},
         swiglu::{silu, swiglu, swiglu_shrink},
     },
     reference::elementary as oracle,
-    testing::{Place, check_gradients, for_each_place, random, shrunk_rows},
+    testing::{
+        Place, assert_same_bits, check_gradients, for_each_place, random, shrunk_rows, uneven_segments,
+    },
 };
 use proptest::prelude::*;
 
@@ -92,28 +94,12 @@ fn check_shrink(place: Place, [batch, rows, h]: [usize; 3], ranks: usize, of: Op
         let [y, dx] = both;
         [y, dx, shrunk_rows(&s, of, adapters)]
     };
-    for (i, (one, two)) in run(true).iter().zip(&run(false)).enumerate() {
-        let what = format!("result {i} at {place:?}: {h} channels, {ranks} ranks");
-        assert!(one.data().iter().all(|v| v.is_finite()), "{what}");
-        assert!(one.data() == two.data(), "{what}");
-    }
+    assert_same_bits(&run(true), &run(false), &format!("at {place:?}: {h} channels, {ranks} ranks"));
 }
 
 #[test]
 fn a_shrink_beside_it_changes_no_bit() {
-    let segment = |(rows, adapter)| Segment { rows, weight: 0, adapter };
-    let ragged = [
-        (1, Some(2)),
-        (15, Some(0)),
-        (16, Some(6)),
-        (17, Some(1)),
-        (31, Some(3)),
-        (33, Some(5)),
-        (129, Some(4)),
-    ];
-    let ragged = Segments::new(&ragged.map(segment)).expect("good segments");
-    let partly =
-        Segments::new(&[(30, Some(1)), (6, None), (14, Some(0))].map(segment)).expect("good segments");
+    let [ragged, partly] = uneven_segments();
     for_each_place(|place| {
         for h in [8, 24, 63, 64, 65, 192, 513, 2056] {
             check_shrink(place, [2, 19, h], 16, None);

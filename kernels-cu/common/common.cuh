@@ -86,6 +86,18 @@ template <class T> __device__ __forceinline__ void store(T* p, const float (&v)[
     }
 }
 
+// The bits of the first `count` of 8 neighbours, which may start anywhere; zeros for the others.
+__device__ __forceinline__ uint4 pack_bits(const bf16* p, int count) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(p);
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t low = 2 * i < count ? from[2 * i] : 0, high = 2 * i + 1 < count ? from[2 * i + 1] : 0;
+        words[i] = low | high << 16;
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Index of the thread in the grid's x.
 __device__ __forceinline__ int64_t thread_index() {
     return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;

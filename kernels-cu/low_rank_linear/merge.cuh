@@ -61,18 +61,10 @@ struct MergeBlock {
             // Outside of the matrix nothing is read; the address still has to be one.
             const bf16* source = count > 0 ? from + int64_t(l) * length + e : from;
             bf16* place = to + c / CHUNKS * PITCH + c % CHUNKS * 8;
-            if (length % 8 == 0 && (reinterpret_cast<uintptr_t>(from) & 15) == 0) {
+            if (length % 8 == 0 && (reinterpret_cast<uintptr_t>(from) & 15) == 0)
                 cp_async_16(place, source, count > 0);
-            } else {
-                const uint16_t* bits = reinterpret_cast<const uint16_t*>(source);
-                uint32_t words[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    uint32_t low = 2 * j < count ? bits[2 * j] : 0, high = 2 * j + 1 < count ? bits[2 * j + 1] : 0;
-                    words[j] = low | high << 16;
-                }
-                *reinterpret_cast<uint4*>(place) = make_uint4(words[0], words[1], words[2], words[3]);
-            }
+            else
+                *reinterpret_cast<uint4*>(place) = pack_bits(source, count);
         }
     }
 };

@@ -61,14 +61,7 @@ __device__ __forceinline__ Window window(const Sizes& z) {
 template <bool ALIGNED>
 __device__ __forceinline__ uint4 words(const bf16* p, int rest) {
     if (ALIGNED) return rest > 0 ? __ldg(reinterpret_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(p);
-    uint32_t v[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t low = 2 * i < rest ? from[2 * i] : 0, high = 2 * i + 1 < rest ? from[2 * i + 1] : 0;
-        v[i] = low | high << 16;
-    }
-    return make_uint4(v[0], v[1], v[2], v[3]);
+    return pack_bits(p, rest);
 }
 
 // Rows of X as they are. An operand of `sums` gives the 8 neighbours from `column` on of the lane's i-th row, which is row lane / 4 + 8 i of

@@ -29,19 +29,10 @@ struct Stage {
             int c = threadIdx.x + i * THREADS, line = c / CHUNKS, at = c % CHUNKS * 8;
             Chunk<bf16> chunk = ::chunk<ALONG_K>(source, line, at);
             bf16* to = stage + line * PITCH + at;
-            if (source.aligned) {
+            if (source.aligned)
                 cp_async_16(to, chunk.from, chunk.count > 0);
-            } else {
-                const uint16_t* from = reinterpret_cast<const uint16_t*>(chunk.from);
-                uint32_t words[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    uint32_t low = 2 * j < chunk.count ? from[2 * j] : 0;
-                    uint32_t high = 2 * j + 1 < chunk.count ? from[2 * j + 1] : 0;
-                    words[j] = low | high << 16;
-                }
-                *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-            }
+            else
+                *reinterpret_cast<uint4*>(to) = pack_bits(chunk.from, chunk.count);
         }
     }
 

@@ -29,8 +29,8 @@ struct Sizes {
     Rows rows;
     const bf16* bias;
     bf16* out;
-    // Columns, k of A B and of S B2; `parts`: equal parts of the columns, each with ranks of its own; steps from part to part in S.
-    int n, k, ranks, parts, part_ranks, unused;
+    // Columns, k of A B and of S B2; `parts`: equal parts of the columns, each with ranks of its own in S.
+    int n, k, ranks, parts;
 };
 
 // What fits beside the stores, the barriers and the alignment.
@@ -137,7 +137,7 @@ __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap&
             int low = g.low + min(max(t.row - g.row, -BAND), g.rows);
             for (int k = 0; k < s.ranks; k += DEPTH, at.next()) {
                 unsigned char* to = stage();
-                fill<C>(to, bars.full + at.slot, &a2, &b2, t.part * s.part_ranks + k, low, k, t.column, g.adapter, rank);
+                fill<C>(to, bars.full + at.slot, &a2, &b2, t.part * s.ranks + k, low, k, t.column, g.adapter, rank);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Linear layers with an adapter whose weight is in eight bits.
 
-use super::{Case, Floor};
+use super::{Case, Floor, low_rank::lora};
 use crate::timing::Bench;
 use hywu_kernels::{
     Device, LoraVar, Result, Tape, Var,
@@ -41,11 +41,7 @@ fn case((name, format): (&str, Format), [m, k, n, r]: [usize; 4], bytes: f64) ->
             Ok(Inputs {
                 x: bench.constant(seed + 1, &[1, m, k], 1.0)?,
                 weight: QuantizedWeight::quantize(&weight, format)?.to(bench.device)?,
-                lora: LoraVar {
-                    a: bench.constant(seed + 4, &[1, r, k], small)?,
-                    b: bench.constant(seed + 5, &[1, n, r], 0.1)?,
-                    scale: 0.5,
-                },
+                lora: lora(bench, seed, [1, r, k, n], 0.5)?,
             })
         },
         |i: &Inputs| -> Result<Var> {

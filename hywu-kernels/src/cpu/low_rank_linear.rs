@@ -4,18 +4,13 @@
 use super::gemm::{Codes, LowRank, Matrix, Right, gemm, gemm_low_rank};
 use crate::{
     Tensor,
-    ops::low_rank_linear::{Segment, Segments, Weight},
+    ops::low_rank_linear::{Segment, Segments, Weight, matrix},
 };
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Elements that one parallel task copies.
 const CHUNK: usize = 1 << 14;
-
-/// The last two axes of a weight or an adapter.
-fn matrix(shape: &[usize]) -> [usize; 2] {
-    [shape[shape.len() - 2], shape[shape.len() - 1]]
-}
 
 impl<'a> Weight<'a> {
     /// Weight i, or its transpose, as the right factor of a product.

@@ -21,6 +21,17 @@ pub(crate) fn blocks(n: usize, per_block: usize) -> Result<u32> {
     }
 }
 
+/// A grid's y or z.
+///
+/// # Errors
+/// More than there can be of `what`.
+pub(crate) fn in_grid(op: &'static str, n: usize, what: &str) -> Result<u32> {
+    match n {
+        0..=65535 => Ok(n as u32),
+        _ => Err(Error::invalid(op, format!("{n} {what} are more than a launch takes"))),
+    }
+}
+
 /// A tensor of two or three axes in device memory, and the boxes of it that Hopper's copy engine moves. Axes from the innermost on.
 #[derive(Debug)]
 pub(crate) struct Boxes {

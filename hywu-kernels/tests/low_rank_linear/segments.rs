@@ -39,6 +39,11 @@ pub(super) fn one_weight(lengths: &[usize], adapted: impl Fn(usize) -> bool) -> 
     lengths.iter().enumerate().map(segment).collect()
 }
 
+/// The layer of x, weight, bias and what else there is.
+fn layer<'a>(v: &'a [Var], lora: Option<&'a LoraVar>, segments: Option<&'a Segments>) -> LowRankLinear<'a> {
+    LowRankLinear { x: &v[0], weight: (&v[1]).into(), bias: Some(&v[2]), lora, segments, shrunk: None }
+}
+
 impl Case {
     /// One weight and one adapter more than the segments use.
     pub(super) fn new(segments: Vec<Segment>, [inner, outer, parts, rank]: [usize; 4]) -> Self {
@@ -64,15 +69,7 @@ impl Case {
         move |tape, v| {
             let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: SCALE };
             let (lora, segments) = (Some(&lora), Some(&segments));
-            LowRankLinear {
-                x: &v[0],
-                weight: (&v[1]).into(),
-                bias: Some(&v[2]),
-                lora,
-                segments,
-                shrunk: None,
-            }
-            .forward(tape)
+            layer(v, lora, segments).forward(tape)
         }
     }
     fn oracle(&self) -> impl Fn(&[Vec<f64>]) -> Vec<f64> + use<> {
@@ -320,14 +317,7 @@ fn what_does_not_fit_is_refused() {
             let lora = LoraVar { a: v[3].clone(), b: v[4].clone(), scale: SCALE };
             let segments = segments.map(|s| Segments::new(s).expect("good segments"));
             let (lora, segments) = (Some(&lora), segments.as_ref());
-            let op = LowRankLinear {
-                x: &v[0],
-                weight: (&v[1]).into(),
-                bias: Some(&v[2]),
-                lora,
-                segments,
-                shrunk: None,
-            };
+            let op = layer(&v, lora, segments);
             let text = op.forward(&Tape::inference()).expect_err("refused").to_string();
             assert!(text.contains(why), "{text}");
         };

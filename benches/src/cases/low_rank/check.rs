@@ -7,7 +7,10 @@ use crate::{Result, timing::Bench};
 use hywu_core::Philox;
 use hywu_kernels::{
     LoraVar, Tape, Tensor, Var,
-    ops::elementwise::slice_tokens,
+    ops::{
+        elementwise::slice_tokens,
+        low_rank_linear::{Segment, Segments},
+    },
     testing::{Place, assert_near, rounded_to_bf16},
 };
 use rayon::prelude::*;
@@ -90,21 +93,16 @@ fn sampled(n: usize, more: impl IntoIterator<Item = usize>) -> Vec<usize> {
 /// First row, end, weight and adapter of a run of rows.
 type Run = (usize, usize, usize, Option<usize>);
 
-fn runs(layer: &Layer) -> Vec<Run> {
-    let Some(segments) = &layer.segments else {
-        let rows = layer.x.value().numel() / layer.x.value().dim_back(1);
-        let adapters = layer.lora.as_ref().map_or(0, |l| l.a.shape()[0]);
-        let each = rows / adapters.max(1);
-        return (0..adapters.max(1))
-            .map(|i| (i * each, (i + 1) * each, 0, (adapters > 0).then_some(i)))
-            .collect();
-    };
+fn runs(layer: &Layer) -> Result<Vec<Run>> {
+    let rows = layer.x.value().numel() / layer.x.value().dim_back(1);
+    let even = || Segments::even(rows, layer.lora.as_ref().map_or(0, |l| l.a.shape()[0]));
+    let segments = layer.segments.clone().map_or_else(even, Ok)?;
     let mut first = 0;
-    let run = |s: &hywu_kernels::ops::low_rank_linear::Segment| {
+    let run = |s: &Segment| {
         first += s.rows;
         (first - s.rows, first, s.weight, s.adapter)
     };
-    segments.as_slice().iter().map(run).collect()
+    Ok(segments.as_slice().iter().map(run).collect())
 }
 
 /// The rows that are looked at, by weight: also those at both sides of some borders between instances.
@@ -159,7 +157,7 @@ pub fn rows(bench: &Bench, layer: &Layer, y: &Tensor) -> Result<()> {
         return Err("a weight has two axes or more".into());
     };
     let mut samples = Samples::default();
-    for (weight, rows) in sampled_rows(&runs(layer)) {
+    for (weight, rows) in sampled_rows(&runs(layer)?) {
         let weight = line(layer.weight.value(), outer * inner, weight)?;
         let mut xs = Vec::new();
         for (row, _) in &rows {
@@ -213,7 +211,7 @@ pub fn gradients(bench: &Bench, layer: &Layer, got: &LayerGradients) -> Result<(
     let weight = layer.weight.value().to_host()?;
     let rank = lora.b.value().dim_back(1);
     let (mut dxs, mut das, mut dbs) = (Samples::default(), Samples::default(), Samples::default());
-    let runs = runs(layer);
+    let runs = runs(layer)?;
     let by_weight = sampled_rows(&runs);
     for &(first, end, _, adapter) in &runs {
         let adapter = adapter.ok_or("every row has an adapter")?;

@@ -3,7 +3,7 @@
 use super::{OP, int};
 use crate::{
     Error, Result, Tensor,
-    cuda::{Call, blocks, pack},
+    cuda::{Call, blocks, call::in_grid, pack},
 };
 use hywu_core::Dtype;
 
@@ -14,13 +14,9 @@ const TILE: [usize; 2] = [64, 128];
 
 /// The grid for parts of so many rows: tiles in bf16, a thread per 16 bytes in f32.
 fn grid(dtype: Dtype, parts: usize, rows: usize, columns: usize) -> Result<[u32; 3]> {
-    let in_grid = |n: usize, what: &str| match n {
-        0..=65535 => Ok(n as u32),
-        _ => Err(Error::invalid(OP, format!("{n} {what} are more than a launch takes"))),
-    };
-    let parts = in_grid(parts, "parts of a weight")?;
+    let parts = in_grid(OP, parts, "parts of a weight")?;
     if dtype == Dtype::Bf16 {
-        let rows = in_grid(rows.div_ceil(TILE[0]), "rows of tiles")?;
+        let rows = in_grid(OP, rows.div_ceil(TILE[0]), "rows of tiles")?;
         return Ok([blocks(columns, TILE[1])?, rows, parts]);
     }
     let packs = rows.saturating_mul(columns.div_ceil(pack(dtype)));

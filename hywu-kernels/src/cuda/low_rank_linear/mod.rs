@@ -21,7 +21,7 @@ pub(super) use shrink::Beside;
 
 use crate::{
     Error, Result, Tensor,
-    ops::low_rank_linear::{Segments, Weight},
+    ops::low_rank_linear::{Segments, Weight, matrix},
 };
 use hywu_core::Dtype;
 use product::{Operand, Over, Product, Use};
@@ -33,11 +33,6 @@ const OP: &str = "low_rank_linear";
 fn int(value: usize) -> Result<i32> {
     i32::try_from(value)
         .map_err(|_| Error::invalid(OP, format!("a size of {value} is more than a kernel takes")))
-}
-
-/// The last two axes of a weight or an adapter.
-fn matrix(shape: &[usize]) -> [usize; 2] {
-    [shape[shape.len() - 2], shape[shape.len() - 1]]
 }
 
 /// How many matrices there are.

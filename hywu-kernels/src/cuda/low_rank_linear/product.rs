@@ -2,8 +2,13 @@
 
 use super::{OP, int, rows::Rows};
 use crate::{
-    Error, Result, Tensor,
-    cuda::{Call, blas, blocks, call::on_gpu, elementwise::sum_parts, pack},
+    Result, Tensor,
+    cuda::{
+        Call, blas, blocks,
+        call::{in_grid, on_gpu},
+        elementwise::sum_parts,
+        pack,
+    },
     ops::low_rank_linear::Segments,
 };
 use hywu_core::Dtype;
@@ -203,12 +208,8 @@ impl Product<'_> {
             true => call.optional(None)?.optional(None)?.tensor_as(&out, Dtype::F32)?,
             false => call.tensor(&out)?.optional(self.bias)?.optional(None)?,
         };
-        let in_grid = |n: usize, what: &str| match n {
-            0..=65535 => Ok(n as u32),
-            _ => Err(Error::invalid(OP, format!("{n} {what} are more than a launch takes"))),
-        };
         let blocks = blocks(high.saturating_mul(self.parts).saturating_mul(n.div_ceil(plan.tile)), 1)?;
-        let grid = [blocks, in_grid(entries, "adapters")?, in_grid(plan.splits, "parts of a sum")?];
+        let grid = [blocks, in_grid(OP, entries, "adapters")?, in_grid(OP, plan.splits, "parts of a sum")?];
         let threads = if dtype == Dtype::Bf16 && plan.tile == 64 { 128 } else { 256 };
         call.bytes(&self.sizes(plan.split, rows, plane)?).launch(grid, threads, shared)?;
         if in_parts { sum_parts(&out, like, shape, self.alpha) } else { Ok(out) }

@@ -3,7 +3,10 @@
 use super::{OP, banded, int, rows::Rows};
 use crate::{
     Error, Result, Tensor,
-    cuda::{Call, blocks, call::BLOCK},
+    cuda::{
+        Call, blocks,
+        call::{BLOCK, in_grid},
+    },
     ops::low_rank_linear::{Segments, Shrink},
 };
 use hywu_core::Dtype;
@@ -83,12 +86,8 @@ impl<'a> Work<'a> {
     }
 
     fn grid(&self, plan: Plan) -> Result<[u32; 3]> {
-        let in_grid = |n: usize, what: &str| match n {
-            0..=65535 => Ok(n as u32),
-            _ => Err(Error::invalid(OP, format!("{n} {what} are more than a launch takes"))),
-        };
-        let across = in_grid(self.columns().div_ceil(plan.ranks), "blocks of ranks")?;
-        Ok([blocks(self.s.shape()[0], plan.height)?, across, in_grid(self.parts, "parts")?])
+        let across = in_grid(OP, self.columns().div_ceil(plan.ranks), "blocks of ranks")?;
+        Ok([blocks(self.s.shape()[0], plan.height)?, across, in_grid(OP, self.parts, "parts")?])
     }
 
     fn run(self, x: &Tensor) -> Result<Tensor> {
@@ -130,12 +129,8 @@ pub(super) fn shrink_gradient(
 /// [adapters, n, rank] -> [adapters, rank, n].
 fn transposed(b: &Tensor, [adapters, n, rank]: [usize; 3]) -> Result<Tensor> {
     let out = b.empty_like(&[adapters, rank, n])?;
-    let in_grid = |n: usize| {
-        u32::try_from(n).ok().filter(|n| *n <= 65535).ok_or_else(|| {
-            Error::invalid(OP, format!("{adapters} adapters of rank {rank} are more than a launch takes"))
-        })
-    };
-    let grid = [blocks(n, 64)?, in_grid(rank.div_ceil(32))?, in_grid(adapters)?];
+    let across = in_grid(OP, rank.div_ceil(32), "blocks of ranks")?;
+    let grid = [blocks(n, 64)?, across, in_grid(OP, adapters, "adapters")?];
     let call = Call::new(OP, "shrink_transpose", b)?.tensor(b)?.tensor(&out)?;
     call.size(n)?.size(rank)?.launch(grid, BLOCK, 0)?;
     Ok(out)

@@ -17,6 +17,8 @@ use std::sync::OnceLock;
 const TILE_ROWS: usize = 128;
 /// k of a stage.
 const DEPTH: usize = 64;
+/// Elements of a box's line, 128 bytes.
+const LINE: usize = 64;
 /// Threads of a block: a producer and two consumers.
 const THREADS: u32 = 384;
 /// Columns of a tile and blocks of a cluster, of the kernels that there are.
@@ -53,6 +55,14 @@ impl Plan {
     fn across(self, n: usize, parts: usize) -> usize {
         (n / parts).div_ceil(self.columns) * parts
     }
+    /// Blocks of all tiles; `tiles` gives the row tiles of a height.
+    fn all_blocks(self, tiles: impl Fn(usize) -> usize, n: usize, parts: usize) -> usize {
+        tiles(self.height()).saturating_mul(self.across(n, parts)).saturating_mul(self.cluster)
+    }
+    /// Blocks that run at once: whole clusters.
+    fn at_once(self, multiprocessors: usize) -> usize {
+        (multiprocessors / self.cluster * self.cluster).max(self.cluster)
+    }
     /// Clocks of a tile: its products, or its boxes from the second-level cache, whichever takes longer; then its stores.
     fn clocks(self, steps: usize) -> usize {
         let boxes = (TILE_ROWS + self.columns / self.cluster) * 2 * DEPTH;
@@ -66,7 +76,12 @@ impl Plan {
         self.stages * (TILE_ROWS + self.columns) * line + stores + 16 * self.stages + 1024
     }
     /// Steps 3 to 8 of the ladder.
-    fn of_step(step: usize, blocks: impl Fn(Self) -> usize, multiprocessors: usize) -> (Self, &'static str) {
+    fn of_step(
+        step: usize,
+        tiles: impl Fn(usize) -> usize,
+        n: usize,
+        multiprocessors: usize,
+    ) -> (Self, &'static str) {
         let plan = |columns, stages, engine_stores| Self { stages, engine_stores, ..Self::new(columns, 1) };
         let (plan, kernel, stays) = match step {
             3 => (plan(128, 1, false), "ladder_3", false),
@@ -76,9 +91,8 @@ impl Plan {
             7 => (plan(256, 4, true), "ladder_7", true),
             _ => (Self::new(256, 2), "warpgroup_nt_256_2", true),
         };
-        let at_once = multiprocessors / plan.cluster * plan.cluster;
-        let most = if stays { at_once.max(plan.cluster) } else { usize::MAX };
-        (Self { blocks: blocks(plan).min(most), ..plan }, kernel)
+        let most = if stays { plan.at_once(multiprocessors) } else { usize::MAX };
+        (Self { blocks: plan.all_blocks(tiles, n, 1).min(most), ..plan }, kernel)
     }
     fn name(self, layout: Layout) -> String {
         let layout = match layout {
@@ -99,8 +113,7 @@ fn plan(
 ) -> Plan {
     let candidates = KERNELS.map(|(columns, cluster)| {
         let plan = Plan::new(columns, cluster);
-        let blocks = tiles(plan.height()).saturating_mul(plan.across(n, parts)).saturating_mul(cluster);
-        let at_once = (multiprocessors / cluster * cluster).max(cluster);
+        let (blocks, at_once) = (plan.all_blocks(&tiles, n, parts), plan.at_once(multiprocessors));
         let clocks = blocks.div_ceil(at_once).saturating_mul(plan.clocks(steps));
         (clocks, Plan { blocks: blocks.min(at_once), ..plan })
     });
@@ -137,11 +150,15 @@ pub(super) struct LowRank<'a> {
     pub parts: usize,
 }
 
-/// Has the device these kernels, and are they to be used? They are machine code for 9.0 alone.
-fn there(gpu: &Gpu) -> bool {
-    static OFF: OnceLock<bool> = OnceLock::new();
-    let off = OFF.get_or_init(|| std::env::var_os("HYWU_CUDA_HOPPER").is_some_and(|v| v == "0"));
-    gpu.properties().capability == (9, 0) && !off
+/// Has the device these kernels? They are machine code for 9.0 alone.
+pub(super) fn there(gpu: &Gpu) -> bool {
+    gpu.properties().capability == (9, 0)
+}
+
+/// Are they to be used?
+fn on() -> bool {
+    static ON: OnceLock<bool> = OnceLock::new();
+    *ON.get_or_init(|| std::env::var_os("HYWU_CUDA_HOPPER").is_none_or(|v| v != "0"))
 }
 
 impl Product<'_> {
@@ -160,6 +177,7 @@ impl Product<'_> {
         let bf16 = self.a.dtype() == Dtype::Bf16;
         Ok(bf16
             && lines.iter().all(|l| l.is_multiple_of(pack(Dtype::Bf16)))
+            && on()
             && there(on_gpu(OP, self.a)?.gpu()))
     }
 
@@ -193,9 +211,8 @@ impl Product<'_> {
     /// As [`Product::run`].
     pub fn run_step(&self, step: usize, shape: &[usize]) -> Result<Tensor> {
         let [m, n, _] = self.dims;
-        let blocks =
-            |plan: Plan| row_tiles(self.segments, m, plan.height()) * plan.across(n, 1) * plan.cluster;
-        let (plan, kernel) = Plan::of_step(step, blocks, multiprocessors(self.a)?);
+        let tiles = |height| row_tiles(self.segments, m, height);
+        let (plan, kernel) = Plan::of_step(step, tiles, n, multiprocessors(self.a)?);
         self.launch(plan, kernel, shape)
     }
 
@@ -204,26 +221,30 @@ impl Product<'_> {
         let out = self.a.empty_like(shape)?;
         let adapters = self.low_rank.map_or(0, |l| l.adapters);
         let rows = Rows::new(self.a, self.segments, m, adapters, plan.height())?;
-        let (lines, share) = (DEPTH, plan.columns / plan.cluster);
         let of_a = match self.layout {
             Layout::Nt | Layout::Nn => boxes(self.a, [k, m], k, [DEPTH, TILE_ROWS])?,
-            Layout::Tn => boxes(self.a, [m, k], m, [lines, DEPTH])?,
+            Layout::Tn => boxes(self.a, [m, k], m, [LINE, DEPTH])?,
         };
         let of_b = |tensor, k: usize| match self.layout {
-            Layout::Nt => boxes(tensor, [k, n], k.next_multiple_of(pack(Dtype::Bf16)), [DEPTH, share]),
-            Layout::Nn | Layout::Tn => boxes(tensor, [n, k], n, [lines, DEPTH]),
+            Layout::Nt => boxes(
+                tensor,
+                [k, n],
+                k.next_multiple_of(pack(Dtype::Bf16)),
+                [DEPTH, plan.columns / plan.cluster],
+            ),
+            Layout::Nn | Layout::Tn => boxes(tensor, [n, k], n, [LINE, DEPTH]),
         };
         let b = of_b(self.b, k)?;
         let flat = Boxes {
             address: on_gpu(OP, &out)?.address(),
             dims: vec![n as u64, m as u64],
             pitches: vec![2 * n as u64],
-            size: vec![64, 64],
+            size: vec![LINE as u32, 64],
         };
         let mut call = Call::named(OP, kernel, self.a)?.boxes(&of_a)?.boxes(&b)?;
         // Alive until the launch: memory that is given back may be taken by work that comes later only.
         let padded;
-        let (mut pitch, mut ranks, mut part_ranks) = (0, 0, 0);
+        let (mut pitch, mut ranks) = (0, 0);
         call = match self.low_rank {
             None => call.boxes(&of_a)?.boxes(&b)?,
             Some(low) => {
@@ -232,7 +253,7 @@ impl Product<'_> {
                     Layout::Nt => low.ranks * low.parts,
                     Layout::Nn | Layout::Tn => low.ranks,
                 };
-                [pitch, ranks, part_ranks] = [low.s.dim_back(1), low.ranks, low.ranks];
+                [pitch, ranks] = [low.s.dim_back(1), low.ranks];
                 padded = match self.layout {
                     Layout::Nt => padded_lines(low.b, low.ranks)?,
                     Layout::Nn | Layout::Tn => low.b.clone(),
@@ -247,7 +268,7 @@ impl Product<'_> {
         sizes.extend(address(self.bias)?.to_le_bytes());
         sizes.extend(address(Some(&out))?.to_le_bytes());
         let parts = self.low_rank.map_or(1, |l| l.parts);
-        for size in [n, k, ranks, parts, part_ranks, 0] {
+        for size in [n, k, ranks, parts] {
             sizes.extend(int(size)?.to_le_bytes());
         }
         let grid = [blocks(plan.blocks, 1)?, 1, 1];
@@ -377,7 +398,7 @@ mod tests {
             let mut results = vec![product.run(&[m, n])?];
             for (columns, cluster) in KERNELS {
                 let plan = Plan::new(columns, cluster);
-                let all = row_tiles(None, m, plan.height()) * plan.across(n, 1) * cluster;
+                let all = plan.all_blocks(|height| row_tiles(None, m, height), n, 1);
                 for blocks in [cluster, all] {
                     let plan = Plan { blocks, ..plan };
                     results.push(product.launch(plan, &plan.name(self.layout), &[m, n])?);

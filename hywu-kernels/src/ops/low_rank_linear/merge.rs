@@ -4,18 +4,11 @@
 //! update is lost where it is below half a unit of the weight's last place (1/512 of the weight), and elsewhere rounded to that grid,
 //! while a fused call keeps both apart and adds them up in f32. On the CPU, in f32, the two agree to rounding.
 
-use super::low_rank_linear;
+use super::{OP, low_rank_linear};
 use crate::{Device, Error, LoraVar, Result, Tape, Tensor, Var, ops::together, testing::as_naive};
 
-const OP: &str = "low_rank_linear";
-
-/// Sizes of one adapter.
-struct Sizes {
-    /// Equal parts of the rows of the weight, each with ranks of its own.
-    parts: usize,
-}
-
-fn validate(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Sizes> {
+/// Checks the arguments; equal parts of the rows of the weight, each with ranks of its own.
+fn validate(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<usize> {
     let [outer, inner] = *weight.shape() else {
         return Err(Error::shape(OP, "weight", weight.shape(), "[out, in]"));
     };
@@ -44,7 +37,7 @@ fn validate(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Sizes
         return Err(Error::invalid(OP, format!("scale {scale} is not finite")));
     }
     together(OP, &[weight, a, b])?;
-    Ok(Sizes { parts })
+    Ok(parts)
 }
 
 /// The weight with one adapter in it: W' = W + scale * B A, added up in f32 and rounded once to the weight's dtype. The weight itself is
@@ -56,7 +49,7 @@ fn validate(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Sizes
 /// # Errors
 /// Shapes that don't agree, more than one adapter, an empty operand, a scale that is not finite.
 pub fn merge(weight: &Tensor, lora_a: &Tensor, lora_b: &Tensor, scale: f32) -> Result<Tensor> {
-    let Sizes { parts } = validate(weight, lora_a, lora_b, scale)?;
+    let parts = validate(weight, lora_a, lora_b, scale)?;
     if scale == 0.0 {
         return Ok(weight.clone());
     }

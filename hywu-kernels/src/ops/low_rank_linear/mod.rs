@@ -25,6 +25,11 @@ use weight::Kept;
 
 const OP: &str = "low_rank_linear";
 
+/// The last two axes of a weight or an adapter.
+pub(crate) fn matrix(shape: &[usize]) -> [usize; 2] {
+    [shape[shape.len() - 2], shape[shape.len() - 1]]
+}
+
 /// A linear layer with low-rank updates.
 #[derive(Clone, Copy)]
 pub struct LowRankLinear<'a> {
