@@ -16,9 +16,16 @@ pub fn relative_error(actual: &[f32], expected: &[f64]) -> f64 {
     if actual.len() != expected.len() {
         return f64::INFINITY;
     }
-    let difference: f64 = actual.iter().zip(expected).map(|(&a, e)| (f64::from(a) - e).powi(2)).sum();
-    let norm: f64 = expected.iter().map(|e| e * e).sum();
-    if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() }
+    let distance = distance(actual, expected);
+    if distance == 0.0 { 0.0 } else { distance / norm(expected.iter().copied()) }
+}
+
+fn distance(actual: &[f32], expected: &[f64]) -> f64 {
+    norm(actual.iter().zip(expected).map(|(&a, e)| f64::from(a) - e))
+}
+
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|v| v * v).sum::<f64>().sqrt()
 }
 
 /// Panics unless both have one length and the relative Frobenius error is <= `tolerance` (NaN fails); names the worst element.
