@@ -36,6 +36,7 @@ fn dense(name: &str, batch: usize, queries: usize, keys: usize, heads: usize, ro
         queries,
         keys,
         heads,
+        kv_heads: heads,
         head_dim: 64,
         q,
         k,
@@ -43,6 +44,8 @@ fn dense(name: &str, batch: usize, queries: usize, keys: usize, heads: usize, ro
         out: q,
         out_shape: vec![batch, queries, row],
         key_lengths: None,
+        ragged: None,
+        causal: None,
         rotary: rotary.then(|| (tables(queries, 64), tables(keys, 64))),
     };
     let operands = vec![

@@ -242,6 +242,7 @@ impl Smoke<'_> {
                     queries: tokens,
                     keys: tokens,
                     heads,
+                    kv_heads: heads,
                     head_dim: d,
                     q: part(0, 3),
                     k: part(1, 3),
@@ -249,6 +250,8 @@ impl Smoke<'_> {
                     out: part(0, 1),
                     out_shape: vec![2, tokens, width],
                     key_lengths: None,
+                    ragged: None,
+                    causal: None,
                     rotary: None,
                 };
                 let qkv: &[usize] = &[2, tokens, 3 * width];

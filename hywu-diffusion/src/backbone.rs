@@ -348,6 +348,7 @@ impl Backbone {
             queries: tokens,
             keys: tokens,
             heads: width / head,
+            kv_heads: width / head,
             head_dim: head,
             q: part(0, 3),
             k: part(1, 3),
@@ -355,6 +356,8 @@ impl Backbone {
             out: part(0, 1),
             out_shape: vec![batch, tokens, width],
             key_lengths: None,
+            ragged: None,
+            causal: None,
             rotary: Some((rotary.clone(), rotary.clone())),
         }
     }

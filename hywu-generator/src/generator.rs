@@ -210,6 +210,7 @@ impl Generator {
             queries,
             keys,
             heads: d / head,
+            kv_heads: d / head,
             head_dim: head,
             q,
             k,
@@ -217,6 +218,8 @@ impl Generator {
             out: q,
             out_shape: vec![b, n, s, d],
             key_lengths: None,
+            ragged: None,
+            causal: None,
             rotary: Some(rotary.clone()),
         }
     }

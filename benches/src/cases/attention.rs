@@ -34,6 +34,7 @@ pub fn arguments([b, t, h, d]: [usize; 4]) -> Attention {
         queries: t,
         keys: t,
         heads: h,
+        kv_heads: h,
         head_dim: d,
         q: at(0, 3),
         k: at(1, 3),
@@ -41,6 +42,8 @@ pub fn arguments([b, t, h, d]: [usize; 4]) -> Attention {
         out: at(0, 1),
         out_shape: vec![b, t, h * d],
         key_lengths: None,
+        ragged: None,
+        causal: None,
         rotary: None,
     }
 }

@@ -485,6 +485,7 @@ mod tests {
             queries,
             keys,
             heads: 1,
+            kv_heads: 1,
             head_dim: d,
             q: layout(queries),
             k: layout(keys),
@@ -492,6 +493,8 @@ mod tests {
             out: layout(queries),
             out_shape: vec![2, queries, d],
             key_lengths: Some(vec![keys, 150]),
+            ragged: None,
+            causal: None,
             rotary: Some((table(queries), table(keys))),
         };
         let [q, k, v] = [(2, queries), (3, keys), (4, keys)].map(|(seed, n)| numbers(seed, 2 * n * d));

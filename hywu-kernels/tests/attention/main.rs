@@ -26,6 +26,7 @@ fn dense(batch: usize, queries: usize, keys: usize, heads: usize, head_dim: usiz
         queries,
         keys,
         heads,
+        kv_heads: heads,
         head_dim,
         q: layout(queries),
         k: layout(keys),
@@ -33,6 +34,8 @@ fn dense(batch: usize, queries: usize, keys: usize, heads: usize, head_dim: usiz
         out: layout(queries),
         out_shape: vec![batch, queries, row],
         key_lengths: None,
+        ragged: None,
+        causal: None,
         rotary: None,
     }
 }
