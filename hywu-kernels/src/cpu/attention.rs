@@ -1,6 +1,7 @@
 //! Attention on the CPU: packing of the operands and the forward pass. A job is a run of query rows of one (batch, head); rows are
 //! computed independently of each other, so neither the split into jobs nor the rest of the batch shows in the result.
 
+pub(crate) use super::attention_backward::backward;
 #[cfg(target_arch = "x86_64")]
 use super::attention_simd::{Avx2, Avx512};
 use super::attention_simd::{Isa, Portable, Product, Simd, exp2};
