@@ -466,7 +466,7 @@ mod tests {
     use super::super::attention::forward_on;
     use super::*;
     use crate::{
-        ops::attention::{Layout, Rotary},
+        ops::attention::{Causal, Layout, Rotary},
         reference,
     };
 
@@ -484,9 +484,12 @@ mod tests {
     /// Whatever the processor would choose, the narrower instruction sets are right as well.
     #[test]
     fn every_instruction_set() {
-        // Ragged in queries, keys and channels, with more than one block of each.
+        // Ends of queries, keys and channels that fill no block, more than one block of each, and a mask within them.
         let (queries, keys, d) = (50, 261, 22);
-        let layout = |tokens: usize| Layout { offset: 0, batch: [tokens * d, 0], token: d, head: 0 };
+        let layout = |tokens: usize, heads: usize| {
+            let token = heads * d;
+            Layout { offset: 0, batch: [tokens * token, 0], token, head: d }
+        };
         let table = |n: usize| {
             let angles = numbers(1, n * d / 2);
             let table = |f: fn(f32) -> f32| {
@@ -500,20 +503,20 @@ mod tests {
             batch: [2, 1],
             queries,
             keys,
-            heads: 1,
+            heads: 2,
             kv_heads: 1,
             head_dim: d,
-            q: layout(queries),
-            k: layout(keys),
-            v: layout(keys),
-            out: layout(queries),
-            out_shape: vec![2, queries, d],
+            q: layout(queries, 2),
+            k: layout(keys, 1),
+            v: layout(keys, 1),
+            out: layout(queries, 2),
+            out_shape: vec![2, queries, 2 * d],
             key_lengths: Some(vec![keys, 150]),
             ragged: None,
-            causal: None,
+            causal: Some(Causal { spans: vec![vec![215..231, 240..261]] }),
             rotary: Some((table(queries), table(keys))),
         };
-        let [q, k, v] = [(2, queries), (3, keys), (4, keys)].map(|(seed, n)| numbers(seed, 2 * n * d));
+        let [q, k, v] = [(2, 2 * queries), (3, keys), (4, keys)].map(|(seed, n)| numbers(seed, 2 * n * d));
         let norm = [numbers(5, d), numbers(6, d)];
         let grad = numbers(7, q.len());
         let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
@@ -527,7 +530,7 @@ mod tests {
         );
         let mut first: Option<Vec<Vec<f64>>> = None;
         for isa in Isa::available() {
-            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 2 * queries]);
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 4 * queries]);
             let mut grads = [&q, &k, &v].map(|x| vec![f32::NAN; x.len()]);
             let norm = Some([norm[0].as_slice(), norm[1].as_slice()]);
             let qkv = [q.as_slice(), k.as_slice(), v.as_slice()];
