@@ -205,6 +205,7 @@ impl Attention {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of spans")]
 mod tests {
     use super::*;
     use crate::ops::attention::Layout;
