@@ -1,7 +1,7 @@
 //! CPU code, one file per op.
 
 pub(crate) mod attention;
-pub(crate) mod attention_backward;
+mod attention_backward;
 mod attention_simd;
 pub(crate) mod elementwise;
 pub(crate) mod embedding;

@@ -5,7 +5,6 @@
 //! names and no device. So nothing above this folder asks whether CUDA was built in.
 
 pub mod attention;
-pub mod attention_backward;
 #[cfg_attr(not(feature = "cuda"), path = "blas_absent.rs")]
 mod blas;
 mod call;

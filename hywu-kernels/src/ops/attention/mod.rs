@@ -264,7 +264,7 @@ pub fn backward(
     }
     let slots = Slots { wanted, once, tensors };
     // SAFETY: validated.
-    Ok(unsafe { on_device!(q, attention_backward::backward(args, [q, k, v], norm, saved, grad, &slots)) })
+    Ok(unsafe { on_device!(q, attention::backward(args, [q, k, v], norm, saved, grad, &slots)) })
 }
 
 /// Attention on a tape. `q`, `k` and `v` may be one and the same variable (a fused projection) read at different offsets.

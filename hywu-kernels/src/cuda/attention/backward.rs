@@ -1,16 +1,12 @@
 //! Launchers of `kernels-cu/attention`: the backward pass; see `cpu/attention_backward.rs` for what is computed.
 
 use super::{
-    Call,
-    attention::{
-        OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, integers, row_grid, row_groups, scratch_bytes,
-        tile_bytes, units, width,
-    },
-    call::BLOCK,
-    elementwise,
+    OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, integers, row_grid, row_groups, scratch_bytes,
+    tile_bytes, units, width,
 };
 use crate::{
     Result, Tensor,
+    cuda::{Call, call::BLOCK, elementwise},
     ops::attention::{Attention, Backward, Forward, Layout, NormWeights, Slots},
 };
 use hywu_core::Dtype;

@@ -1,5 +1,9 @@
 //! Launchers of `kernels-cu/attention`: packing of the operands and the forward pass; see `cpu/attention.rs` for what is computed.
 
+mod backward;
+
+pub use backward::backward;
+
 use super::{Call, Words, blocks, call::BLOCK, pack};
 use crate::{
     Error, Result, Tensor,
@@ -8,10 +12,10 @@ use crate::{
 use hywu_core::Dtype;
 use std::f32::consts::LOG2_E;
 
-pub(super) const OP: &str = "attention";
+const OP: &str = "attention";
 /// Rows of a warp, and its threads.
-pub(super) const WARP_ROWS: usize = 16;
-pub(super) const WARP: usize = 32;
+const WARP_ROWS: usize = 16;
+const WARP: usize = 32;
 
 /// How a kernel over tiles is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
