@@ -222,11 +222,16 @@ fn limit(call: &Call, entry: Entry, query: usize) -> usize {
     call.shape.limit(query, entry.tokens).min(entry.keys)
 }
 
-/// Tokens of an entry that are looked at: also those around a span.
+/// The key of an entry that all its queries want, where there is one.
+pub fn hot_key(tokens: usize) -> usize {
+    2 * tokens / 3
+}
+
+/// Tokens of an entry that are looked at: also the hot one, and those around a span.
 fn sampled_tokens(call: &Call, entry: Entry) -> Vec<usize> {
     let span = call.args.causal.as_ref().and_then(|c| c.spans.first()?.get(1));
     let edges = span.into_iter().flat_map(|s| [s.start - 1, s.start, s.end - 1, s.end]);
-    sampled(entry.tokens, edges)
+    sampled(entry.tokens, edges.chain([hot_key(entry.tokens)]))
 }
 
 fn largest(scores: &[f64]) -> f64 {

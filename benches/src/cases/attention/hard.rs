@@ -45,24 +45,26 @@ pub fn check(bench: &Bench, pass: Pass, shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// The rows of some heads of every token changed, by the token's number in its entry.
+/// The rows of some heads of every token changed; is the token the hot one of its entry?
 fn changed(
     bench: &Bench,
     x: &Tensor,
     shape: Shape,
     heads: std::ops::Range<usize>,
-    change: impl Fn(usize, &mut [f32]),
+    change: impl Fn(bool, &mut [f32]),
 ) -> hywu_kernels::Result<Tensor> {
     let mut x = x.to_host()?.clone();
     let width = x.dim_back(1);
-    // By token of the tensor, its number in its entry.
-    let numbers: Vec<usize> = match shape.kind {
-        Kind::Layers => (0..shape.s * shape.b).map(|i| i / shape.b).collect(),
-        _ => shape.lengths().into_iter().flat_map(|n| 0..n).collect(),
+    let hot: Vec<bool> = match shape.kind {
+        Kind::Layers => (0..shape.s * shape.b).map(|i| i / shape.b == check::hot_key(shape.s)).collect(),
+        _ => {
+            let of_entry = |n| (0..n).map(move |token| token == check::hot_key(n));
+            shape.lengths().into_iter().flat_map(of_entry).collect()
+        }
     };
-    for (token, number) in x.data_mut().chunks_exact_mut(width).zip(numbers) {
+    for (token, is_hot) in x.data_mut().chunks_exact_mut(width).zip(hot) {
         for row in token[heads.start * shape.d..heads.end * shape.d].chunks_exact_mut(shape.d) {
-            change(number, row);
+            change(is_hot, row);
         }
     }
     x.to(bench.device, bench.dtype())
@@ -73,16 +75,15 @@ impl Hard {
         let mut call = Call::new(bench, 0, shape)?;
         // Alternating, so that no kernel is helped by equal channels.
         let direction = |c: usize| if c % 3 == 0 { -2.0 } else { 2.0 };
-        let hot = |token: usize| token == 2 * shape.s / 3;
         let of_query = |row: &mut [f32]| match self {
             Self::Large => row.iter_mut().for_each(|x| *x *= 8.0),
             Self::HotKey => row.iter_mut().enumerate().for_each(|(c, x)| *x = 0.1 * *x + direction(c)),
             Self::Equal | Self::Masked => {}
         };
-        let of_key = |token: usize, row: &mut [f32]| match self {
+        let of_key = |is_hot: bool, row: &mut [f32]| match self {
             Self::Large => row.iter_mut().for_each(|x| *x *= 8.0),
             Self::HotKey => {
-                let sign = if hot(token) { 1.0 } else { -1.0 };
+                let sign = if is_hot { 1.0 } else { -1.0 };
                 row.iter_mut().enumerate().for_each(|(c, x)| *x = 0.1 * *x + sign * direction(c));
             }
             Self::Equal => row.iter_mut().enumerate().for_each(|(c, x)| *x = 0.25 * direction(c)),
