@@ -132,7 +132,7 @@ impl Head {
         (self.d as f64).powf(-0.5)
     }
     fn query(&self, i: usize) -> &[f64] {
-        &self.q[i * self.d..][..self.d]
+        row(&self.q, i, self.d)
     }
     /// Scores of a query's first keys.
     fn scores(&self, query: usize, keys: usize) -> Rows {
@@ -158,6 +158,10 @@ impl Head {
         let of_scores = weights.iter().zip(&of_weights).map(|(w, g)| self.scale() * w * (g - mean));
         mixed(&(self.round)(&of_scores.collect::<Rows>()), &self.k, self.d)
     }
+}
+
+fn row(rows: &[f64], i: usize, d: usize) -> &[f64] {
+    &rows[i * d..][..d]
 }
 
 /// The sum of rows by weight.
@@ -361,16 +365,14 @@ impl Given {
     /// Gradients of key and value number `j`, from the queries that see it.
     fn key_gradients(&self, head: &Head, j: usize, sees: impl Fn(usize) -> bool) -> (Rows, Rows) {
         let d = head.d;
-        let at = |x: &[f64]| x[j * d..][..d].to_vec();
-        let (key, value) = (at(&head.k), at(&head.v));
+        let (key, value) = (row(&head.k, j, d), row(&head.v, j, d));
         let seen: Vec<usize> = (0..self.sums.len()).filter(|&i| sees(i)).collect();
-        let row = |x: &Rows, i: usize| x[i * d..][..d].to_vec();
         let of_seen = |f: &dyn Fn(usize) -> f64| (head.round)(&seen.iter().map(|&i| f(i)).collect::<Rows>());
-        let scores = of_seen(&|i| head.scale() * dot(head.query(i), &key));
+        let scores = of_seen(&|i| head.scale() * dot(head.query(i), key));
         let weights = scores.iter().zip(&seen).map(|(s, &i)| ((s - self.sums[i]) * LOG2_E).exp2());
         let weights = (head.round)(&weights.collect::<Rows>());
-        let of_weights = of_seen(&|i| dot(&row(&self.grad, i), &value));
-        let mean = |i: usize| dot(&row(&self.grad, i), &row(&self.out, i));
+        let of_weights = of_seen(&|i| dot(row(&self.grad, i, d), value));
+        let mean = |i: usize| dot(row(&self.grad, i, d), row(&self.out, i, d));
         let of_scores = seen.iter().zip(weights.iter().zip(&of_weights));
         let of_scores: Rows = of_scores.map(|(&i, (w, g))| head.scale() * w * (g - mean(i))).collect();
         let of_scores = (head.round)(&of_scores);
@@ -380,5 +382,60 @@ impl Given {
             dv.iter_mut().zip(&self.grad[i * d..]).for_each(|(sum, g)| *sum += w * g);
         }
         (dk, dv)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::shapes::{Kind, Pass, timed},
+        *,
+    };
+    use hywu_kernels::{Device, ops::attention::Causal};
+
+    /// A check that nothing can fail would show nothing.
+    #[test]
+    fn what_is_wrong_is_found() {
+        let bench = Bench::new(Device::Cpu, true);
+        for (_, shape, _) in timed(&bench, false).into_iter().filter(|t| t.0 == Pass::Forward) {
+            let call = Call::new(&bench, 0, shape).expect("it fits");
+            let saved = call.forward().expect("it fits");
+            output(&bench, &call, &saved.out).expect("right");
+            for at in [0, saved.out.numel() - 1] {
+                for wrong in [f32::NAN, 1.0] {
+                    let mut out = saved.out.clone();
+                    out.data_mut()[at] += wrong;
+                    assert!(output(&bench, &call, &out).is_err(), "{shape}: {wrong} at {at}");
+                }
+            }
+            let other = Call::new(&bench, 1, shape).expect("it fits");
+            assert!(output(&bench, &other, &saved.out).is_err(), "{shape}: other operands");
+            if shape.kind == Kind::Rotated {
+                continue;
+            }
+            let grad = call.grad(&bench, 0).expect("it fits");
+            let right = call.backward(&saved, &grad).expect("it fits");
+            gradients(&bench, &call, &grad, &right).expect("right");
+            for slot in 0..right.slots.len() {
+                let mut slots = right.slots.clone();
+                slots[slot].data_mut()[0] += 1.0;
+                let wrong = Gradients { out: None, slots };
+                assert!(gradients(&bench, &call, &grad, &wrong).is_err(), "{shape}: gradient {slot}");
+            }
+        }
+    }
+
+    /// Every query that sees one key too many or too few.
+    #[test]
+    fn a_wrong_mask_is_found() {
+        let bench = Bench::new(Device::Cpu, true);
+        for (_, shape, _) in timed(&bench, false).into_iter().filter(|t| t.1.kind == Kind::Causal) {
+            let call = Call::new(&bench, 0, shape).expect("it fits");
+            let mut wrong = Call::new(&bench, 0, shape).expect("it fits");
+            let pairs = (0..shape.s / 2).map(|i| 2 * i..2 * i + 2).collect();
+            wrong.args.causal = Some(Causal { spans: vec![pairs] });
+            let out = wrong.forward().expect("it fits").out;
+            assert!(output(&bench, &call, &out).is_err(), "{shape}");
+        }
     }
 }
