@@ -74,7 +74,7 @@ impl Hard {
     fn call(self, bench: &Bench, shape: Shape) -> hywu_kernels::Result<Call> {
         let mut call = Call::new(bench, 0, shape)?;
         // Alternating, so that no kernel is helped by equal channels.
-        let direction = |c: usize| if c % 3 == 0 { -2.0 } else { 2.0 };
+        let direction = |c: usize| if c.is_multiple_of(3) { -2.0 } else { 2.0 };
         let of_query = |row: &mut [f32]| match self {
             Self::Large => row.iter_mut().for_each(|x| *x *= 8.0),
             Self::HotKey => row.iter_mut().enumerate().for_each(|(c, x)| *x = 0.1 * *x + direction(c)),

@@ -64,7 +64,7 @@ fn case(pass: Pass, shape: Shape, bytes: f64) -> Case {
             floor,
             move |bench, copy| Call::new(bench, copy, shape),
             |call: &Call| Ok(call.forward()?.out),
-            |bench, call, out| check::output(bench, call, out),
+            check::output,
         )
     } else {
         Case::checked(
