@@ -6,7 +6,7 @@
 #                                         leaves OUT_DIR/runs/DATE-GPU/ with logs and results, and prints a table last
 #     --rounds N      of the comparison (3)          --seconds N     for everything (480)
 #     --parts LIST    of tests,sanitizer,compare,edit (all)   --quick   small shapes, untimed in effect
-#     --only LIST     cases of the comparison that start so   --all     low-rank linear at all shapes (give it more --seconds)
+#     --only LIST     cases of the comparison that start so   --all     low-rank linear and attention at all shapes (more --seconds)
 #
 # Ends with 1 when a test, the smoke run, the sanitizer or a case of ours failed (a case also fails when its result is wrong). Reads the card's settings and never changes them.
 set -euo pipefail
@@ -89,6 +89,10 @@ run_sanitizer() {
   code=0
   (cd "$work" && timeout -k 5 60 "$cases" --device cuda --smoke) >"$run/smoke.log" 2>&1 || code=$?
   row smoke "every op, both dtypes" "$(tail -n 1 "$run/smoke.log")"
+  [ "$code" = 0 ] || failed=1
+  code=0
+  (cd "$work" && timeout -k 5 60 "$cases" --device cuda --check --quick --only attention) >"$run/check.log" 2>&1 || code=$?
+  row check "attention, hard operands" "$(grep -c '^right' "$run/check.log" || true) right, $(grep -c '^WRONG' "$run/check.log" || true) wrong"
   [ "$code" = 0 ] || failed=1
   if ! command -v compute-sanitizer >/dev/null; then row sanitizer all "not run: there is no compute-sanitizer"; return; fi
   help=$(compute-sanitizer --help 2>&1 || true)

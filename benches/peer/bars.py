@@ -1,6 +1,7 @@
-"""What low-rank linear is to reach beside PyTorch: from rounds of both programs to rows with "bar", "case", "value", "wanted", "met".
+"""What ops are to reach beside PyTorch: from rounds of both programs to rows with "bar", "case", "value", "wanted", "met".
 
-A value is the median over the rounds of a quotient of two times of one round; null, as is `met`, where one was not measured.
+A value is the median over the rounds of a quotient of two times of one round, or of a case's operations and its time (TFLOP/s);
+null, as is `met`, where one was not measured.
 """
 
 import statistics
@@ -8,7 +9,8 @@ import statistics
 LARGE = "m4096 k4096 n4096"
 CPU = "m1024 k4096 n4096"
 EXPERTS = ["e64 top8 m4096 k4096 n6144 r16", "e64 top8 m4096 k3072 n4096 r16"]
-# Each names two times as (side, bench/case, ways of which the fastest counts; none: the case's own).
+# Each names two times as (side, bench/case, ways of which the fastest counts; none: the case's own); "flops" is no side, but what a
+# case computes, in units that make a quotient with a time TFLOP/s.
 ONE, SIXTEEN = ("ours", f"low_rank_linear/{LARGE} r16 b1"), ("ours", f"low_rank_linear/{LARGE} r16 b16")
 PLAIN, PEER_PLAIN = ("ours", f"linear/{LARGE}"), ("peer", f"linear/{LARGE}")
 
@@ -17,7 +19,7 @@ def peer(time, *ways):
     return ("peer", time[1], *ways)
 
 
-ON_CUDA = [
+LOW_RANK = [
     # What is measured, the dividend, the divisor, at most or at least.
     ("time with one adapter / PyTorch's plain product (cuBLASLt)", ONE, PEER_PLAIN, "<=", 1.05),
     ("rate of the plain product / PyTorch's (cuBLASLt)", PEER_PLAIN, PLAIN, ">=", 0.95),
@@ -27,11 +29,11 @@ ON_CUDA = [
 ]
 for name in EXPERTS:
     layer = ("ours", f"low_rank_linear/{name}")
-    ON_CUDA += [
+    LOW_RANK += [
         ("PyTorch, a loop over experts / experts", peer(layer, "loop"), layer, ">=", 3.0),
         ("PyTorch grouped or padded / experts", peer(layer, "grouped", "padded"), layer, ">", 1.0),
     ]
-ON_CPU = [
+LOW_RANK_CPU = [
     (
         "time with one adapter / without, on the CPU",
         ("ours", f"low_rank_linear/{CPU} r16 b1"),
@@ -42,8 +44,42 @@ ON_CPU = [
 ]
 
 
-def milliseconds(said, side, case, *ways):
-    """One time of a round; None where there is none."""
+
+def attention():
+    """Forward and backward at long sequences, odd lengths, the generator's layers, norm and rotation, masks."""
+    bars, ours = [], lambda case: ("ours", f"attention/{case}")
+    beside = lambda text, case, least: (f"PyTorch's best / {text}", peer(ours(case)), ours(case), ">=", least)
+    long = ["s4096 h16 b4", "s8192 h16 b2", "s16384 h16 b1"]
+    for d, least in ((128, 0.95), (64, 0.9)):
+        bars += [beside("forward", f"fwd d{d} {s}", least) for s in long]
+    bars += [("TFLOP/s, forward", ("flops", ours(c)[1]), ours(c), ">=", 500) for c in (f"fwd d128 {s}" for s in long)]
+    # A last tile that is not full costs no more than a full one; 2 % is what two times of one kernel differ by.
+    for s, full, b in ((4353, 4480, 3), (5516, 5632, 3), (77, 128, 212)):
+        times = [ours(f"fwd d128 s{n} h16 b{b}") for n in (s, full)]
+        bars.append((f"time / that of {full} tokens, whole tiles", *times, "<=", 1.02))
+    bars.append(beside("along the layers, with the copies it needs", "fwd d128 s32 h32 b5516 layers", 2.0))
+    dense, rotated = ours(f"fwd d128 {long[1]}"), f"fwd d128 {long[1]} norm rotary"
+    bars.append(("time with norm and rotation / without", ours(rotated), dense, "<=", 1.05))
+    bars.append(beside("with norm and rotation", rotated, 1.0))
+    bars.append(("time with half of the tiles masked / dense", ours(f"fwd d128 {long[1]} spans"), dense, "<=", 0.6))
+    return bars + [beside("backward", f"bwd d128 {s}", 0.85) for s in long]
+
+
+SMALL = ("ours", "attention/fwd d64 s1024 h4 b1")
+# By bench: on a device, on the CPU.
+BARS = {
+    "low_rank_linear": (LOW_RANK, LOW_RANK_CPU),
+    "attention": (attention(), [("PyTorch / forward, on the CPU", peer(SMALL), SMALL, ">=", 1.0)]),
+}
+# What is in TFLOP/s is of these cards.
+CARDS = ("H100", "H200")
+
+
+def amount(said, side, case, *ways):
+    """One time of a round in milliseconds, or a case's operations; None where there is none."""
+    if side == "flops":
+        flops = said.get("ours", {}).get("details", {}).get(case, {}).get("flops")
+        return flops and flops / 1e9
     program = said.get(side, {})
     if not ways:
         return program.get("ms", {}).get(case)
@@ -52,14 +88,17 @@ def milliseconds(said, side, case, *ways):
     return min(times) if times else None
 
 
-def measured(rounds):
-    """A row for every bar of the device that the rounds ran on."""
+def measured(rounds, bench, card=""):
+    """A row for every bar of a bench on the device that the rounds ran on."""
     device = next((r["ours"]["device"] for r in rounds if "device" in r.get("ours", {})), "cpu")
     rows = []
-    for bar, dividend, divisor, sense, bound in ON_CPU if device == "cpu" else ON_CUDA:
-        pairs = [(milliseconds(r, *dividend), milliseconds(r, *divisor)) for r in rounds]
+    for bar, dividend, divisor, sense, bound in BARS[bench][device == "cpu"]:
+        if dividend[0] == "flops" and not any(name in card for name in CARDS):
+            continue
+        pairs = [(amount(r, *dividend), amount(r, *divisor)) for r in rounds]
         quotients = [a / b for a, b in pairs if a and b]
-        case = next(time[1] for time in (divisor, dividend) if time[0] == "ours").split("/", 1)[1]
+        # What has to be small is the dividend.
+        case = (dividend if sense == "<=" else divisor)[1].split("/", 1)[1]
         row = {"bar": bar, "case": case, "value": None, "spread": None, "wanted": f"{sense} {bound}", "met": None}
         if quotients:
             value = statistics.median(quotients)
@@ -74,23 +113,28 @@ def merge_or_fuse(rounds):
     return next((r["ours"]["merge_or_fuse"] for r in rounds if r.get("ours", {}).get("merge_or_fuse")), [])
 
 
-def tables(bars, merge_or_fuse):
-    """Both in Markdown."""
-    lines = []
-    if bars:
-        lines += ["", "| what low-rank linear is to reach | case | wanted | measured | lowest - highest | |", "|---|---|--:|--:|--:|---|"]
-        for bar in bars:
-            value, spread = "not measured", ""
-            if bar["value"] is not None:
-                value, spread = f"{bar['value']:.3f}", "{:.3f} - {:.3f}".format(*bar["spread"])
-            met = {True: "met", False: "MISSED", None: ""}[bar["met"]]
-            lines.append(f"| {bar['bar']} | {bar['case']} | {bar['wanted']} | {value} | {spread} | {met} |")
-    if merge_or_fuse:
-        head = ["merge or fuse", "rows", "rank", "merge ms", "fused ms", "plain ms", "merging wins from, calls", "`auto` merges from, calls"]
-        lines += ["", "| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-        calls = lambda n: "never" if n is None else str(n)
-        for m in merge_or_fuse:
-            times = [f"{m[k]:.4g}" for k in ("merge_ms", "fused_ms", "plain_ms")]
-            cells = [m["case"], str(m["rows"]), str(m["rank"]), *times, calls(m["calls"]), calls(m["policy_calls"])]
-            lines.append("| " + " | ".join(cells) + " |")
+def table(bench, bars):
+    """What a bench is to reach, in Markdown."""
+    what = bench.replace("_", " ").replace("low rank", "low-rank")
+    lines = ["", f"| what {what} is to reach | case | wanted | measured | lowest - highest | |", "|---|---|--:|--:|--:|---|"]
+    for bar in bars:
+        value, spread = "not measured", ""
+        if bar["value"] is not None:
+            value, spread = f"{bar['value']:.3f}", "{:.3f} - {:.3f}".format(*bar["spread"])
+        met = {True: "met", False: "MISSED", None: ""}[bar["met"]]
+        lines.append(f"| {bar['bar']} | {bar['case']} | {bar['wanted']} | {value} | {spread} | {met} |")
+    return lines if bars else []
+
+
+def merge_table(merge_or_fuse):
+    """Where merging wins, in Markdown."""
+    if not merge_or_fuse:
+        return []
+    head = ["merge or fuse", "rows", "rank", "merge ms", "fused ms", "plain ms", "merging wins from, calls", "`auto` merges from, calls"]
+    lines = ["", "| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    calls = lambda n: "never" if n is None else str(n)
+    for m in merge_or_fuse:
+        times = [f"{m[k]:.4g}" for k in ("merge_ms", "fused_ms", "plain_ms")]
+        cells = [m["case"], str(m["rows"]), str(m["rank"]), *times, calls(m["calls"]), calls(m["policy_calls"])]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines

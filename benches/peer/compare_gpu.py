@@ -19,7 +19,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=300, help="no round begins that would end later")
     parser.add_argument("--cases", default=ROOT / "target/release/cases", help="this project's program")
     parser.add_argument("--only", default="", help="cases whose names start so, or so: words with commas between")
-    parser.add_argument("--all", action="store_true", help="low-rank linear at all shapes")
+    parser.add_argument("--all", action="store_true", help="low-rank linear and attention at all shapes")
     parser.add_argument("--quick", action="store_true", help="shows that everything runs, not how fast")
     parser.add_argument("--no-compile", action="store_true", help="PyTorch without torch.compile")
     args = parser.parse_args()

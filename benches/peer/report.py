@@ -3,8 +3,8 @@
 A folder of results holds raw.csv (every round, every case), summary.md (the table), machine.md and machine.json, and one
 BENCH.json a bench: a list of {"case", "ours_ms", "peer", "peer_ms", "ratio", "tflops", "gbs", "of_ceiling", "spread"}. A ratio
 below 1 means that this project is faster; `spread` is its lowest and highest round. `of_ceiling` is the part of the ceiling
-(measured bandwidth, or measured bf16 matrix product, whichever binds the case) that this project reaches. low_rank_linear.json
-has that list as "cases", beside "bars" and "merge_or_fuse" (bars.py).
+(measured bandwidth, or measured bf16 matrix product, whichever binds the case) that this project reaches. attention.json and
+low_rank_linear.json have that list as "cases", beside "bars", and the latter "merge_or_fuse" (bars.py).
 """
 
 import csv
@@ -196,10 +196,13 @@ class Comparison:
         for case in self.names():
             if any(self.times("ours", case)):
                 benches.setdefault(case.split("/", 1)[0], []).append(self.row(case))
-        low_rank = {"bars": bars.measured(self.rounds), "merge_or_fuse": bars.merge_or_fuse(self.rounds)}
+        card = facts.get("gpu_before", {}).get("name", "")
+        reached = {name: {"bars": bars.measured(self.rounds, name, card)} for name in bars.BARS if name in benches}
+        if "low_rank_linear" in reached:
+            reached["low_rank_linear"]["merge_or_fuse"] = bars.merge_or_fuse(self.rounds)
         for name, rows in benches.items():
-            if name == "low_rank_linear":
-                rows = {"cases": rows} | low_rank
+            if name in reached:
+                rows = {"cases": rows} | reached[name]
             (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
         with open(out / "raw.csv", "w", newline="") as file:
             lines = csv.writer(file, lineterminator="\n")
@@ -217,8 +220,9 @@ class Comparison:
             facts["measured_matmul_tflops"] = round(arithmetic / 1e12, 1)
         write_machine(out, facts)
         text = self.table(benches)
-        if "low_rank_linear" in benches:
-            text += "\n".join(bars.tables(**low_rank)) + "\n"
+        for name, more in reached.items():
+            lines = bars.table(name, more["bars"]) + bars.merge_table(more.get("merge_or_fuse"))
+            text += "\n".join(lines) + "\n"
         (out / "summary.md").write_text(text)
         print(text)
 

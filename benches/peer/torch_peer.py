@@ -5,7 +5,7 @@
 
 Prints one JSON object: PyTorch's version, threads, parameters of the backbone, and {case: median milliseconds}, a case a line
 as soon as it is timed. On CUDA everything is bf16, the optimiser's weights are f32, and where there is more than one way to
-run a case (eager, torch.compile, cuDNN's attention) the fastest counts; all are in the details. Two cases more than the other
+run a case (eager, torch.compile, attention's backends) the fastest counts; all are in the details. Two cases more than the other
 side has, `ceiling/..`, measure what the card can do. Used by compare_cpu.py and compare_gpu.py.
 """
 
@@ -14,39 +14,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
+import torch_attention
 import torch_low_rank
 from torch import nn
 from torch_mini import COEFFICIENTS, EPS, FEATURES, HIDDEN, Mini, local_filter, modulated, patchify
 from torch_timing import ARGS, CUDA, DEVICE, DTYPE, fastest, measure, randn, ways
-
-
-ATTENTIONS = [(32, 84, 3, 64), (16, 276, 3, 64), (1, 1024, 4, 64)]
-LARGE_ATTENTIONS = [(1, 4096, 16, 128), (4, 1024, 16, 64)]
-
-
-def attention(b, t, h, d, backward):
-    """Fused projection [b, t, 3 h d] -> [b, t, h d]."""
-
-    def forward(qkv):
-        q, k, v = qkv.view(b, t, 3, h, d).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, h * d)
-
-    def cudnn(call):
-        def run(*inputs):
-            with nn.attention.sdpa_kernel(nn.attention.SDPBackend.CUDNN_ATTENTION):
-                return call(*inputs)
-
-        return run
-
-    def train(qkv, grad):
-        qkv.grad = None
-        forward(qkv).backward(grad)
-        return qkv.grad
-
-    if not backward:
-        return fastest(lambda: (randn(b, t, 3 * h * d),), ways(forward, cudnn=cudnn(forward)))
-    make = lambda: (randn(b, t, 3 * h * d).requires_grad_(), randn(b, t, h * d))
-    return fastest(make, ways(train, cudnn=cudnn(train)), grad=True)
 
 
 PROJECTIONS = ["qkv_proj", "o_proj", "gate_and_up_proj", "down_proj"]
@@ -199,11 +171,7 @@ def cases():
     if CUDA:
         out |= {"ceiling/copy": copy_ceiling, "ceiling/matmul": matmul_ceiling}
     out |= torch_low_rank.cases()
-    attentions = ATTENTIONS[:1] if CUDA and ARGS.quick else ATTENTIONS + (LARGE_ATTENTIONS if CUDA else [])
-    for shape in attentions:
-        name = "b{} t{} h{} d{}".format(*shape)
-        out[f"attention/fwd {name}"] = lambda shape=shape: attention(*shape, backward=False)
-        out[f"attention/fwd+bwd {name}"] = lambda shape=shape: attention(*shape, backward=True)
+    out |= torch_attention.cases()
     if ARGS.quick:
         out["backbone/forward b1 64px r8"] = lambda: mini(1, 64, lora=True)
         out["backbone/train step b1 64px"] = lambda: mini(1, 64, train=True)
@@ -229,7 +197,7 @@ def main():
     print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
     details, failures = {}, {}
     for name, run in cases().items():
-        if not name.startswith(tuple(ARGS.only.split(","))) or ARGS.few and name in torch_low_rank.WIDE:
+        if not name.startswith(tuple(ARGS.only.split(","))) or ARGS.few and name in torch_low_rank.WIDE | torch_attention.WIDE:
             continue
         try:
             detail = run()

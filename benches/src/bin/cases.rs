@@ -33,7 +33,7 @@ struct Args {
     /// Few calls of small shapes: shows that everything runs, not how fast.
     #[arg(long)]
     quick: bool,
-    /// Every token count of low-rank linear with every rank and every number of instances.
+    /// Every token count of low-rank linear with every rank and every number of instances, and attention at all shapes.
     #[arg(long)]
     all: bool,
     /// Without the cases that are one of many: those that a second round repeats.
@@ -42,7 +42,7 @@ struct Args {
     /// Only says which cases there are.
     #[arg(long)]
     list: bool,
-    /// Only checks results, where there is a check.
+    /// Only checks results, where there is a check: also from operands that are hard to get right.
     #[arg(long)]
     check: bool,
     /// Every op once forward and backward at ragged shapes, untimed: what compute-sanitizer looks at.
@@ -88,7 +88,7 @@ fn main() -> Result<ExitCode> {
     if args.check {
         let mut failed = 0;
         for case in wanted {
-            match attempt(|| case.check(&bench)) {
+            match attempt(|| Ok(case.check(&bench)? | case.check_hard(&bench)?)) {
                 Ok(true) => println!("right: {}", case.name),
                 Ok(false) => {}
                 Err(e) => {

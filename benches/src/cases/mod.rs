@@ -5,6 +5,7 @@ pub mod low_rank;
 mod memory;
 mod model;
 mod quantized;
+mod samples;
 
 pub use model::parameters;
 
@@ -37,6 +38,7 @@ pub struct Case {
     pub is_wide: bool,
     run: Box<Run>,
     check: Option<Box<Check>>,
+    hard: Option<Box<Check>>,
 }
 
 impl Case {
@@ -46,7 +48,7 @@ impl Case {
         run: impl Fn(&Bench, Floor) -> Result<Times> + 'static,
     ) -> Self {
         let run = Box::new(move |bench: &Bench| run(bench, floor));
-        Self { name: name.into(), floor, is_wide: false, run, check: None }
+        Self { name: name.into(), floor, is_wide: false, run, check: None, hard: None }
     }
     /// A single op: `inputs` makes a copy of its inputs, `call` runs it.
     fn op<I, O>(
@@ -76,6 +78,10 @@ impl Case {
         };
         Self { check: Some(Box::new(check)), ..case }
     }
+    /// With a check of operands that are hard to get right.
+    fn and_hard(self, check: impl Fn(&Bench) -> Result<()> + 'static) -> Self {
+        Self { hard: Some(Box::new(check)), ..self }
+    }
     /// See [`Case::is_wide`].
     fn wide(self, is_wide: bool) -> Self {
         Self { is_wide, ..self }
@@ -86,6 +92,13 @@ impl Case {
     /// A wrong result; those of the op and the device.
     pub fn check(&self, bench: &Bench) -> Result<bool> {
         self.check.as_ref().map_or(Ok(false), |check| check(bench).map(|()| true))
+    }
+    /// Checks its result from operands that are hard to get right; false where there is no such check.
+    ///
+    /// # Errors
+    /// As [`Case::check`].
+    pub fn check_hard(&self, bench: &Bench) -> Result<bool> {
+        self.hard.as_ref().map_or(Ok(false), |check| check(bench).map(|()| true))
     }
     /// Checks and times it.
     ///
@@ -98,13 +111,13 @@ impl Case {
     }
 }
 
-/// All cases of a device; `all_shapes` of low-rank linear, too.
+/// All cases of a device; `all_shapes` of low-rank linear and attention, too.
 pub fn all(bench: &Bench, all_shapes: bool) -> Vec<Case> {
     let bytes = bench.dtype().size() as f64;
     let cuda = bench.device != Device::Cpu;
     let mut cases = low_rank::cases(bench, all_shapes);
+    cases.extend(attention::cases(bench, all_shapes));
     cases.extend(quantized::cases(bench));
-    cases.extend(attention::cases(cuda, bench.quick, bytes));
     cases.extend(model::cases(cuda, bench.quick, bytes));
     if cuda {
         cases.extend(memory::cases(bench.quick, bytes));

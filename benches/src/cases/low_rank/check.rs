@@ -3,91 +3,26 @@
 //! their sum.
 
 use super::{Layer, LayerGradients};
-use crate::{Result, timing::Bench};
-use hywu_core::Philox;
+use crate::{
+    Result,
+    cases::samples::{Samples, dot, line, rounded, sampled, wide},
+    timing::Bench,
+};
 use hywu_kernels::{
-    LoraVar, Tape, Tensor, Var,
-    ops::{
-        elementwise::slice_tokens,
-        low_rank_linear::{Segment, Segments},
-    },
-    testing::{Place, assert_near, rounded_to_bf16},
+    LoraVar, Tensor,
+    ops::low_rank_linear::{Segment, Segments},
 };
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// Rows drawn at random.
-const DRAWN: usize = 8;
 /// Tolerance in f32, as in the op's tests.
 const TOLERANCE: f64 = 1e-5;
 
-/// Values, what they should be, and what a naive implementation in bf16 gives.
-#[derive(Default)]
-struct Samples {
-    actual: Vec<f32>,
-    expected: Vec<f64>,
-    naive: Vec<f64>,
-}
-
-impl Samples {
-    /// A sum of two products, which a naive implementation rounds one by one.
-    fn add(&mut self, actual: &[f32], base: &[f64], low: &[f64], naive_low: &[f64]) {
-        self.actual.extend(actual);
-        self.expected.extend(base.iter().zip(low).map(|(b, l)| b + l));
-        self.naive.extend(rounded(base).iter().zip(rounded(naive_low)).map(|(b, l)| b + l));
-    }
-
-    /// An error where they are not near enough.
-    fn check(self, bench: &Bench, what: &str) -> Result<()> {
-        let place = Place { device: bench.device, dtype: bench.dtype() };
-        // It panics where they are not.
-        crate::attempt(|| {
-            assert_near(place, &self.actual, &self.expected, |_| self.naive.clone(), TOLERANCE);
-            Ok(())
-        })
-        .map_err(|e| format!("{what} is wrong: {e}").into())
-    }
-}
-
-/// To the nearest bf16.
-fn rounded(values: &[f64]) -> Vec<f64> {
-    let single = Tensor::build(&[values.len()], |out| {
-        out.iter_mut().zip(values).for_each(|(o, v)| *o = *v as f32);
-    });
-    wide(rounded_to_bf16(&single).data())
-}
-
-fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|&v| v.into()).collect()
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    // Eight sums, which a compiler turns into vectors.
-    let mut sums = [0.0; 8];
-    let (a, b) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f64 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a.zip(b) {
-        for i in 0..8 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    sums.iter().sum::<f64>() + rest
-}
-
-/// Lines of `width` elements of a tensor, from the device that has it.
-fn line(x: &Tensor, width: usize, i: usize) -> Result<Vec<f32>> {
-    let x = Var::constant(x.reshape(&[1, x.numel() / width, width])?);
-    Ok(slice_tokens(&Tape::inference(), &x, i, 1)?.value().to_host()?.data().to_vec())
-}
-
-/// Some of `n`, in order: first, last, random ones, and `more`.
-fn sampled(n: usize, more: impl IntoIterator<Item = usize>) -> Vec<usize> {
-    let mut random = Philox::new(0x5a).stream(n as u64);
-    let drawn: Vec<usize> = (0..DRAWN).map(|_| random.below(n)).collect();
-    let mut all: Vec<usize> = drawn.into_iter().chain([0, n - 1]).chain(more).filter(|i| *i < n).collect();
-    all.sort_unstable();
-    all.dedup();
-    all
+/// Adds a sum of two products, which a naive implementation rounds one by one.
+fn add_sum(samples: &mut Samples, actual: &[f32], base: &[f64], low: &[f64], naive_low: &[f64]) {
+    let expected: Vec<f64> = base.iter().zip(low).map(|(b, l)| b + l).collect();
+    let naive: Vec<f64> = rounded(base).iter().zip(rounded(naive_low)).map(|(b, l)| b + l).collect();
+    samples.add(actual, &expected, &naive);
 }
 
 /// First row, end, weight and adapter of a run of rows.
@@ -177,10 +112,10 @@ pub fn rows(bench: &Bench, layer: &Layer, y: &Tensor) -> Result<()> {
                 let s = pair.shrink(x);
                 (low, naive) = (pair.expand(&s), pair.expand(&rounded(&s)));
             }
-            samples.add(&line(y, outer, *row)?, &base, &low, &naive);
+            add_sum(&mut samples, &line(y, outer, *row)?, &base, &low, &naive);
         }
     }
-    samples.check(bench, "the output")
+    samples.check(bench, "the output", TOLERANCE)
 }
 
 /// A merged weight.
@@ -196,9 +131,9 @@ pub fn merged(bench: &Bench, layer: &Layer, merged: &Tensor) -> Result<()> {
             low.iter_mut().zip(a).for_each(|(l, a)| *l += pair.scale * b * a);
         }
         let base = wide(&line(layer.weight.value(), inner, row)?);
-        samples.add(&line(merged, inner, row)?, &base, &low, &low);
+        add_sum(&mut samples, &line(merged, inner, row)?, &base, &low, &low);
     }
-    samples.check(bench, "the merged weight")
+    samples.check(bench, "the merged weight", TOLERANCE)
 }
 
 /// Gradients of a layer whose rows divide evenly: dX at sampled rows, dB and dA at sampled columns of dY and X.
@@ -241,7 +176,7 @@ pub fn gradients(bench: &Bench, layer: &Layer, got: &LayerGradients) -> Result<(
                 low
             };
             let ds = &ds[row - first];
-            dxs.add(&line(&got.x, inner, *row)?, &base, &low(ds), &low(&rounded(ds)));
+            add_sum(&mut dxs, &line(&got.x, inner, *row)?, &base, &low(ds), &low(&rounded(ds)));
         }
         // A column of dY or X with S or dS: [rows] x [rows, rank].
         let products = |values: &[f32], width: usize, column: usize, right: &[Vec<f64>]| -> Vec<f64> {
@@ -253,33 +188,28 @@ pub fn gradients(bench: &Bench, layer: &Layer, got: &LayerGradients) -> Result<(
         };
         let naive = |right: &[Vec<f64>]| -> Vec<Vec<f64>> { right.iter().map(|r| rounded(r)).collect() };
         let (naive_s, naive_ds) = (naive(&s), naive(&ds));
-        let add = |samples: &mut Samples, actual: &[f32], exact: Vec<f64>, naive: Vec<f64>| {
-            samples.actual.extend(actual);
-            samples.expected.extend(exact);
-            samples.naive.extend(naive);
-        };
         let db = line(&got.b, outer * rank, adapter)?;
         for o in sampled(outer, []) {
             let [exact, naive] = [&s, &naive_s].map(|s| products(dy_rows, outer, o, s));
-            add(&mut dbs, &db[o * rank..][..rank], exact, naive);
+            dbs.add(&db[o * rank..][..rank], &exact, &naive);
         }
         let da = line(&got.a, rank * inner, adapter)?;
         for i in sampled(inner, []) {
             let [exact, naive] = [&ds, &naive_ds].map(|ds| products(x_rows, inner, i, ds));
             let actual: Vec<f32> = da[i..].iter().step_by(inner).copied().collect();
-            add(&mut das, &actual, exact, naive);
+            das.add(&actual, &exact, &naive);
         }
     }
-    dxs.check(bench, "the gradient of x")?;
-    das.check(bench, "the gradient of A")?;
-    dbs.check(bench, "the gradient of B")
+    dxs.check(bench, "the gradient of x", TOLERANCE)?;
+    das.check(bench, "the gradient of A", TOLERANCE)?;
+    dbs.check(bench, "the gradient of B", TOLERANCE)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cases::low_rank;
-    use hywu_kernels::Device;
+    use hywu_kernels::{Device, Tape};
 
     /// A check that nothing can fail would show nothing.
     #[test]

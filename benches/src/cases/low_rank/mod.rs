@@ -7,7 +7,7 @@ mod policy;
 mod shapes;
 
 pub use policy::merge_or_fuse;
-pub use shapes::{Rows, Shape};
+pub use shapes::{RAGGED, Rows, Shape, ragged_lengths};
 
 use super::{Case, Floor};
 use crate::{backward, timing::Bench};

@@ -17,7 +17,25 @@ pub enum Rows {
 }
 
 /// Instances of a ragged batch.
-const RAGGED: usize = 16;
+pub const RAGGED: usize = 16;
+
+/// How `rows` divide over the instances of a ragged batch: the weights 15, 34, .., 300 in a fixed order, in parts of their sum.
+pub fn ragged_lengths(rows: usize) -> Vec<usize> {
+    let weights = (0..RAGGED).map(|i| 15 + 19 * ((7 * i + 3) % RAGGED));
+    let all: usize = weights.clone().sum();
+    let ends = weights.scan(0, |end, w| {
+        *end += w;
+        Some(*end)
+    });
+    let mut last = 0;
+    let length = |end: usize| {
+        let end = rows * end / all;
+        let length = end - last;
+        last = end;
+        length
+    };
+    ends.map(length).collect()
+}
 
 impl Rows {
     /// Number of instances.
@@ -66,26 +84,12 @@ impl Shape {
             && [Rows::Even(1), Rows::Even(16)].contains(&rows)
     }
 
-    /// Rows of the instances: the weights 15, 34, .., 300 in a fixed order, in parts of their sum.
+    /// Rows of the instances.
     pub fn lengths(self) -> Vec<usize> {
-        let Rows::Ragged = self.rows else {
-            let b = self.rows.instances();
-            return vec![self.m / b; b];
-        };
-        let weights = (0..RAGGED).map(|i| 15 + 19 * ((7 * i + 3) % RAGGED));
-        let all: usize = weights.clone().sum();
-        let ends = weights.scan(0, |end, w| {
-            *end += w;
-            Some(*end)
-        });
-        let mut last = 0;
-        let length = |end: usize| {
-            let end = self.m * end / all;
-            let length = end - last;
-            last = end;
-            length
-        };
-        ends.map(length).collect()
+        match self.rows {
+            Rows::Even(b) => vec![self.m / b; b],
+            Rows::Ragged => ragged_lengths(self.m),
+        }
     }
 
     /// The ragged ones; rows that divide evenly need none.
