@@ -2,7 +2,7 @@
 
 use super::{
     OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, integers, row_grid, row_groups, scratch_bytes,
-    tile_bytes, units, width,
+    short, tile_bytes, units, width,
 };
 use crate::{
     Result, Tensor,
@@ -233,8 +233,16 @@ pub fn backward(
         return Ok(Backward { slots, norm: norm? });
     }
 
-    let width = width(args.head_dim);
     let operands = Operands::new(args, qkv, norm)?;
+    let [q_slot, k_slot, v_slot] = slots.wanted.slots;
+    if slots.once
+        && let Some(plan) = short::plan(args, grad.dtype(), short::Pass::Backward)
+    {
+        let written = slots.wanted.slots.map(|slot| slot.map(|s| &tensors[s]));
+        let norm = short::backward(&plan, args, &operands, [grad, &saved.lse], written, norm_weights)?;
+        return Ok(Backward { slots: tensors, norm });
+    }
+    let width = width(args.head_dim);
     let gradients = Operand::plain(args, grad, &args.out, args.queries);
     let count = units(args) * args.queries;
     let delta = grad.empty_as(&[count], Dtype::F32)?;
@@ -253,7 +261,6 @@ pub fn backward(
         lse: &saved.lse,
         delta,
     };
-    let [q_slot, k_slot, v_slot] = slots.wanted.slots;
     let wants = |slot: Option<usize>| slot.is_some() || norm_weights.is_some();
     let d_q = if wants(q_slot) { tiles.query_gradient()? } else { None };
     let [d_k, d_v] = tiles.key_value_gradients([wants(k_slot), v_slot.is_some()])?;

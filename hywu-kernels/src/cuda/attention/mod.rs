@@ -1,6 +1,7 @@
 //! Launchers of `kernels-cu/attention`: packing of the operands and the forward pass; see `cpu/attention.rs` for what is computed.
 
 mod backward;
+mod short;
 
 pub use backward::backward;
 
@@ -215,9 +216,13 @@ impl Call {
 
 pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<Forward> {
     let out = qkv[0].empty_like(&args.out_shape)?;
-    let lse = out.empty_as(&[args.batch[0], args.batch[1], args.heads, args.queries], Dtype::F32)?;
-    let plan = plan(args.head_dim, out.dtype());
+    let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
     let operands = Operands::new(args, qkv, norm)?;
+    if let Some(plan) = short::plan(args, out.dtype(), short::Pass::Forward) {
+        short::forward(&plan, args, &operands, [&out, &lse])?;
+        return Ok(Forward { out, lse });
+    }
+    let plan = plan(args.head_dim, out.dtype());
     let sources = [&operands.q, &operands.k, &operands.v];
     let [q, k, v] = sources.map(|operand| operand.source(args, plan.width));
     let (q, k, v) = (q?, k?, v?);
