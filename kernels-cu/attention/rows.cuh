@@ -101,20 +101,16 @@ template <class T> struct Lanes {
         }
     }
     __device__ float inverse_rms(const Packs<T>& x) const { return 1.0f / sqrtf(dot(x, x) / channels + NORM_EPS); }
-    // v = factor * rotated(normed(v)); `w`: the norm's weight.
-    __device__ void apply(Packs<T>& v, const Packs<T>& w, const Change& change, float factor, int token, bool some) const {
+    // v = rotated(normed(v)); `w`: the norm's weight.
+    __device__ void apply(Packs<T>& v, const Packs<T>& w, const Change& change, int token, bool some) const {
         if (change.weight) {
-            factor *= inverse_rms(v);
+            float factor = inverse_rms(v);
 #pragma unroll
             for (int p = 0; p < PACKS<T>; p++)
 #pragma unroll
-                for (int i = 0; i < PACK<T>; i++) v[p][i] *= w[p][i];
+                for (int i = 0; i < PACK<T>; i++) v[p][i] *= w[p][i] * factor;
         }
         if (change.cos) rotate(v, change, token, false, some);
-#pragma unroll
-        for (int p = 0; p < PACKS<T>; p++)
-#pragma unroll
-            for (int i = 0; i < PACK<T>; i++) v[p][i] *= factor;
     }
     // Turns g, the gradient of rotated(normed(x)), into that of x, and adds that of the norm's weight to dw. x is used where there is
     // a norm.
@@ -150,7 +146,11 @@ __device__ void pack_rows(const T* x, const Rows& rows, const Change& change, fl
     Packs<T> v, w = {};
     lanes.load(v, x + unit_start(rows, unit) + token * rows.token, some);
     if (change.weight) lanes.load(w, static_cast<const T*>(change.weight), some);
-    lanes.apply(v, w, change, factor, token, some);
+    lanes.apply(v, w, change, token, some);
+#pragma unroll
+    for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+        for (int i = 0; i < PACK<T>; i++) v[p][i] *= factor;
 #pragma unroll
     for (int p = 0; p < PACKS<T>; p++)
         if (some && lanes.column(p) < width) store_pack(out + int64_t(row) * width + lanes.column(p), v[p]);

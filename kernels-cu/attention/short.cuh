@@ -2,7 +2,7 @@
 // operand is read once and every result written once, by a block that holds whole units in shared memory. All scores of a row are in
 // registers, so there is no running softmax, and the backward pass needs nothing from other blocks.
 //
-// Norm, rotation and factor happen in shared memory, on the rows that a thread has copied itself. The blocks of a multiprocessor are at
+// Norm and rotation happen in shared memory, on the rows that a thread has copied itself. The blocks of a multiprocessor are at
 // different points: while one computes, the rows of others are on their way.
 #pragma once
 
@@ -12,8 +12,6 @@ namespace few_keys {
 
 // The most threads of a block.
 constexpr int THREADS = 128;
-
-constexpr float LN_2 = 0.693147180559945309f;
 
 // As the launcher passes it (no padding).
 struct Sizes {
@@ -57,11 +55,10 @@ template <int D> struct Share {
             cp_async_16(tile + i * STRIDE<bf16, D> + column, there ? from + i * rows.token : x, there);
         }
     }
-    // tile = factor * rotated(normed(tile)), rounded as the packing kernel does it. Whole warps take part, as heights are multiples of
+    // tile = rotated(normed(tile)), rounded as the packing kernel does it. Whole warps take part, as heights are multiples of
     // the rows of a warp.
-    __device__ __forceinline__ void change(bf16* tile, int height, const Rows& rows, const Change& change, float factor,
-                                           int count) const {
-        if (!change.weight && !change.cos && factor == 1.0f) return;
+    __device__ __forceinline__ void change(bf16* tile, int height, const Rows& rows, const Change& change, int count) const {
+        if (!change.weight && !change.cos) return;
         Lanes<bf16> lanes(D, rows.channels);
         Packs<bf16> w = {};
         if (change.weight) lanes.load(w, static_cast<const bf16*>(change.weight), true);
@@ -70,7 +67,7 @@ template <int D> struct Share {
             bf16* at = tile + i * STRIDE<bf16, D>;
             Packs<bf16> v;
             lanes.load(v, at, i < count);
-            lanes.apply(v, w, change, factor, i, i < count);
+            lanes.apply(v, w, change, i, i < count);
             if (i < count) store_pack(at + column, v[0]);
         }
     }
@@ -116,8 +113,8 @@ __device__ void forward(const bf16* q, const bf16* k, const bf16* v, const Rows&
         share.copy(tiles + values_at, KEYS, v, v_rows, unit.index, unit.keys);
         cp_async_commit();
         cp_async_wait<1>();
-        share.change(tiles, z.queries, q_rows, q_change, z.exponent, unit.queries);
-        share.change(tiles + keys_at, KEYS, k_rows, k_change, 1.0f, unit.keys);
+        share.change(tiles, z.queries, q_rows, q_change, unit.queries);
+        share.change(tiles + keys_at, KEYS, k_rows, k_change, unit.keys);
     }
     __syncthreads();
 
@@ -135,7 +132,8 @@ __device__ void forward(const bf16* q, const bf16* k, const bf16* v, const Rows&
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 2 * r; i < 2 * r + 2; i++) {
-                if (n * 8 + t2 + i % 2 >= unit.keys) p[n][i] = -INFINITY;
+                // Not contracted with the difference below: the largest score has weight 1 exactly.
+                p[n][i] = n * 8 + t2 + i % 2 < unit.keys ? __fmul_rn(p[n][i], z.exponent) : -INFINITY;
                 most[r] = fmaxf(most[r], p[n][i]);
             }
         most[r] = quad_max(most[r]);
@@ -265,8 +263,8 @@ __device__ void backward(const bf16* q, const bf16* k, const bf16* v, const bf16
         share.copy(tiles + values_at, KEYS, v, v_rows, unit.index, unit.keys);
         cp_async_commit();
         cp_async_wait<1>();
-        share.change(tiles, z.queries, q_rows, q_change, z.exponent, unit.queries);
-        share.change(tiles + keys_at, KEYS, k_rows, k_change, 1.0f, unit.keys);
+        share.change(tiles, z.queries, q_rows, q_change, unit.queries);
+        share.change(tiles + keys_at, KEYS, k_rows, k_change, unit.keys);
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -291,7 +289,7 @@ __device__ void backward(const bf16* q, const bf16* k, const bf16* v, const bf16
             for (int n = 0; n < N; n++)
 #pragma unroll
                 for (int i = 2 * r; i < 2 * r + 2; i++) {
-                    p[n][i] = there && n * 8 + t2 + i % 2 < unit.keys ? exp2f(p[n][i] - log_sum) : 0.0f;
+                    p[n][i] = there && n * 8 + t2 + i % 2 < unit.keys ? exp2f(__fmul_rn(p[n][i], z.exponent) - log_sum) : 0.0f;
                     delta += p[n][i] * d[n][i];
                 }
             delta = quad_sum(delta);
@@ -327,7 +325,7 @@ __device__ void backward(const bf16* q, const bf16* k, const bf16* v, const bf16
     }
     if (first < keys && (d_k || k_partial)) {
         int64_t start = unit_start(k_rows, unit.index);
-        finish_rows<D>(key_sum, LN_2, reinterpret_cast<float*>(tiles + keys_at) + first * ROW, k + start,
+        finish_rows<D>(key_sum, z.scale, reinterpret_cast<float*>(tiles + keys_at) + first * ROW, k + start,
                        d_k ? d_k + start : nullptr, k_rows, k_change, first, unit.keys, keys, k_dw);
     }
     if (!q_partial) return;
