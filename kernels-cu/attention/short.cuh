@@ -22,16 +22,24 @@ struct Sizes {
     float exponent, scale; // log2(e) / sqrt(channels), 1 / sqrt(channels)
 };
 
-// Which unit, and how many of its queries and keys there are: none beyond the last unit.
+// One of a block's units: a head of an entry, and how many queries and keys there are, none beyond the last unit.
 struct Unit {
-    int index, queries, keys;
+    int index, entry, head, kv_head;
+    Entry tokens;
 
-    __device__ __forceinline__ Unit(const Sizes& z, int local, const Rows& q, const Rows& k, const int* lengths) {
+    __device__ __forceinline__ Unit(const Sizes& z, int local, const Rows& q, const Rows& k, const Extents& extents) {
         index = int(blockIdx.x) * z.together + local;
         bool inside = index < z.units;
         if (!inside) index = 0;
-        queries = inside ? q.tokens : 0;
-        keys = !inside ? 0 : lengths ? lengths[index / k.heads] : k.tokens;
+        entry = index / q.heads, head = index - entry * q.heads, kv_head = head / (q.heads / k.heads);
+        tokens = extents.entry(entry);
+        if (!inside) tokens.queries = tokens.keys = 0;
+    }
+    __device__ __forceinline__ int64_t of_query(const Rows& rows) const { return rows.start(entry, head); }
+    __device__ __forceinline__ int64_t of_key(const Rows& rows) const { return rows.start(entry, kv_head); }
+    // Keys that a row of queries sees: none, where it is not there.
+    __device__ __forceinline__ int limit(const Extents& extents, int row) const {
+        return row < tokens.queries ? extents.limit(tokens, row) : 0;
     }
 };
 
@@ -47,8 +55,8 @@ template <int D> struct Share {
         local = i & (z.together - 1), row = i / z.together, step = z.warps * WARP / PER_ROW;
     }
     // Starts the copy to a tile of `height` rows. Rows from `count` on and channels that are not there become zero.
-    __device__ __forceinline__ void copy(bf16* tile, int height, const bf16* x, const Rows& rows, int unit, int count) const {
-        const bf16* from = x + unit_start(rows, unit) + column;
+    __device__ __forceinline__ void copy(bf16* tile, int height, const bf16* x, const Rows& rows, int64_t start, int count) const {
+        const bf16* from = x + start + column;
         if (column >= rows.channels) count = 0;
         for (int i = row; i < height; i += step) {
             bool there = i < count;
@@ -95,33 +103,36 @@ __device__ __forceinline__ void store_rows(const float (&acc)[D / 8][4], const f
     }
 }
 
-// out: through out_rows; lse: [unit][query], base-2 logarithm of the sum of 2^score. lengths: keys per batch entry, or null.
+// out: through out_rows; lse: [unit][query], base-2 logarithm of the sum of 2^score.
 template <int D, int KEYS>
 __device__ void forward(const bf16* q, const bf16* k, const bf16* v, const Rows& q_rows, const Rows& k_rows, const Rows& v_rows,
-                        const Rows& out_rows, const Change& q_change, const Change& k_change, const int* lengths, bf16* out,
+                        const Rows& out_rows, const Change& q_change, const Change& k_change, const Extents& extents, bf16* out,
                         float* lse, const Sizes& z) {
     constexpr int N = KEYS / 8, ROW = STRIDE<bf16, D>;
     DYNAMIC_SHARED(bf16, shared);
     int keys_at = z.queries * ROW, values_at = keys_at + KEYS * ROW, size = values_at + KEYS * ROW;
     {
         Share<D> share(z);
-        Unit unit(z, share.local, q_rows, k_rows, lengths);
+        Unit unit(z, share.local, q_rows, k_rows, extents);
         bf16* tiles = shared + share.local * size;
-        share.copy(tiles, z.queries, q, q_rows, unit.index, unit.queries);
-        share.copy(tiles + keys_at, KEYS, k, k_rows, unit.index, unit.keys);
+        share.copy(tiles, z.queries, q, q_rows, unit.of_query(q_rows), unit.tokens.queries);
+        share.copy(tiles + keys_at, KEYS, k, k_rows, unit.of_key(k_rows), unit.tokens.keys);
         cp_async_commit();
-        share.copy(tiles + values_at, KEYS, v, v_rows, unit.index, unit.keys);
+        share.copy(tiles + values_at, KEYS, v, v_rows, unit.of_key(v_rows), unit.tokens.keys);
         cp_async_commit();
         cp_async_wait<1>();
-        share.change(tiles, z.queries, q_rows, q_change, unit.queries);
-        share.change(tiles + keys_at, KEYS, k_rows, k_change, unit.keys);
+        share.change(tiles, z.queries, q_rows, q_change, unit.tokens.queries);
+        share.change(tiles + keys_at, KEYS, k_rows, k_change, unit.tokens.keys);
     }
     __syncthreads();
 
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, t2 = lane % 4 * 2;
     int local = warp / z.warps, first = (warp - local * z.warps) * WARP_ROWS;
-    Unit unit(z, local, q_rows, k_rows, lengths);
+    Unit unit(z, local, q_rows, k_rows, extents);
     bf16 *tiles = shared + local * size, *own = tiles + first * ROW;
+    int limits[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) limits[r] = unit.limit(extents, first + lane / 4 + 8 * r);
     float p[N][4] = {}, most[2], sum[2];
     rows_by_rows<N, D>(p, own, tiles + keys_at);
 #pragma unroll
@@ -133,7 +144,7 @@ __device__ void forward(const bf16* q, const bf16* k, const bf16* v, const Rows&
 #pragma unroll
             for (int i = 2 * r; i < 2 * r + 2; i++) {
                 // Not contracted with the difference below: the largest score has weight 1 exactly.
-                p[n][i] = n * 8 + t2 + i % 2 < unit.keys ? __fmul_rn(p[n][i], z.exponent) : -INFINITY;
+                p[n][i] = n * 8 + t2 + i % 2 < limits[r] ? __fmul_rn(p[n][i], z.exponent) : -INFINITY;
                 most[r] = fmaxf(most[r], p[n][i]);
             }
         most[r] = quad_max(most[r]);
@@ -156,11 +167,11 @@ __device__ void forward(const bf16* q, const bf16* k, const bf16* v, const Rows&
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int query = first + lane / 4 + 8 * r;
-        if (lane % 4 == 0 && query < unit.queries) lse[int64_t(unit.index) * q_rows.tokens + query] = most[r] + log2f(sum[r]);
-        inverse[r] = unit.keys > 0 ? 1.0f / sum[r] : 0.0f;
+        if (lane % 4 == 0 && query < unit.tokens.queries) lse[int64_t(unit.index) * q_rows.tokens + query] = most[r] + log2f(sum[r]);
+        inverse[r] = limits[r] > 0 ? 1.0f / sum[r] : 0.0f;
     }
-    bf16* to = out + unit_start(out_rows, unit.index) + first * out_rows.token;
-    store_rows<D>(acc, inverse, own, to, out_rows, unit.queries - first);
+    bf16* to = out + unit.of_query(out_rows) + first * out_rows.token;
+    store_rows<D>(acc, inverse, own, to, out_rows, unit.tokens.queries - first);
 }
 
 // acc += P^T B: the columns of P from `p` on are the 16 rows of a warp, its rows and those of B are `height`, a multiple of 16.
@@ -245,7 +256,7 @@ __device__ __forceinline__ void store_partial(const Packs<bf16>& dw, float* sums
 template <int D, int KEYS>
 __device__ void backward(const bf16* q, const bf16* k, const bf16* v, const bf16* grad, const Rows& q_rows, const Rows& k_rows,
                          const Rows& v_rows, const Rows& out_rows, const Change& q_change, const Change& k_change,
-                         const int* lengths, const float* lse, bf16* d_q, bf16* d_k, bf16* d_v, float* q_partial,
+                         const Extents& extents, const float* lse, bf16* d_q, bf16* d_k, bf16* d_v, float* q_partial,
                          float* k_partial, const Sizes& z) {
     constexpr int N = KEYS / 8, ROW = STRIDE<bf16, D>, PITCH = KEYS + PACK<bf16>;
     DYNAMIC_SHARED(bf16, shared);
@@ -254,42 +265,44 @@ __device__ void backward(const bf16* q, const bf16* k, const bf16* v, const bf16
     int weights_at = values_at + KEYS * ROW, scores_at = weights_at + z.queries * PITCH, size = scores_at + z.queries * PITCH;
     {
         Share<D> share(z);
-        Unit unit(z, share.local, q_rows, k_rows, lengths);
+        Unit unit(z, share.local, q_rows, k_rows, extents);
         bf16* tiles = shared + share.local * size;
-        share.copy(tiles, z.queries, q, q_rows, unit.index, unit.queries);
-        share.copy(tiles + keys_at, KEYS, k, k_rows, unit.index, unit.keys);
+        share.copy(tiles, z.queries, q, q_rows, unit.of_query(q_rows), unit.tokens.queries);
+        share.copy(tiles + keys_at, KEYS, k, k_rows, unit.of_key(k_rows), unit.tokens.keys);
         cp_async_commit();
-        share.copy(tiles + grads_at, z.queries, grad, out_rows, unit.index, unit.queries);
-        share.copy(tiles + values_at, KEYS, v, v_rows, unit.index, unit.keys);
+        share.copy(tiles + grads_at, z.queries, grad, out_rows, unit.of_query(out_rows), unit.tokens.queries);
+        share.copy(tiles + values_at, KEYS, v, v_rows, unit.of_key(v_rows), unit.tokens.keys);
         cp_async_commit();
         cp_async_wait<1>();
-        share.change(tiles, z.queries, q_rows, q_change, unit.queries);
-        share.change(tiles + keys_at, KEYS, k_rows, k_change, unit.keys);
+        share.change(tiles, z.queries, q_rows, q_change, unit.tokens.queries);
+        share.change(tiles + keys_at, KEYS, k_rows, k_change, unit.tokens.keys);
     }
     cp_async_wait<0>();
     __syncthreads();
 
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, t2 = lane % 4 * 2;
     int local = warp / z.warps, first = (warp - local * z.warps) * WARP_ROWS;
-    Unit unit(z, local, q_rows, k_rows, lengths);
+    Unit unit(z, local, q_rows, k_rows, extents);
     bf16 *tiles = shared + local * size, *weights = tiles + weights_at, *scores = tiles + scores_at;
     // Tokens whose gradients are written.
-    int keys = unit.queries > 0 ? k_rows.tokens : 0;
+    int keys = unit.tokens.queries > 0 ? k_rows.tokens : 0;
     float query_sum[D / 8][4] = {}, key_sum[D / 8][4] = {};
-    if (first < unit.queries) {
+    if (first < unit.tokens.queries) {
         float p[N][4] = {}, d[N][4] = {};
         rows_by_rows<N, D>(p, tiles + first * ROW, tiles + keys_at);
         rows_by_rows<N, D>(d, tiles + grads_at + first * ROW, tiles + values_at);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = first + lane / 4 + 8 * r;
-            bool there = row < unit.queries;
-            float log_sum = there ? lse[int64_t(unit.index) * q_rows.tokens + row] : 0.0f, delta = 0.0f;
+            int limit = unit.limit(extents, row);
+            float log_sum = limit > 0 ? lse[int64_t(unit.index) * q_rows.tokens + row] : 0.0f, delta = 0.0f;
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
                 for (int i = 2 * r; i < 2 * r + 2; i++) {
-                    p[n][i] = there && n * 8 + t2 + i % 2 < unit.keys ? exp2f(__fmul_rn(p[n][i], z.exponent) - log_sum) : 0.0f;
+                    bool seen = n * 8 + t2 + i % 2 < limit;
+                    p[n][i] = seen ? exp2f(__fmul_rn(p[n][i], z.exponent) - log_sum) : 0.0f;
+                    if (!seen) d[n][i] = 0.0f;
                     delta += p[n][i] * d[n][i];
                 }
             delta = quad_sum(delta);
@@ -309,24 +322,24 @@ __device__ void backward(const bf16* q, const bf16* k, const bf16* v, const bf16
         if (d_v) {
             float value_sum[D / 8][4] = {}, there[2];
 #pragma unroll
-            for (int r = 0; r < 2; r++) there[r] = first + lane / 4 + 8 * r < unit.keys ? 1.0f : 0.0f;
+            for (int r = 0; r < 2; r++) there[r] = first + lane / 4 + 8 * r < unit.tokens.keys ? 1.0f : 0.0f;
             columns_by_rows<D, PITCH>(value_sum, weights + first, tiles + grads_at, z.queries);
-            bf16* to = d_v + unit_start(v_rows, unit.index) + first * v_rows.token;
+            bf16* to = d_v + unit.of_key(v_rows) + first * v_rows.token;
             store_rows<D>(value_sum, there, tiles + values_at + first * ROW, to, v_rows, keys - first);
         }
         columns_by_rows<D, PITCH>(key_sum, scores + first, tiles, z.queries);
     }
     __syncthreads();  // Nor the others.
     Packs<bf16> q_dw = {}, k_dw = {};
-    if (first < unit.queries && (d_q || q_partial)) {
-        int64_t start = unit_start(q_rows, unit.index);
+    if (first < unit.tokens.queries && (d_q || q_partial)) {
+        int64_t start = unit.of_query(q_rows);
         finish_rows<D>(query_sum, z.scale, reinterpret_cast<float*>(tiles) + first * ROW, q + start, d_q ? d_q + start : nullptr,
-                       q_rows, q_change, first, unit.keys > 0 ? unit.queries : 0, unit.queries, q_dw);
+                       q_rows, q_change, first, unit.tokens.keys > 0 ? unit.tokens.queries : 0, unit.tokens.queries, q_dw);
     }
     if (first < keys && (d_k || k_partial)) {
-        int64_t start = unit_start(k_rows, unit.index);
+        int64_t start = unit.of_key(k_rows);
         finish_rows<D>(key_sum, z.scale, reinterpret_cast<float*>(tiles + keys_at) + first * ROW, k + start,
-                       d_k ? d_k + start : nullptr, k_rows, k_change, first, unit.keys, keys, k_dw);
+                       d_k ? d_k + start : nullptr, k_rows, k_change, first, unit.tokens.keys, keys, k_dw);
     }
     if (!q_partial) return;
     store_partial<D>(q_dw, reinterpret_cast<float*>(shared), q_partial, q_rows.channels);

@@ -1,6 +1,8 @@
 //! Launchers of `kernels-cu/attention/short.cuh`: calls with few queries and keys, of any number of units.
 
-use super::{Call, OP, Operands, Rows, WARP, WARP_ROWS, integers, row_grid, tile_bytes, units};
+use super::{
+    Call, OP, Operands, Rows, WARP, WARP_ROWS, entries, integers, row_grid, score_factor, tile_bytes,
+};
 use crate::{
     Result, Tensor,
     cuda::elementwise,
@@ -45,12 +47,12 @@ pub(super) fn plan(args: &Attention, dtype: Dtype, pass: Pass) -> Option<Plan> {
         && few(args.queries)
         && few(args.keys)
         && args.head_dim <= 128
-        && args.kv_heads == args.heads
+        // A block has the queries of one head, and so a part of a shared key's gradient.
+        && (pass == Pass::Forward || args.kv_heads == args.heads)
         // A plan by the longest entry would let it show in the others' bits.
         && args.ragged.is_none()
-        && args.causal.is_none()
         && [&args.q, &args.k, &args.v, &args.out].iter().all(|layout| {
-            Rows::new(args, layout, 0).aligned(super::pack(dtype))
+            Rows::of_queries(args, layout).aligned(super::pack(dtype))
         });
     taken.then(|| sizes(args.queries, args.keys, args.head_dim, pass))
 }
@@ -75,19 +77,19 @@ fn sizes(queries: usize, keys: usize, head_dim: usize, pass: Pass) -> Plan {
 
 impl Plan {
     fn grid(&self, args: &Attention) -> Result<[u32; 3]> {
-        row_grid(units(args), self.together)
+        row_grid(entries(args) * args.heads, self.together)
     }
     fn threads(&self) -> usize {
         self.together * self.warps * WARP
     }
     /// The struct `Sizes` of the kernels.
-    fn bytes(&self, args: &Attention, operands: &Operands<'_>) -> Result<Vec<u8>> {
-        let mut bytes = integers(&[units(args), self.together, self.warps, self.queries])?;
+    fn bytes(&self, args: &Attention) -> Result<Vec<u8>> {
+        let mut bytes = integers(&[entries(args) * args.heads, self.together, self.warps, self.queries])?;
         let scale = 1.0 / (args.head_dim as f32).sqrt();
-        bytes.extend([operands.q.factor, scale].iter().flat_map(|x| x.to_le_bytes()));
+        bytes.extend([score_factor(args.head_dim), scale].iter().flat_map(|x| x.to_le_bytes()));
         Ok(bytes)
     }
-    /// The kernel's first arguments: operands, where rows are, what happens to them, lengths.
+    /// The kernel's first arguments: operands, where rows are, what happens to them, tokens.
     fn call(
         &self,
         name: &str,
@@ -95,16 +97,16 @@ impl Plan {
         operands: &Operands<'_>,
         grad: Option<&Tensor>,
     ) -> Result<Call> {
-        let Operands { q, k, v, lengths } = operands;
+        let Operands { q, k, v, tables } = operands;
         let name = format!("{name}_{}_{}", self.width, self.keys);
         let mut call = Call::new(OP, &name, q.data)?;
         for data in [q.data, k.data, v.data].into_iter().chain(grad) {
             call = call.tensor(data)?;
         }
-        for rows in [&q.rows, &k.rows, &v.rows, &Rows::new(args, &args.out, args.queries)] {
+        for rows in [&q.rows, &k.rows, &v.rows, &Rows::of_queries(args, &args.out)] {
             call = call.bytes(&rows.bytes()?);
         }
-        Ok(call.bytes(&q.change()).bytes(&k.change()).optional_words(lengths.as_ref()))
+        Ok(call.bytes(&q.change()).bytes(&k.change()).bytes(&tables.bytes()?))
     }
 }
 
@@ -116,7 +118,7 @@ pub(super) fn forward(
     [out, lse]: [&Tensor; 2],
 ) -> Result<()> {
     let call = plan.call("attention_few_keys", args, operands, None)?;
-    let call = call.tensor(out)?.tensor_as(lse, Dtype::F32)?.bytes(&plan.bytes(args, operands)?);
+    let call = call.tensor(out)?.tensor_as(lse, Dtype::F32)?.bytes(&plan.bytes(args)?);
     call.launch(plan.grid(args)?, plan.threads() as u32, plan.shared)
 }
 
@@ -141,7 +143,7 @@ pub(super) fn backward(
     for i in 0..2 {
         call = call.optional_as(partials.as_ref().map(|p| &p[i]), Dtype::F32)?;
     }
-    call.bytes(&plan.bytes(args, operands)?).launch(grid, plan.threads() as u32, plan.shared)?;
+    call.bytes(&plan.bytes(args)?).launch(grid, plan.threads() as u32, plan.shared)?;
     let sum = |partial: &Tensor, weight: &Tensor| {
         elementwise::column_sums(partial, args.head_dim)?.cast(grad.dtype())?.reshape(weight.shape())
     };
@@ -200,8 +202,8 @@ mod tests {
         assert_eq!(bf16(&lengths), [true; 2]);
         let ragged = Ragged { queries: vec![0, 1, 32], keys: vec![0, 2, 32] };
         assert_eq!(bf16(&Attention { ragged: Some(ragged), ..good.clone() }), [false; 2]);
-        assert_eq!(bf16(&Attention { causal: Some(Causal::default()), ..good.clone() }), [false; 2]);
-        assert_eq!(bf16(&Attention { kv_heads: 2, ..good.clone() }), [false; 2]);
+        assert_eq!(bf16(&Attention { causal: Some(Causal::default()), ..good.clone() }), [true; 2]);
+        assert_eq!(bf16(&Attention { kv_heads: 2, ..good.clone() }), [true, false]);
         let mut odd = good.clone();
         odd.k.offset = 4;
         assert_eq!(bf16(&odd), [false; 2]);
