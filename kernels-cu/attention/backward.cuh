@@ -74,7 +74,7 @@ __device__ void gradient(const T* x, const T* y, const T* u, const T* w, const R
             }
         }
         next += OTHERS;
-        if (next >= others) next = start, next_head++;
+        if (!OWN_QUERIES && next >= others) next = start, next_head++;
     };
     load_stage(0);
     cp_async_commit();
@@ -89,10 +89,10 @@ __device__ void gradient(const T* x, const T* y, const T* u, const T* w, const R
 
     constexpr int X_SIZE = X ? D / 8 : 1, Y_SIZE = Y ? D / 8 : 1;
     float acc_x[X_SIZE][4] = {}, acc_y[Y_SIZE][4] = {};
-    int stage = 0, steps = other_heads * ((others - start + OTHERS - 1) / OTHERS);
-    for (int step = 0, first = start; step < steps; step++) {
+    int stage = 0, first = start;
+    for (int left = other_heads * ((others - start + OTHERS - 1) / OTHERS); left > 0; left--) {
         if (STAGES == 2) {
-            if (step + 1 < steps) load_stage(stage ^ 1);
+            if (left > 1) load_stage(stage ^ 1);
             cp_async_commit();
             cp_async_wait<1>();
         } else {
@@ -104,9 +104,16 @@ __device__ void gradient(const T* x, const T* y, const T* u, const T* w, const R
         // Does every query of the tiles see every key of them?
         bool all = OWN_QUERIES ? first + OTHERS <= by_all
                                : first + OTHERS <= others && __float_as_int(other_limit[0]) >= end_row;
-        auto unseen = [&](int n, int i) {
-            int column = n * 8 + t2 + i % 2;
-            return OWN_QUERIES ? first + column >= own_limit[i / 2] : own_row[i / 2] >= __float_as_int(other_limit[column]);
+        auto mask = [&](float(&x)[N][4]) {
+            if (all) return;
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int column = n * 8 + t2 + i % 2;
+                    if (OWN_QUERIES ? first + column >= own_limit[i / 2] : own_row[i / 2] >= __float_as_int(other_limit[column]))
+                        x[n][i] = 0.0f;
+                }
         };
         float p[N][4] = {};
         rows_by_rows<N, D>(p, own_x + warp * WARP_ROWS * ROW, other_u);
@@ -116,8 +123,8 @@ __device__ void gradient(const T* x, const T* y, const T* u, const T* w, const R
             for (int i = 0; i < 4; i++) {
                 float log_sum = OWN_QUERIES ? own_lse[i / 2] : other_lse[n * 8 + t2 + i % 2];
                 p[n][i] = exp2f(fmaf(p[n][i], factor, -log_sum));
-                if (!all && unseen(n, i)) p[n][i] = 0.0f;
             }
+        mask(p);
         if constexpr (Y) weights_by_rows<N, D>(acc_y, p, other_w, scratch);
         if constexpr (X) {
             float d[N][4] = {};
@@ -125,17 +132,15 @@ __device__ void gradient(const T* x, const T* y, const T* u, const T* w, const R
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < 4; i++)
                     d[n][i] = p[n][i] * (d[n][i] - (OWN_QUERIES ? own_delta[i / 2] : other_delta[n * 8 + t2 + i % 2]));
-                    // Not 0 times whatever an unseen row makes of it.
-                    if (!all && unseen(n, i)) d[n][i] = 0.0f;
-                }
+            mask(d);  // Not 0 times whatever an unseen row makes of it.
             weights_by_rows<N, D>(acc_x, d, other_u, scratch);
         }
         __syncthreads();  // Nobody reads this stage any more.
         if (STAGES == 2) {
             stage ^= 1;
-        } else if (step + 1 < steps) {
+        } else if (left > 1) {
             load_stage(0);
             cp_async_commit();
         }
