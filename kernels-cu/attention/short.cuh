@@ -73,8 +73,8 @@ template <int D> struct Share {
 #pragma unroll 2
         for (int i = row; i < height; i += step) {
             bf16* at = tile + i * STRIDE<bf16, D>;
-            Packs<bf16> v;
-            lanes.load(v, at, i < count);
+            Packs<bf16> v = {};
+            if (i < count) load_pack(v[0], at + column);
             lanes.apply(v, w, change, i, i < count);
             if (i < count) store_pack(at + column, v[0]);
         }
