@@ -1,9 +1,30 @@
 // softmax(Q K^T / sqrt(d)) V and its gradients: extents.cuh says which tokens there are and who sees whom, rows.cuh packs and unpacks
-// rows, tiles.cuh multiplies tiles, forward.cuh and backward.cuh go over them. Kernels of tiles end in the width of a packed row:
-// head_dim, padded.
+// rows, tiles.cuh multiplies tiles, forward.cuh and backward.cuh go over them. short.cuh is for few keys. Kernels of tiles end in the
+// width of a row: head_dim, padded.
 #ifndef Element
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
+#include "attention/short.cuh"
+
+// D: the width of a row; KEYS: rows of a tile of keys.
+#define FEW_KEYS(D, KEYS)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(few_keys::THREADS) attention_few_keys_##D##_##KEYS##_bf16(                     \
+        const bf16* q, const bf16* k, const bf16* v, Rows q_rows, Rows k_rows, Rows v_rows, Rows out_rows, Change q_change,     \
+        Change k_change, Extents extents, bf16* out, float* lse, few_keys::Sizes sizes) {                                       \
+        few_keys::forward<D, KEYS>(q, k, v, q_rows, k_rows, v_rows, out_rows, q_change, k_change, extents, out, lse, sizes);    \
+    }                                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(few_keys::THREADS, 3) attention_few_keys_gradient_##D##_##KEYS##_bf16(            \
+        const bf16* q, const bf16* k, const bf16* v, const bf16* grad, Rows q_rows, Rows k_rows, Rows v_rows, Rows out_rows,    \
+        Change q_change, Change k_change, Extents extents, const float* lse, bf16* d_q, bf16* d_k, bf16* d_v,                   \
+        float* q_partial, float* k_partial, few_keys::Sizes sizes) {                                                            \
+        few_keys::backward<D, KEYS>(q, k, v, grad, q_rows, k_rows, v_rows, out_rows, q_change, k_change, extents, lse, d_q, d_k, \
+                                    d_v, q_partial, k_partial, sizes);                                                          \
+    }
+FEW_KEYS(64, 32)
+FEW_KEYS(64, 64)
+FEW_KEYS(128, 32)
+FEW_KEYS(128, 64)
+#undef FEW_KEYS
 
 #define KERNELS "attention/attention.cu"
 #include "instantiate.cuh"

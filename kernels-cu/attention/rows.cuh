@@ -41,6 +41,23 @@ template <class T> constexpr int PACKS = WIDEST / PACK<T> / WARP;
 
 template <class T> using Packs = float[PACKS<T>][PACK<T>];
 
+__device__ __forceinline__ void load_pack(float (&v)[2], const float* p) {
+    float2 q = *reinterpret_cast<const float2*>(p);
+    v[0] = q.x, v[1] = q.y;
+}
+
+// What a pack's pairs have in a table; `there` of its elements are channels.
+template <class T>
+__device__ __forceinline__ void load_angles(float (&v)[PACK<T> / 2], const float* p, int there, bool aligned) {
+    if (aligned) {
+        if (there > 0) load_pack(v, p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < PACK<T> / 2; i++)
+            if (2 * i < there) v[i] = p[i];
+    }
+}
+
 // The lanes that share a row: a power of two of them, neighbours in a warp.
 template <class T> struct Lanes {
     int count, lane, channels;
@@ -77,21 +94,57 @@ template <class T> struct Lanes {
     // Turns the pairs of a row by the angles of its token, or by their negatives.
     __device__ void rotate(Packs<T>& v, const Change& change, int token, bool back, bool some) const {
         int64_t angles = int64_t(token) * (channels / 2);
+        bool aligned = channels % PACK<T> == 0;
 #pragma unroll
         for (int p = 0; p < PACKS<T>; p++) {
             int there = present(p, some);
+            int64_t at = angles + column(p) / 2;
+            float c[PACK<T> / 2] = {}, s[PACK<T> / 2] = {};
+            load_angles<T>(c, change.cos + at, there, aligned);
+            load_angles<T>(s, change.sin + at, there, aligned);
 #pragma unroll
             for (int i = 0; i < PACK<T>; i += 2) {
                 if (i < there) {
-                    int64_t at = angles + (column(p) + i) / 2;
-                    float c = change.cos[at], s = back ? -change.sin[at] : change.sin[at], x = v[p][i], y = v[p][i + 1];
-                    v[p][i] = c * x - s * y;
-                    v[p][i + 1] = s * x + c * y;
+                    float cosine = c[i / 2], sine = back ? -s[i / 2] : s[i / 2], x = v[p][i], y = v[p][i + 1];
+                    v[p][i] = cosine * x - sine * y;
+                    v[p][i + 1] = sine * x + cosine * y;
                 }
             }
         }
     }
     __device__ float inverse_rms(const Packs<T>& x) const { return 1.0f / sqrtf(dot(x, x) / channels + NORM_EPS); }
+    // v = rotated(normed(v)); `w`: the norm's weight.
+    __device__ void apply(Packs<T>& v, const Packs<T>& w, const Change& change, int token, bool some) const {
+        if (change.weight) {
+            float factor = inverse_rms(v);
+#pragma unroll
+            for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+                for (int i = 0; i < PACK<T>; i++) v[p][i] *= w[p][i] * factor;
+        }
+        if (change.cos) rotate(v, change, token, false, some);
+    }
+    // Turns g, the gradient of rotated(normed(x)), into that of x, and adds that of the norm's weight to dw. x is used where there is
+    // a norm.
+    __device__ void take_back(Packs<T>& g, Packs<T>& dw, const Packs<T>& x, const Packs<T>& w, const Change& change, int token,
+                              bool some) const {
+        if (change.cos) rotate(g, change, token, true, some);
+        if (!change.weight) return;
+        // y = x * inverse * w: with g the gradient of y, dw = x g inverse and dx = inverse (w g - x inverse^2 sum(x w g) / channels).
+        float inverse = inverse_rms(x);
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i++) {
+                dw[p][i] += x[p][i] * g[p][i] * inverse;
+                g[p][i] *= w[p][i];
+            }
+        float along = -inverse * inverse * dot(x, g) / channels;
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++)
+#pragma unroll
+            for (int i = 0; i < PACK<T>; i++) g[p][i] = (g[p][i] + x[p][i] * along) * inverse;
+    }
 };
 
 // Packs all rows: out[row][width] = rotated(normed(x)), zeros beyond the channels. A group of lanes per row. `keys`: of keys, not of
@@ -103,25 +156,15 @@ __device__ void pack_rows(const T* x, const Rows& rows, const Change& change, co
     uint32_t row = blockIdx.x * lanes.groups() + lanes.group();
     bool some = row < count;
     if (!some) row = 0;
-    Packs<T> v;
+    Packs<T> v, w = {};
     lanes.load(v, x + rows.row_start(row), some);
-    if (change.weight) {
-        float factor = lanes.inverse_rms(v);
-        Packs<T> w;
-        lanes.load(w, static_cast<const T*>(change.weight), some);
-#pragma unroll
-        for (int p = 0; p < PACKS<T>; p++)
-#pragma unroll
-            for (int i = 0; i < PACK<T>; i++) v[p][i] *= w[p][i] * factor;
+    if (change.weight) lanes.load(w, static_cast<const T*>(change.weight), some);
+    int token = row % uint32_t(rows.tokens);
+    if (extents.ragged) {
+        Entry e = extents.find(token, 0, rows.size1, keys);
+        token -= keys ? e.key : e.query;
     }
-    if (change.cos) {
-        int token = row % uint32_t(rows.tokens);
-        if (extents.ragged) {
-            Entry e = extents.find(token, 0, rows.size1, keys);
-            token -= keys ? e.key : e.query;
-        }
-        lanes.rotate(v, change, token, false, some);
-    }
+    lanes.apply(v, w, change, token, some);
 #pragma unroll
     for (int p = 0; p < PACKS<T>; p++)
         if (some && lanes.column(p) < width) store_pack(out + int64_t(row) * width + lanes.column(p), v[p]);
@@ -199,26 +242,9 @@ __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, 
                     }
                 }
             }
-            if (change.cos) lanes.rotate(g, change, own, true, some);
-            if (change.weight) {
-                // y = x * inverse * w: with g the gradient of y, dw = x g inverse and
-                // dx = inverse (w g - x inverse^2 sum(x w g) / channels).
-                Packs<T> v;
-                lanes.load(v, x + place, some);
-                float inverse = lanes.inverse_rms(v);
-#pragma unroll
-                for (int p = 0; p < PACKS<T>; p++)
-#pragma unroll
-                    for (int i = 0; i < PACK<T>; i++) {
-                        dw[p][i] += v[p][i] * g[p][i] * inverse;
-                        g[p][i] *= w[p][i];
-                    }
-                float along = -inverse * inverse * lanes.dot(v, g) / rows.channels;
-#pragma unroll
-                for (int p = 0; p < PACKS<T>; p++)
-#pragma unroll
-                    for (int i = 0; i < PACK<T>; i++) g[p][i] = (g[p][i] + v[p][i] * along) * inverse;
-            }
+            Packs<T> v = {};
+            if (change.weight) lanes.load(v, x + place, some);
+            lanes.take_back(g, dw, v, w, change, own, some);
 #pragma unroll
             for (int p = 0; p < PACKS<T>; p++)
 #pragma unroll

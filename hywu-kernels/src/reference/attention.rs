@@ -139,18 +139,18 @@ pub struct Gradients {
 
 /// The gradients of sum(`grad` * output), one weight at a time. `round` is applied where a kernel with operands of low precision rounds:
 /// to queries and keys after norm and rotation, to weights, and to the gradients of scores; `out` is the output that the kernel has
-/// saved.
+/// saved, where it computes from that what a row's gradients have in common, and not from all weights of the row.
 pub fn gradients(
     args: &Attention,
     [q, k, v]: [&[f64]; 3],
     norm: Option<(&[f64], &[f64])>,
-    (out, grad): (&[f64], &[f64]),
+    (out, grad): (Option<&[f64]>, &[f64]),
     round: impl Fn(f64) -> f64,
 ) -> Gradients {
     let d = args.head_dim;
     let scale = 1.0 / (d as f64).sqrt();
     let mut result = Gradients {
-        out: vec![0.0; out.len()],
+        out: vec![0.0; args.out_shape.iter().product()],
         operands: [q, k, v].map(|x| vec![0.0; x.len()]),
         norm: [vec![0.0; d], vec![0.0; d]],
     };
@@ -164,17 +164,22 @@ pub fn gradients(
         let mut d_keys = vec![vec![0.0; d]; unit.keys.len()];
         for i in 0..unit.queries.len() {
             let row = unit.of_query(&args.out, i);
-            let (g, o) = (&grad[row.clone()], &out[row.clone()]);
+            let g = &grad[row.clone()];
             let query = packed(&q[unit.of_query(&args.q, i)], 0, i);
             let seen = unit.seen(i);
             let scores: Vec<f64> = seen.clone().map(|j| scale * dot(&query, &keys[j])).collect();
             let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|s| (s - most).exp()).sum();
+            let of_weight = |j| dot(g, &v[unit.of_key(&args.v, j)]);
+            let common = match out {
+                Some(out) => dot(g, &out[row.clone()]),
+                None => seen.clone().zip(&scores).map(|(j, s)| (s - most).exp() / sum * of_weight(j)).sum(),
+            };
             let mut d_query = vec![0.0; d];
             for (j, score) in seen.zip(&scores) {
                 let weight = (score - most).exp() / sum;
                 let value = unit.of_key(&args.v, j);
-                let d_score = round(weight * (dot(g, &v[value.clone()]) - dot(g, o)));
+                let d_score = round(weight * (of_weight(j) - common));
                 // The forward pass divides by the sum at the end.
                 let before = round((score - most).exp()) / sum;
                 for c in 0..d {

@@ -1,6 +1,7 @@
 //! Attention against its f64 oracle.
 
 mod backward;
+mod few_keys;
 mod masks;
 
 use half::bf16;
@@ -155,7 +156,7 @@ fn check_any_at(place: Place, args: &Attention, operands: &[Tensor; 3], norm: Op
     let weights = weights.as_ref().map(|(q, k)| (q.as_slice(), k.as_slice()));
     let zeros = vec![0.0; out.numel()];
     let expected =
-        reference::attention::gradients(args, [&q, &k, &v], weights, (&zeros, &zeros), to_bf16).out;
+        reference::attention::gradients(args, [&q, &k, &v], weights, (Some(&zeros), &zeros), to_bf16).out;
     assert_close(host(&out).data(), &expected, ROUNDING);
 }
 
@@ -334,24 +335,27 @@ fn everything(place: Place, args: &Attention, qkv: &Tensor, grad: &Tensor) -> [V
 
 #[test]
 fn the_rest_of_the_batch_does_not_show() {
-    let args = with_rotary(fused(3, 65, 2, 32));
-    let (qkv, grad) = (random(11, &[3, 65, 192]), random(12, &[3, 65, 64]));
-    let turned = |x: &Tensor| {
-        let mut data = x.data().to_vec();
-        data.rotate_left(x.numel() / 3);
-        Tensor::new(x.shape(), data).unwrap()
-    };
-    for_each_place(|place| {
-        let once = everything(place, &args, &qkv, &grad);
-        assert_eq!(once, everything(place, &args, &qkv, &grad));
-        let [out, d_qkv, _, _] = once;
-        let [turned_out, turned_d_qkv, _, _] = everything(place, &args, &turned(&qkv), &turned(&grad));
-        for (x, y) in [(out, turned_out), (d_qkv, turned_d_qkv)] {
-            let third = x.len() / 3;
-            assert_eq!(x[third..], y[..2 * third]);
-            assert_eq!(x[..third], y[2 * third..]);
-        }
-    });
+    for (tokens, heads) in [(65, 2), (32, 3)] {
+        let (width, out_width) = (3 * heads * 32, heads * 32);
+        let args = with_rotary(fused(3, tokens, heads, 32));
+        let (qkv, grad) = (random(11, &[3, tokens, width]), random(12, &[3, tokens, out_width]));
+        let turned = |x: &Tensor| {
+            let mut data = x.data().to_vec();
+            data.rotate_left(x.numel() / 3);
+            Tensor::new(x.shape(), data).unwrap()
+        };
+        for_each_place(|place| {
+            let once = everything(place, &args, &qkv, &grad);
+            assert_eq!(once, everything(place, &args, &qkv, &grad));
+            let [out, d_qkv, _, _] = once;
+            let [turned_out, turned_d_qkv, _, _] = everything(place, &args, &turned(&qkv), &turned(&grad));
+            for (x, y) in [(out, turned_out), (d_qkv, turned_d_qkv)] {
+                let third = x.len() / 3;
+                assert_eq!(x[third..], y[..2 * third]);
+                assert_eq!(x[..third], y[2 * third..]);
+            }
+        });
+    }
 }
 
 #[test]

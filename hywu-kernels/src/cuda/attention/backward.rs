@@ -2,7 +2,7 @@
 
 use super::{
     OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, entries, integers, row_grid, row_groups,
-    score_factor, scratch_bytes, tile_bytes, width,
+    score_factor, scratch_bytes, short, tile_bytes, width,
 };
 use crate::{
     Result, Tensor,
@@ -249,8 +249,16 @@ pub fn backward(
         return Ok(Backward { slots, norm: norm? });
     }
 
-    let width = width(args.head_dim);
     let operands = Operands::new(args, qkv, norm)?;
+    let [q_slot, k_slot, v_slot] = slots.wanted.slots;
+    if slots.once
+        && let Some(plan) = short::plan(args, grad.dtype(), short::Pass::Backward)
+    {
+        let written = slots.wanted.slots.map(|slot| slot.map(|s| &tensors[s]));
+        let norm = short::backward(&plan, args, &operands, [grad, &saved.lse], written, norm_weights)?;
+        return Ok(Backward { slots: tensors, norm });
+    }
+    let width = width(args.head_dim);
     let gradients = Operand::of_queries(args, grad, &args.out);
     let count = gradients.rows.count(args);
     let delta = grad.empty_as(&[count], Dtype::F32)?;
@@ -262,7 +270,6 @@ pub fn backward(
     let [q, k, v] = operands.sources(args, width)?;
     let grad_source = gradients.source(args, &operands.tables, width)?;
     let tiles = Tiles { args, operands: &operands, q, k, v, grad: grad_source, lse: &saved.lse, delta };
-    let [q_slot, k_slot, v_slot] = slots.wanted.slots;
     let wants = |slot: Option<usize>| slot.is_some() || norm_weights.is_some();
     let d_q = if wants(q_slot) { tiles.query_gradient()? } else { None };
     let [d_k, d_v] = tiles.key_value_gradients([wants(k_slot), v_slot.is_some()])?;

@@ -1,6 +1,7 @@
 //! Launchers of `kernels-cu/attention`: packing of the operands and the forward pass; see `cpu/attention.rs` for what is computed.
 
 mod backward;
+mod short;
 
 pub use backward::backward;
 
@@ -260,8 +261,12 @@ impl<'a> Operands<'a> {
 pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<Forward> {
     let out = qkv[0].empty_like(&args.out_shape)?;
     let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
-    let plan = plan(args.head_dim, out.dtype());
     let operands = Operands::new(args, qkv, norm)?;
+    if let Some(plan) = short::plan(args, out.dtype(), short::Pass::Forward) {
+        short::forward(&plan, args, &operands, [&out, &lse])?;
+        return Ok(Forward { out, lse });
+    }
+    let plan = plan(args.head_dim, out.dtype());
     let [q, k, v] = operands.sources(args, plan.width)?;
     let tiles = operands.tables.extents.most_queries().div_ceil(plan.rows);
     let mut call = Call::new(OP, &format!("attention_forward_{}", plan.width), &out)?;
