@@ -10,6 +10,7 @@ pub(super) struct Step {
     pub b: *const f32,
     /// Where A of the tile after this one starts, of the same strides: it is brought to the cache meanwhile.
     pub next: *const f32,
+    pub next_row: usize,
 }
 
 /// Where a tile of C stands: its first element and elements from row to row.
@@ -144,11 +145,10 @@ unsafe fn tile<S: Simd, const M: usize, const V: usize>(steps: &[Step], place: P
     // pointers that aren't read through.
     unsafe {
         let mut sum = [[S::splat(0.0); V]; M];
-        for &Step { depth, a, row, column, b, next } in steps {
+        for &Step { depth, a, row, column, b, next, next_row } in steps {
             let mut rows: [*const f32; POINTERS] = std::array::from_fn(|g| a.wrapping_add(SHARE * g * row));
             let (mut b, mut next) = (b, next);
-            // As many lines of the next tile as steps, those of a line's length of steps from every row or from one piece.
-            let (along, back) = if column == 1 { (row, LINE) } else { (LINE, LINE * column) };
+            let (along, back) = (next_row, LINE);
             for start in (0..depth).step_by(LINE) {
                 let line = next;
                 for _ in start..depth.min(start + LINE) {

@@ -315,26 +315,33 @@ impl Product<'_> {
         let low_rank = low_rank.filter(|_| part.end == k);
         let mut tile = [0.0f32; MAX_TILE];
         let in_place = |s: &Strip| {
-            let at = s.first * a.row + part.start;
-            a.data[at..][..(s.rows - 1) * a.row + depth].as_ptr()
+            let at = s.first * a.row + part.start * a.column;
+            a.data[at..][..(s.rows - 1) * a.row + (depth - 1) * a.column + 1].as_ptr()
         };
         let mut of = None;
         for (i, s) in strips.iter().enumerate() {
-            let mut base = if is_packed {
+            let mut base = Step {
+                depth,
+                a: in_place(s),
+                row: a.row,
+                column: a.column,
+                b: packed.as_ptr(),
+                next: in_place(strips.get(i + 1).unwrap_or(s)),
+                next_row: a.row,
+            };
+            if a.column != 1 {
                 let panel = aligned(&mut buffers.a, s.rows * depth);
                 pack(panel, s.rows, a, s.first, s.rows, part.start);
-                Step {
-                    depth,
-                    a: panel.as_ptr(),
-                    row: 1,
-                    column: s.rows,
-                    b: packed.as_ptr(),
-                    next: panel.as_ptr(),
+                base = Step { a: panel.as_ptr(), row: 1, column: s.rows, ..base };
+            } else if is_packed {
+                let stride = depth + 16;
+                let panel = aligned(&mut buffers.a, s.rows * stride);
+                for (i, line) in panel.chunks_mut(stride).enumerate() {
+                    let at = (s.first + i) * a.row + part.start;
+                    line[..depth].copy_from_slice(&a.data[at..at + depth]);
                 }
-            } else {
-                let next = in_place(strips.get(i + 1).unwrap_or(s));
-                Step { depth, a: in_place(s), row: a.row, column: 1, b: packed.as_ptr(), next }
-            };
+                base = Step { a: panel.as_ptr(), row: stride, ..base };
+            }
             let low_rank = low_rank.zip(s.adapter);
             let low = aligned(&mut buffers.low, low_rank.map_or(0, |(l, _)| all * l.ranks()));
             if let Some((l, adapter)) = low_rank
@@ -359,6 +366,8 @@ impl Product<'_> {
                 let (wide, width) = (columns.min(n - first), width(j));
                 base.b = packed[(first - left) * depth..][..width * depth].as_ptr();
                 let mut steps = [base; 2];
+                base.next = base.a;
+                base.next_row = 0;
                 let mut count = 1;
                 if let Some((l, _)) = low_rank {
                     // Only the ranks of the panel's own parts: the others' would multiply zeros.
@@ -373,6 +382,7 @@ impl Product<'_> {
                         column: 1,
                         b,
                         next: a.as_ptr(),
+                        next_row: 0,
                     };
                     count = 2;
                 }
