@@ -8,7 +8,7 @@ pub(super) struct Step {
     pub row: usize,
     pub column: usize,
     pub b: *const f32,
-    /// Where A of the tile after this one starts, of the same strides: it is brought to the cache meanwhile.
+    /// Rows of A that are wanted next, and their stride: they are brought to the cache meanwhile.
     pub next: *const f32,
     pub next_row: usize,
 }
@@ -148,8 +148,8 @@ unsafe fn tile<S: Simd, const M: usize, const V: usize>(steps: &[Step], place: P
         for &Step { depth, a, row, column, b, next, next_row } in steps {
             let mut rows: [*const f32; POINTERS] = std::array::from_fn(|g| a.wrapping_add(SHARE * g * row));
             let (mut b, mut next) = (b, next);
-            let (along, back) = (next_row, LINE);
             for start in (0..depth).step_by(LINE) {
+                // In as many steps as a line is long, a line of each row.
                 let line = next;
                 for _ in start..depth.min(start + LINE) {
                     let mut bs = [S::splat(0.0); V];
@@ -172,10 +172,10 @@ unsafe fn tile<S: Simd, const M: usize, const V: usize>(steps: &[Step], place: P
                         S::prefetch(b.wrapping_add(AHEAD * V * S::LANES + line));
                     }
                     S::prefetch(next);
-                    next = next.wrapping_add(along);
+                    next = next.wrapping_add(next_row);
                     b = b.wrapping_add(V * S::LANES);
                 }
-                next = line.wrapping_add(back);
+                next = line.wrapping_add(LINE);
             }
         }
         for (i, sum) in sum.iter().enumerate() {

@@ -2,8 +2,8 @@
 //! in one order that depends on k alone, so a row's result is the same wherever it stands, whatever the other rows and the number of
 //! threads.
 //!
-//! A task has a rectangle of C and needs no other task. Piece by piece of k it packs panel after panel of B, as wide as a tile, that
-//! stays in the first-level cache while all of the task's rows of A pass by.
+//! A task has a rectangle of C and needs no other task. Piece by piece of k it packs its columns of B in panels as wide as a tile, and
+//! takes all of these over one strip of rows of A after the other.
 
 mod micro;
 mod pack;
@@ -68,12 +68,14 @@ impl Right<'_> {
     }
 }
 
-/// Most of k in a packed panel: one of B stays in the first-level cache, beside a tile's rows of A.
+/// Most of k that is summed at a time: so deep, a tile's rows of A and a panel of B stay in the first-level cache.
 const DEPTH: usize = 256;
-/// Most columns of B that are packed at a time: of [`DEPTH`] they stay in the second-level cache.
-const COLUMNS: usize = 1024;
-/// Columns from which A is packed too: read so often, its rows had better be in one piece.
-const PACKED: usize = 256;
+/// Most columns of B that are packed at a time: [`DEPTH`] deep, they stay in the second-level cache.
+const COLUMNS: usize = 512;
+/// Columns from which the rows of A are copied: so often read, they had better be close together.
+const COPIED: usize = 256;
+/// Floats between copied rows: neighbours don't fall to the same places of the cache.
+const APART: usize = 16;
 /// Multiply-adds below which a second thread costs more than it brings.
 const PARALLEL: usize = 1 << 18;
 /// Elements of C from which a thread gets two tasks, so that it can help another: every task packs for itself.
@@ -167,21 +169,21 @@ fn gemm_with(
         let lengths = fits && l.s.len() == m * l.ranks() && l.b.len() >= adapters * n * l.rank;
         assert!(lengths, "gemm: the low-rank term has other sizes");
     }
-    let strips = strips(segments, kernel.rows());
-    let panels = n.div_ceil(kernel.columns());
+    let (strips, panels) = (strips(segments, kernel.rows()), panels(n, kernel));
     let product = Product { kernel, dims, a, b, low_rank, c: c.as_mut_ptr(), accumulate };
     let threads = rayon::current_num_threads();
     if m.saturating_mul(n).saturating_mul(k) <= PARALLEL || threads == 1 {
-        // SAFETY: the one task.
-        return unsafe { product.block(&strips, 0..panels) };
+        // SAFETY: C is borrowed, and this is the only task.
+        return unsafe { product.block(&strips, &panels) };
     }
     let tasks = threads * if m * n >= SHARED * threads { 2 } else { 1 };
-    let [down, across] = grid(tasks, [m, n], [strips.len(), panels]);
+    let [down, across] = grid(tasks, [m, n], [strips.len(), panels.len()]);
     (0..down * across).into_par_iter().with_max_len(1).for_each(|t| {
         let part = |i: usize, parts: usize, of: usize| i * of / parts..(i + 1) * of / parts;
-        let rows = part(t / across, down, strips.len());
-        // SAFETY: no two tasks have the same strips and panels.
-        unsafe { product.block(&strips[rows], part(t % across, across, panels)) };
+        let strips = &strips[part(t / across, down, strips.len())];
+        let panels = &panels[part(t % across, across, panels.len())];
+        // SAFETY: C is borrowed, and no two tasks have the same strip and panel.
+        unsafe { product.block(strips, panels) };
     });
 }
 
@@ -208,6 +210,23 @@ fn strips(segments: &[Segment], most: usize) -> Vec<Strip> {
     strips
 }
 
+/// Columns of C that one tile is wide.
+#[derive(Clone, Copy)]
+struct Panel {
+    first: usize,
+    count: usize,
+    /// `count` in whole vectors.
+    width: usize,
+}
+
+fn panels(n: usize, kernel: Kernel) -> Vec<Panel> {
+    let panel = |first: usize| {
+        let count = kernel.columns().min(n - first);
+        Panel { first, count, width: count.next_multiple_of(kernel.lanes) }
+    };
+    (0..n).step_by(kernel.columns()).map(panel).collect()
+}
+
 /// Into how many parts the rows and the columns of C go for about so many tasks, with least to pack: every task packs A of its rows and
 /// B of its columns. No more parts than there are `units`.
 fn grid(tasks: usize, [m, n]: [usize; 2], units: [usize; 2]) -> [usize; 2] {
@@ -230,17 +249,19 @@ impl LowRank<'_> {
         let part = n / self.parts;
         first / part * self.rank..((first + count - 1) / part + 1) * self.rank
     }
-    /// Packs `count` rows of `b` [n, rank] from `first` on, in a panel of `width` that has their ranks; zeros beyond, and in the ranks of
+    /// Packs the rows of adapter `i` of B that belong to columns of C, in a panel that has their ranks; zeros beyond, and in the ranks of
     /// other parts.
-    fn pack(&self, panel: &mut [f32], width: usize, b: &[f32], n: usize, first: usize, count: usize) {
-        if panel.len() == width * self.rank {
-            return pack(panel, width, Matrix::rows(b, self.rank), first, count, 0);
+    fn pack(&self, to: &mut [f32], i: usize, n: usize, Panel { first, count, width }: Panel) {
+        let b = &self.b[i * n * self.rank..][..n * self.rank];
+        let ranks = self.ranks_of(first, count, n);
+        let to = &mut to[..ranks.len() * width];
+        if ranks.len() == self.rank {
+            return pack(to, width, Matrix::rows(b, self.rank), first, count, 0);
         }
-        panel.fill(0.0);
-        let start = self.ranks_of(first, 1, n).start;
+        to.fill(0.0);
         for (j, row) in b.chunks(self.rank).enumerate().skip(first).take(count) {
-            let line = self.ranks_of(j, 1, n).start - start;
-            let to = panel[line * width + j - first..].iter_mut().step_by(width);
+            let line = self.ranks_of(j, 1, n).start - ranks.start;
+            let to = to[line * width + j - first..].iter_mut().step_by(width);
             to.zip(row).for_each(|(o, v)| *o = *v);
         }
     }
@@ -265,18 +286,16 @@ impl Product<'_> {
     /// Some strips of C and some panels of its columns.
     ///
     /// # Safety
-    /// `c` holds m x n elements, which nothing else uses that is in these strips and panels.
-    unsafe fn block(&self, strips: &[Strip], panels: Range<usize>) {
+    /// `c` holds m x n elements, of which nobody else uses those in these strips and panels.
+    unsafe fn block(&self, strips: &[Strip], panels: &[Panel]) {
         BUFFERS.with_borrow_mut(|buffers| {
             let k = self.dims[2];
             let pieces = k.div_ceil(DEPTH);
-            let most = COLUMNS / self.kernel.columns();
-            for start in panels.clone().step_by(most) {
-                let panels = start..panels.end.min(start + most);
+            for panels in panels.chunks(COLUMNS / self.kernel.columns()) {
                 for i in 0..pieces {
                     let part = i * k / pieces..(i + 1) * k / pieces;
                     // SAFETY: the caller's contract.
-                    unsafe { self.piece(strips, panels.clone(), part, buffers) };
+                    unsafe { self.piece(strips, panels, part, buffers) };
                 }
             }
         });
@@ -286,123 +305,115 @@ impl Product<'_> {
     ///
     /// # Safety
     /// That of [`Product::block`].
-    unsafe fn piece(
-        &self,
-        strips: &[Strip],
-        panels: Range<usize>,
-        part: Range<usize>,
-        buffers: &mut Buffers,
-    ) {
-        let Self { kernel, dims: [_, n, k], a, b, low_rank, c, accumulate } = *self;
-        let (depth, columns) = (part.len(), kernel.columns());
-        let left = panels.start * columns;
-        let width = |j: usize| columns.min((n - j * columns).next_multiple_of(kernel.lanes));
-        let all = panels.clone().map(width).sum::<usize>();
-        let packed = aligned(&mut buffers.b, all * depth);
-        for (panel, j) in packed.chunks_mut(columns * depth).zip(panels.clone()) {
-            let (first, wide) = (j * columns, columns.min(n - j * columns));
-            match b {
-                Right::Floats(Matrix { data, row, column }) => {
-                    pack(panel, width(j), Matrix { data, row: column, column: row }, first, wide, part.start);
-                }
-                Right::Codes(codes) => {
-                    codes.pack(panel, width(j), first, wide, part.start, &mut buffers.floats)
-                }
+    unsafe fn piece(&self, strips: &[Strip], panels: &[Panel], part: Range<usize>, buffers: &mut Buffers) {
+        let n = self.dims[1];
+        let Buffers { a, b, low, floats } = buffers;
+        let depth = part.len();
+        let columns: usize = panels.iter().map(|p| p.width).sum();
+        // Where a panel starts, of those packed side by side.
+        let before = |p: &Panel| p.first - panels[0].first;
+        let packed = aligned(b, columns * depth);
+        for p in panels {
+            self.pack_right(&mut packed[before(p) * depth..][..p.width * depth], *p, part.start, floats);
+        }
+        let is_copied = columns >= COPIED;
+        let low_rank = self.low_rank.filter(|_| part.end == self.dims[2]);
+        let low = aligned(low, low_rank.map_or(0, |l| columns * l.ranks()));
+        let mut packed_adapter = None;
+        for (i, strip) in strips.iter().enumerate() {
+            let next = strips.get(i + 1).unwrap_or(strip);
+            let mut base = self.left(strip, next, &part, is_copied, a);
+            let low_rank = low_rank.zip(strip.adapter);
+            if let Some((l, adapter)) = low_rank
+                && packed_adapter.replace(adapter) != Some(adapter)
+            {
+                panels.iter().for_each(|p| l.pack(&mut low[before(p) * l.ranks()..], adapter, n, *p));
+            }
+            for p in panels {
+                base.b = packed[before(p) * depth..][..p.width * depth].as_ptr();
+                let update = low_rank.map(|(l, _)| {
+                    // Only the ranks of the panel's own parts: the others' would multiply zeros.
+                    let ranks = l.ranks_of(p.first, p.count, n);
+                    let s = &l.s[strip.first * l.ranks() + ranks.start..];
+                    let s = s[..(strip.rows - 1) * l.ranks() + ranks.len()].as_ptr();
+                    let b = low[before(p) * l.ranks()..][..p.width * ranks.len()].as_ptr();
+                    Step { depth: ranks.len(), a: s, row: l.ranks(), column: 1, b, next: s, next_row: 0 }
+                });
+                let steps = [base, update.unwrap_or(base)];
+                // SAFETY: the slices above hold the strip's rows of A and S and the panel's columns, as deep as the steps say; C is
+                // as the caller says.
+                unsafe { self.tile(&steps[..1 + usize::from(update.is_some())], strip, p, part.start > 0) };
+                // The next strip has been fetched.
+                (base.next, base.next_row) = (base.a, 0);
             }
         }
-        let is_packed = a.column != 1 || panels.len() * columns >= PACKED;
-        let add = accumulate || part.start > 0;
-        let low_rank = low_rank.filter(|_| part.end == k);
-        let mut tile = [0.0f32; MAX_TILE];
-        let in_place = |s: &Strip| {
+    }
+
+    /// [`pack`] of a panel of B, as deep as it is long, from `p0` of k on.
+    fn pack_right(&self, to: &mut [f32], p: Panel, p0: usize, floats: &mut Vec<f32>) {
+        match self.b {
+            Right::Floats(Matrix { data, row, column }) => {
+                pack(to, p.width, Matrix { data, row: column, column: row }, p.first, p.count, p0);
+            }
+            Right::Codes(codes) => codes.pack(to, p.width, p.first, p.count, p0, floats),
+        }
+    }
+
+    /// The step of a strip's rows of A, where they are or copied to `to`; its B is yet to be said.
+    fn left(
+        &self,
+        strip: &Strip,
+        next: &Strip,
+        part: &Range<usize>,
+        is_copied: bool,
+        to: &mut Vec<f32>,
+    ) -> Step {
+        let (a, depth) = (self.a, part.len());
+        let rows = |s: &Strip| {
             let at = s.first * a.row + part.start * a.column;
-            a.data[at..][..(s.rows - 1) * a.row + (depth - 1) * a.column + 1].as_ptr()
+            &a.data[at..=at + (s.rows - 1) * a.row + (depth - 1) * a.column]
         };
-        let mut of = None;
-        for (i, s) in strips.iter().enumerate() {
-            let mut base = Step {
-                depth,
-                a: in_place(s),
-                row: a.row,
-                column: a.column,
-                b: packed.as_ptr(),
-                next: in_place(strips.get(i + 1).unwrap_or(s)),
-                next_row: a.row,
-            };
-            if a.column != 1 {
-                let panel = aligned(&mut buffers.a, s.rows * depth);
-                pack(panel, s.rows, a, s.first, s.rows, part.start);
-                base = Step { a: panel.as_ptr(), row: 1, column: s.rows, ..base };
-            } else if is_packed {
-                let stride = depth + 16;
-                let panel = aligned(&mut buffers.a, s.rows * stride);
-                for (i, line) in panel.chunks_mut(stride).enumerate() {
-                    let at = (s.first + i) * a.row + part.start;
-                    line[..depth].copy_from_slice(&a.data[at..at + depth]);
-                }
-                base = Step { a: panel.as_ptr(), row: stride, ..base };
+        let from = rows(strip);
+        let next = rows(next).as_ptr();
+        let step =
+            Step { depth, a: from.as_ptr(), row: a.row, column: 1, b: from.as_ptr(), next, next_row: a.row };
+        if a.column != 1 {
+            let panel = aligned(to, strip.rows * depth);
+            pack(panel, strip.rows, a, strip.first, strip.rows, part.start);
+            return Step { a: panel.as_ptr(), row: 1, column: strip.rows, ..step };
+        }
+        if !is_copied {
+            return step;
+        }
+        let row = depth + APART;
+        let copies = aligned(to, strip.rows * row);
+        for (i, copy) in copies.chunks_exact_mut(row).enumerate() {
+            copy[..depth].copy_from_slice(&from[i * a.row..][..depth]);
+        }
+        Step { a: copies.as_ptr(), row, ..step }
+    }
+
+    /// Sums the steps into a tile of C; with `again` on top of what earlier pieces of k have left there.
+    ///
+    /// # Safety
+    /// The steps hold the strip's rows and the panel's columns; C is as [`Product::block`] has it.
+    unsafe fn tile(&self, steps: &[Step], strip: &Strip, p: &Panel, again: bool) {
+        let n = self.dims[1];
+        let add = self.accumulate || again;
+        let run = self.kernel.run(strip.rows, p.width / self.kernel.lanes);
+        // SAFETY: the kernel was chosen for this processor, and the caller's contract gives the rest.
+        unsafe {
+            let c = self.c.add(strip.first * n + p.first);
+            if p.count == p.width {
+                return run(steps, Place { c, stride: n, add });
             }
-            let low_rank = low_rank.zip(s.adapter);
-            let low = aligned(&mut buffers.low, low_rank.map_or(0, |(l, _)| all * l.ranks()));
-            if let Some((l, adapter)) = low_rank
-                && of != s.adapter
-            {
-                for (panel, j) in low.chunks_mut(columns * l.ranks()).zip(panels.clone()) {
-                    let (first, wide) = (j * columns, columns.min(n - j * columns));
-                    let ranks = l.ranks_of(first, wide, n).len();
-                    l.pack(
-                        &mut panel[..ranks * width(j)],
-                        width(j),
-                        &l.b[adapter * n * l.rank..][..n * l.rank],
-                        n,
-                        first,
-                        wide,
-                    );
-                }
-                of = s.adapter;
-            }
-            for j in panels.clone() {
-                let first = j * columns;
-                let (wide, width) = (columns.min(n - first), width(j));
-                base.b = packed[(first - left) * depth..][..width * depth].as_ptr();
-                let mut steps = [base; 2];
-                base.next = base.a;
-                base.next_row = 0;
-                let mut count = 1;
-                if let Some((l, _)) = low_rank {
-                    // Only the ranks of the panel's own parts: the others' would multiply zeros.
-                    let ranks = l.ranks_of(first, wide, n);
-                    let a =
-                        &l.s[s.first * l.ranks() + ranks.start..][..(s.rows - 1) * l.ranks() + ranks.len()];
-                    let b = low[(first - left) * l.ranks()..][..width * ranks.len()].as_ptr();
-                    steps[1] = Step {
-                        depth: ranks.len(),
-                        a: a.as_ptr(),
-                        row: l.ranks(),
-                        column: 1,
-                        b,
-                        next: a.as_ptr(),
-                        next_row: 0,
-                    };
-                    count = 2;
-                }
-                let (steps, run) = (&steps[..count], kernel.run(s.rows, width / kernel.lanes));
-                // SAFETY: the kernel was chosen for this processor; the panels have the length for the steps' depths, and the
-                // slices above hold the strip's rows of A and S; C holds the strip, which nothing else uses.
-                unsafe {
-                    let c = c.add(s.first * n + first);
-                    if wide == width {
-                        run(steps, Place { c, stride: n, add });
-                        continue;
-                    }
-                    run(steps, Place { c: tile.as_mut_ptr(), stride: width, add: false });
-                    for (r, line) in tile.chunks_exact(width).take(s.rows).enumerate() {
-                        let c = std::slice::from_raw_parts_mut(c.add(r * n), wide);
-                        match add {
-                            true => c.iter_mut().zip(line).for_each(|(c, t)| *c += t),
-                            false => c.copy_from_slice(&line[..wide]),
-                        }
-                    }
+            let mut whole = [0.0f32; MAX_TILE];
+            run(steps, Place { c: whole.as_mut_ptr(), stride: p.width, add: false });
+            for (r, line) in whole.chunks_exact(p.width).take(strip.rows).enumerate() {
+                let c = std::slice::from_raw_parts_mut(c.add(r * n), p.count);
+                match add {
+                    true => c.iter_mut().zip(line).for_each(|(c, t)| *c += t),
+                    false => c.copy_from_slice(&line[..p.count]),
                 }
             }
         }
@@ -417,7 +428,14 @@ mod tests {
     /// Every micro-kernel against plain sums, from every order in memory, with and without a low-rank term.
     #[test]
     fn every_instruction_set_gives_the_product() {
-        for (m, n, k) in [(1usize, 1, 1), (13, 33, 17), (24, 64, 8), (30, 31, DEPTH + 5)] {
+        for (m, n, k) in [
+            (1usize, 1, 1),
+            (13, 33, 17),
+            (24, 64, 8),
+            (30, 31, DEPTH + 5),
+            (1, COPIED + 1, 2),
+            (17, COLUMNS + 18, 2 * DEPTH + 1),
+        ] {
             // Columns in two parts where they divide, the second half of the rows with the other adapter, or with none.
             let (parts, half, rank) = (1 + (n + 1) % 2, m.div_ceil(2), 3);
             let adapters = [Some(1), (m % 2 == 0).then_some(0)];
