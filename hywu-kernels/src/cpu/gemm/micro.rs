@@ -267,7 +267,7 @@ macro_rules! x86 {
             #[inline(always)]
             fn opaque(mut p: *const f32) -> *const f32 {
                 // SAFETY: no instruction at all.
-                unsafe { std::arch::asm!("/* {} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
+                unsafe { std::arch::asm!("/* {} */", inout(reg) p, options(pure, readonly, nostack, preserves_flags)) };
                 p
             }
         }
