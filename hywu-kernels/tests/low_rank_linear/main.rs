@@ -18,9 +18,9 @@ use proptest::prelude::*;
 const EDGES: [usize; 10] = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129];
 const SCALE: f32 = 0.5;
 
-/// Columns of x around the 512 that the matrix product sums in one pass, each with several ranks.
+/// Columns of x around multiples of the 256 that the matrix product sums at a time, each with several ranks.
 fn depths() -> impl Iterator<Item = (usize, usize)> {
-    [511, 512, 513, 1030].into_iter().flat_map(|inner| [1, 7, 16].map(|rank| (inner, rank)))
+    [255, 256, 257, 513, 1030].into_iter().flat_map(|inner| [1, 7, 16].map(|rank| (inner, rank)))
 }
 
 /// `rows` of x, divided evenly over `adapters`.

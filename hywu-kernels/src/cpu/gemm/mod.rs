@@ -1,13 +1,18 @@
-//! f32 matrix product on packed panels, with a low-rank term per segment of rows as further steps of the same sum. Every element of
-//! C is summed over k in one order that depends on k alone, so a row's result is the same wherever it stands, whatever the other
-//! rows and the number of threads.
+//! f32 matrix product, with a low-rank term per segment of rows as further steps of the same sum. Every element of C is summed over k
+//! in one order that depends on k alone, so a row's result is the same wherever it stands, whatever the other rows and the number of
+//! threads.
+//!
+//! A task has a rectangle of C and needs no other task. Piece by piece of k it packs its columns of B in panels as wide as a tile, and
+//! takes all of these over one strip of rows of A after the other.
 
 mod micro;
+mod pack;
 
 pub(crate) use micro::simd_level;
 
 use crate::ops::low_rank_linear::{Format, Segment};
 use micro::{Kernel, MAX_TILE, Place, Step, kernel};
+use pack::pack;
 use rayon::prelude::*;
 use std::{cell::RefCell, ops::Range};
 
@@ -61,140 +66,44 @@ impl Right<'_> {
             Self::Codes(c) => c.codes.len() >= k * n && c.scales.len() == if c.transposed { n } else { k },
         }
     }
-    /// [`pack`] of `count` columns.
-    fn pack(&self, panel: &mut [f32], width: usize, first: usize, count: usize, p0: usize) {
-        let c = match *self {
-            Self::Floats(Matrix { data, row, column }) => {
-                return pack(panel, width, Matrix { data, row: column, column: row }, first, count, p0);
-            }
-            Self::Codes(c) => c,
-        };
-        let depth = panel.len() / width;
-        let (lines, from, each) =
-            if c.transposed { (first..first + count, p0, depth) } else { (p0..p0 + depth, first, count) };
-        let mut floats = take(4, count * depth);
-        for (out, line) in floats.chunks_mut(each).zip(lines) {
-            let at = line * (c.codes.len() / c.scales.len()) + from;
-            c.format.widen(&c.codes[at..at + each], c.scales[line], out);
-        }
-        let x = if c.transposed { Matrix::rows(&floats, each) } else { Matrix::transposed(&floats, each) };
-        pack(panel, width, x, 0, count, 0);
-        give(4, floats);
-    }
 }
 
-/// Depth of a packed panel: a panel of A and one of B stay in the second-level cache, and C is passed over once for as much of k.
-const DEPTH: usize = 512;
+/// Most of k that is summed at a time: so deep, a tile's rows of A and a panel of B stay in the first-level cache.
+const DEPTH: usize = 256;
+/// Most columns of B that are packed at a time: [`DEPTH`] deep, they stay in the second-level cache.
+const COLUMNS: usize = 512;
+/// Columns from which the rows of A are copied: so often read, they had better be close together.
+const COPIED: usize = 256;
+/// Floats between copied rows: neighbours don't fall to the same places of the cache.
+const APART: usize = 16;
 /// Multiply-adds below which a second thread costs more than it brings.
 const PARALLEL: usize = 1 << 18;
+/// Elements of C from which a thread gets two tasks, so that it can help another: every task packs for itself.
+const SHARED: usize = 1 << 20;
 
-/// Panels of A, of the low-rank term's left factor, of B, of the low-rank term's right factor; floats made of codes.
-type Buffers = [Vec<f32>; 5];
+/// What tasks pack into.
+#[derive(Default)]
+struct Buffers {
+    a: Vec<f32>,
+    b: Vec<f32>,
+    /// The right factor of the low-rank term.
+    low: Vec<f32>,
+    /// Floats made of codes.
+    floats: Vec<f32>,
+}
 
 thread_local! {
-    static PACKED: RefCell<Buffers> = const { RefCell::new([const { Vec::new() }; 5]) };
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
 }
 
-/// Takes a buffer of this thread, with room for `n` elements; [`give`] brings it back.
-fn take(buffer: usize, n: usize) -> Vec<f32> {
-    let mut taken = PACKED.with_borrow_mut(|p| std::mem::take(&mut p[buffer]));
-    taken.resize(n, 0.0);
-    taken
-}
-
-fn give(buffer: usize, taken: Vec<f32>) {
-    PACKED.with_borrow_mut(|p| p[buffer] = taken);
-}
-
-/// Side of the squares that [`pack`] turns.
-const SQUARE: usize = 8;
-
-/// `to[j * to_row + i] = from[i * from_row + j]` for i and j below [`SQUARE`].
-fn transpose(from: &[f32], from_row: usize, to: &mut [f32], to_row: usize) {
-    const LAST: usize = SQUARE - 1;
-    assert!(from.len() > LAST * from_row + LAST && to.len() > LAST * to_row + LAST, "transpose: too short");
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx") {
-        // SAFETY: AVX is there, and the lengths are checked.
-        unsafe { transpose_avx(from.as_ptr(), from_row, to.as_mut_ptr(), to_row) };
-        return;
+/// The first `n` elements of a buffer from the start of a line of the cache on.
+fn aligned(buffer: &mut Vec<f32>, n: usize) -> &mut [f32] {
+    const LINE: usize = 64;
+    if buffer.len() < n + LINE / 4 {
+        buffer.resize(n + LINE / 4, 0.0);
     }
-    for (i, j) in (0..SQUARE).flat_map(|i| (0..SQUARE).map(move |j| (i, j))) {
-        to[j * to_row + i] = from[i * from_row + j];
-    }
-}
-
-/// # Safety
-/// AVX is there; both sides hold eight rows of eight elements.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx")]
-unsafe fn transpose_avx(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
-    use std::arch::x86_64::{
-        __m256, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps,
-        _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
-    };
-    let mut rows = [_mm256_setzero_ps(); 8];
-    for (i, row) in rows.iter_mut().enumerate() {
-        // SAFETY: i < 8, and the caller's contract gives the lengths.
-        *row = unsafe { _mm256_loadu_ps(from.add(i * from_row)) };
-    }
-    // Pairs of rows, then fours, then all eight.
-    let mut pairs = [_mm256_setzero_ps(); 8];
-    for i in (0..8).step_by(2) {
-        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-    let four = |a: __m256, b: __m256| [_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xee>(a, b)];
-    let upper = [four(pairs[0], pairs[2]), four(pairs[1], pairs[3])];
-    let lower = [four(pairs[4], pairs[6]), four(pairs[5], pairs[7])];
-    for j in 0..4 {
-        let (a, b) = (upper[j / 2][j % 2], lower[j / 2][j % 2]);
-        // SAFETY: j + 4 < 8, and the caller's contract gives the lengths.
-        unsafe {
-            _mm256_storeu_ps(to.add(j * to_row), _mm256_permute2f128_ps::<0x20>(a, b));
-            _mm256_storeu_ps(to.add((j + 4) * to_row), _mm256_permute2f128_ps::<0x31>(a, b));
-        }
-    }
-}
-
-/// Packs `count` vectors from `first` on, elements from `p0` on, k-major in a panel of `width`; zeros beyond.
-fn pack(panel: &mut [f32], width: usize, x: Matrix<'_>, first: usize, count: usize, p0: usize) {
-    let at = |i: usize, p: usize| (first + i) * x.row + (p0 + p) * x.column;
-    if x.column == 1 && x.row != 1 {
-        // Each vector lies in one piece: read along it, in squares.
-        for (s, square) in panel.chunks_mut(SQUARE * width).enumerate() {
-            let depth = square.len() / width;
-            if count < width {
-                square.fill(0.0);
-            }
-            let mut i = 0;
-            while depth == SQUARE && i + SQUARE <= count {
-                let start = at(i, s * SQUARE);
-                transpose(
-                    &x.data[start..start + (SQUARE - 1) * x.row + SQUARE],
-                    x.row,
-                    &mut square[i..],
-                    width,
-                );
-                i += SQUARE;
-            }
-            for i in i..count {
-                let start = at(i, s * SQUARE);
-                let vector = &x.data[start..start + depth];
-                square[i..].iter_mut().step_by(width).zip(vector).for_each(|(o, v)| *o = *v);
-            }
-        }
-        return;
-    }
-    for (p, out) in panel.chunks_exact_mut(width).enumerate() {
-        let (full, rest) = out.split_at_mut(count);
-        let start = at(0, p);
-        match x.row {
-            1 => full.copy_from_slice(&x.data[start..start + count]),
-            row => full.iter_mut().zip(x.data[start..].iter().step_by(row)).for_each(|(o, v)| *o = *v),
-        }
-        rest.fill(0.0);
-    }
+    let start = buffer.as_ptr().align_offset(LINE).min(LINE / 4);
+    &mut buffer[start..start + n]
 }
 
 /// A low-rank term: a segment of the rows with adapter i gets S [rows, parts * rank] B_i^T; the columns of C are in `parts` equal parts,
@@ -252,64 +161,82 @@ fn gemm_with(
     assert!(a.last(m, k) < a.data.len() && b.holds(k, n), "gemm: an operand is too short");
     let all_rows = [Segment { rows: m, weight: 0, adapter: None }];
     let segments = low_rank.map_or(&all_rows[..], |l| l.segments);
+    let rows: usize = segments.iter().map(|s| s.rows).sum();
+    assert_eq!(rows, m, "gemm: the segments have other rows than C");
     if let Some(l) = low_rank {
-        let rows: usize = segments.iter().map(|s| s.rows).sum();
         let adapters = segments.iter().filter_map(|s| s.adapter).max().map_or(0, |i| i + 1);
-        let fits = rows == m && l.rank > 0 && l.parts > 0 && n.is_multiple_of(l.parts);
+        let fits = l.rank > 0 && l.parts > 0 && n.is_multiple_of(l.parts);
         let lengths = fits && l.s.len() == m * l.ranks() && l.b.len() >= adapters * n * l.rank;
         assert!(lengths, "gemm: the low-rank term has other sizes");
     }
-    let parallel = m.saturating_mul(n).saturating_mul(k) > PARALLEL && rayon::current_num_threads() > 1;
-    // Whole panels of rows a task, several tasks a thread; none holds rows of two segments.
-    let panels: usize = segments.iter().map(|s| s.rows.div_ceil(kernel.mr)).sum();
-    let rows = kernel.mr * panels.div_ceil(4 * rayon::current_num_threads()).clamp(1, 8);
-    let side = n.div_ceil(kernel.nr) * kernel.nr;
-    let each_panel = |panels: &mut [f32], depth: usize, pack: &(dyn Fn(&mut [f32], usize, usize) + Sync)| {
-        let one = |(j, panel): (usize, &mut [f32])| {
-            let first = j * kernel.nr;
-            pack(panel, first, kernel.nr.min(n - first));
-        };
-        match parallel {
-            true => panels.par_chunks_mut(kernel.nr * depth).enumerate().for_each(one),
-            false => panels.chunks_mut(kernel.nr * depth).enumerate().for_each(one),
+    let (strips, panels) = (strips(segments, kernel.rows()), panels(n, kernel));
+    let product = Product { kernel, dims, a, b, low_rank, c: c.as_mut_ptr(), accumulate };
+    let threads = rayon::current_num_threads();
+    if m.saturating_mul(n).saturating_mul(k) <= PARALLEL || threads == 1 {
+        // SAFETY: C is borrowed, and this is the only task.
+        return unsafe { product.block(&strips, &panels) };
+    }
+    let tasks = threads * if m * n >= SHARED * threads { 2 } else { 1 };
+    let [down, across] = grid(tasks, [m, n], [strips.len(), panels.len()]);
+    (0..down * across).into_par_iter().with_max_len(1).for_each(|t| {
+        let part = |i: usize, parts: usize, of: usize| i * of / parts..(i + 1) * of / parts;
+        let strips = &strips[part(t / across, down, strips.len())];
+        let panels = &panels[part(t % across, across, panels.len())];
+        // SAFETY: C is borrowed, and no two tasks have the same strip and panel.
+        unsafe { product.block(strips, panels) };
+    });
+}
+
+/// Rows of C that one tile is high, all of one segment.
+#[derive(Clone, Copy)]
+struct Strip {
+    first: usize,
+    rows: usize,
+    adapter: Option<usize>,
+}
+
+/// The rows of segments in strips of nearly the same height, at most `most`.
+fn strips(segments: &[Segment], most: usize) -> Vec<Strip> {
+    let mut strips = Vec::with_capacity(segments.iter().map(|s| s.rows.div_ceil(most)).sum());
+    let mut first = 0;
+    for segment in segments {
+        let count = segment.rows.div_ceil(most);
+        for i in 0..count {
+            let rows = (segment.rows + i) / count;
+            strips.push(Strip { first, rows, adapter: segment.adapter });
+            first += rows;
         }
+    }
+    strips
+}
+
+/// Columns of C that one tile is wide.
+#[derive(Clone, Copy)]
+struct Panel {
+    first: usize,
+    count: usize,
+    /// `count` in whole vectors.
+    width: usize,
+}
+
+fn panels(n: usize, kernel: Kernel) -> Vec<Panel> {
+    let panel = |first: usize| {
+        let count = kernel.columns().min(n - first);
+        Panel { first, count, width: count.next_multiple_of(kernel.lanes) }
     };
-    let mut packed = take(2, side * DEPTH.min(k));
-    let adapters = || segments.iter().filter_map(|s| s.adapter);
-    let low_side = low_rank.map_or(0, |l| side * l.ranks());
-    let mut packed_low = take(3, adapters().count() * low_side);
-    if let Some(l) = low_rank {
-        packed_low.chunks_mut(low_side).zip(adapters()).for_each(|(panels, i)| {
-            let b = &l.b[i * n * l.rank..][..n * l.rank];
-            each_panel(panels, l.ranks(), &|panel, first, count| {
-                l.pack(panel, kernel.nr, b, n, first, count)
-            });
-        });
-    }
-    for p0 in (0..k).step_by(DEPTH) {
-        let depth = DEPTH.min(k - p0);
-        packed.truncate(side * depth);
-        each_panel(&mut packed, depth, &|panel, first, count| {
-            b.pack(panel, kernel.nr, first, count, p0);
-        });
-        let whole = Whole { kernel, a, b: &packed, n, p0, depth, add: accumulate || p0 > 0 };
-        let at_end = low_rank.filter(|_| p0 + depth == k);
-        let (mut rest, mut first, mut low) = (&mut *c, 0, packed_low.chunks(low_side.max(1)));
-        let mut tasks = Vec::new();
-        for segment in segments {
-            let term = at_end.zip(segment.adapter.and_then(|_| low.next()));
-            let mine = rest.split_off_mut(..segment.rows * n).unwrap_or_default();
-            tasks.extend(mine.chunks_mut(rows * n).enumerate().map(|(t, c)| (first + t * rows, term, c)));
-            first += segment.rows;
-        }
-        let task = |(first, term, c)| block(whole, first, term, c);
-        match parallel {
-            true => tasks.into_par_iter().for_each(task),
-            false => tasks.into_iter().for_each(task),
-        }
-    }
-    give(2, packed);
-    give(3, packed_low);
+    (0..n).step_by(kernel.columns()).map(panel).collect()
+}
+
+/// Into how many parts the rows and the columns of C go for about so many tasks, with least to pack: every task packs A of its rows and
+/// B of its columns. No more parts than there are `units`.
+fn grid(tasks: usize, [m, n]: [usize; 2], units: [usize; 2]) -> [usize; 2] {
+    let way = |down: usize| [down.min(units[0]), tasks.div_ceil(down).min(units[1])];
+    let packed = |[down, across]: [usize; 2]| (tasks.saturating_sub(down * across), down * n + across * m);
+    (1..=tasks)
+        .filter(|down| tasks.is_multiple_of(*down))
+        .map(way)
+        .min_by_key(|w| packed(*w))
+        .unwrap_or([1, 1])
 }
 
 impl LowRank<'_> {
@@ -317,101 +244,180 @@ impl LowRank<'_> {
     fn ranks(&self) -> usize {
         self.parts * self.rank
     }
-    /// The parts that columns `first` .. `first + count` of `n` are in.
-    fn parts_of(&self, first: usize, count: usize, n: usize) -> Range<usize> {
+    /// The columns of S that columns `first` .. `first + count` of `n` have to do with.
+    fn ranks_of(&self, first: usize, count: usize, n: usize) -> Range<usize> {
         let part = n / self.parts;
-        first / part..(first + count - 1) / part + 1
+        first / part * self.rank..((first + count - 1) / part + 1) * self.rank
     }
-    /// Packs `count` rows of `b` [n, rank] from `first` on, in a panel of `width` that has the ranks of all parts; zeros beyond, and in
-    /// the ranks of other parts.
-    fn pack(&self, panel: &mut [f32], width: usize, b: &[f32], n: usize, first: usize, count: usize) {
-        if self.parts == 1 {
-            return pack(panel, width, Matrix::rows(b, self.rank), first, count, 0);
+    /// Packs the rows of adapter `i` of B that belong to columns of C, in a panel that has their ranks; zeros beyond, and in the ranks of
+    /// other parts.
+    fn pack(&self, to: &mut [f32], i: usize, n: usize, Panel { first, count, width }: Panel) {
+        let b = &self.b[i * n * self.rank..][..n * self.rank];
+        let ranks = self.ranks_of(first, count, n);
+        let to = &mut to[..ranks.len() * width];
+        if ranks.len() == self.rank {
+            return pack(to, width, Matrix::rows(b, self.rank), first, count, 0);
         }
-        panel.fill(0.0);
+        to.fill(0.0);
         for (j, row) in b.chunks(self.rank).enumerate().skip(first).take(count) {
-            let line = self.parts_of(j, 1, n).start * self.rank;
-            let to = panel[line * width + j - first..].iter_mut().step_by(width);
+            let line = self.ranks_of(j, 1, n).start - ranks.start;
+            let to = to[line * width + j - first..].iter_mut().step_by(width);
             to.zip(row).for_each(|(o, v)| *o = *v);
         }
     }
 }
 
-/// What all tasks of a pass over k share.
+/// What all tasks share.
 #[derive(Clone, Copy)]
-struct Whole<'a> {
+struct Product<'a> {
     kernel: Kernel,
+    dims: [usize; 3],
     a: Matrix<'a>,
-    /// Packed panels of `depth` of k from `p0` on.
-    b: &'a [f32],
-    n: usize,
-    p0: usize,
-    depth: usize,
-    add: bool,
+    b: Right<'a>,
+    low_rank: Option<LowRank<'a>>,
+    c: *mut f32,
+    accumulate: bool,
 }
 
-/// Rows of C from `first` on, all columns; a low-rank term comes with its packed right factor.
-fn block(whole: Whole<'_>, first: usize, low_rank: Option<(LowRank<'_>, &[f32])>, c: &mut [f32]) {
-    let Whole { kernel: Kernel { mr, nr, run }, a, b, n, p0, depth, add } = whole;
-    let m = c.len() / n;
-    let pack_rows = |panels: &mut [f32], depth: usize, x: Matrix<'_>, p0: usize| {
-        for (i, panel) in panels.chunks_mut(mr * depth).enumerate() {
-            pack(panel, mr, x, first + i * mr, mr.min(m - i * mr), p0);
-        }
-    };
-    let side = m.div_ceil(mr) * mr;
-    let mut packed = take(0, side * depth);
-    pack_rows(&mut packed, depth, a, p0);
-    let ranks = low_rank.map_or(0, |(l, _)| l.ranks());
-    let mut packed_low = take(1, side * ranks);
-    if let Some((l, _)) = low_rank {
-        pack_rows(&mut packed_low, ranks, Matrix::rows(l.s, ranks), 0);
-    }
-    let mut tile = [0.0f32; MAX_TILE];
-    for j in 0..n.div_ceil(nr) {
-        let wide = nr.min(n - j * nr);
-        // Only the ranks of the panel's own parts: the others' would multiply zeros.
-        let low = low_rank.map(|(l, low_b)| {
-            let parts = l.parts_of(j * nr, wide, n);
-            (low_b, parts.start * l.rank..parts.end * l.rank)
-        });
-        for i in 0..side / mr {
-            let rows = mr.min(m - i * mr);
-            // A part of the depth of panel i of A and panel j of B.
-            let panel = |a: &[f32], b: &[f32], depth: usize, part: Range<usize>| -> Step {
-                (
-                    part.len(),
-                    a[(i * depth + part.start) * mr..][..part.len() * mr].as_ptr(),
-                    b[(j * depth + part.start) * nr..][..part.len() * nr].as_ptr(),
-                )
-            };
-            let base = panel(&packed, b, depth, 0..depth);
-            let update = low.clone().map(|(low_b, part)| panel(&packed_low, low_b, ranks, part));
-            let steps = [base, update.unwrap_or(base)];
-            let steps = &steps[..1 + usize::from(update.is_some())];
-            let at = i * mr * n + j * nr;
-            if wide == nr {
-                let c = &mut c[at..at + (rows - 1) * n + nr];
-                let place = Place { c: c.as_mut_ptr(), stride: n, rows, add };
-                // SAFETY: the kernel was chosen for this processor; `panel` has checked the panels' lengths, and `c` holds
-                // `rows` rows of nr elements, n apart.
-                unsafe { run(steps, place) };
-                continue;
+// SAFETY: C is written through `block` alone, whose contract has no element written by two threads.
+unsafe impl Sync for Product<'_> {}
+
+impl Product<'_> {
+    /// Some strips of C and some panels of its columns.
+    ///
+    /// # Safety
+    /// `c` holds m x n elements, of which nobody else uses those in these strips and panels.
+    unsafe fn block(&self, strips: &[Strip], panels: &[Panel]) {
+        BUFFERS.with_borrow_mut(|buffers| {
+            let k = self.dims[2];
+            let pieces = k.div_ceil(DEPTH);
+            for panels in panels.chunks(COLUMNS / self.kernel.columns()) {
+                for i in 0..pieces {
+                    let part = i * k / pieces..(i + 1) * k / pieces;
+                    // SAFETY: the caller's contract.
+                    unsafe { self.piece(strips, panels, part, buffers) };
+                }
             }
-            let place = Place { c: tile.as_mut_ptr(), stride: nr, rows, add: false };
-            // SAFETY: as above; the tile holds at least mr * nr elements.
-            unsafe { run(steps, place) };
-            for (r, line) in tile.chunks_exact(nr).take(rows).enumerate() {
-                let c = &mut c[at + r * n..][..wide];
+        });
+    }
+
+    /// One piece of k of a [`Product::block`].
+    ///
+    /// # Safety
+    /// That of [`Product::block`].
+    unsafe fn piece(&self, strips: &[Strip], panels: &[Panel], part: Range<usize>, buffers: &mut Buffers) {
+        let n = self.dims[1];
+        let Buffers { a, b, low, floats } = buffers;
+        let depth = part.len();
+        let columns: usize = panels.iter().map(|p| p.width).sum();
+        // Where a panel starts, of those packed side by side.
+        let before = |p: &Panel| p.first - panels[0].first;
+        let packed = aligned(b, columns * depth);
+        for p in panels {
+            self.pack_right(&mut packed[before(p) * depth..][..p.width * depth], *p, part.start, floats);
+        }
+        let is_copied = columns >= COPIED;
+        let low_rank = self.low_rank.filter(|_| part.end == self.dims[2]);
+        let low = aligned(low, low_rank.map_or(0, |l| columns * l.ranks()));
+        let mut packed_adapter = None;
+        for (i, strip) in strips.iter().enumerate() {
+            let next = strips.get(i + 1).unwrap_or(strip);
+            let mut base = self.left(strip, next, &part, is_copied, a);
+            let low_rank = low_rank.zip(strip.adapter);
+            if let Some((l, adapter)) = low_rank
+                && packed_adapter.replace(adapter) != Some(adapter)
+            {
+                panels.iter().for_each(|p| l.pack(&mut low[before(p) * l.ranks()..], adapter, n, *p));
+            }
+            for p in panels {
+                base.b = packed[before(p) * depth..][..p.width * depth].as_ptr();
+                let update = low_rank.map(|(l, _)| {
+                    // Only the ranks of the panel's own parts: the others' would multiply zeros.
+                    let ranks = l.ranks_of(p.first, p.count, n);
+                    let s = &l.s[strip.first * l.ranks() + ranks.start..];
+                    let s = s[..(strip.rows - 1) * l.ranks() + ranks.len()].as_ptr();
+                    let b = low[before(p) * l.ranks()..][..p.width * ranks.len()].as_ptr();
+                    Step { depth: ranks.len(), a: s, row: l.ranks(), column: 1, b, next: s, next_row: 0 }
+                });
+                let steps = [base, update.unwrap_or(base)];
+                // SAFETY: the slices above hold the strip's rows of A and S and the panel's columns, as deep as the steps say; C is
+                // as the caller says.
+                unsafe { self.tile(&steps[..1 + usize::from(update.is_some())], strip, p, part.start > 0) };
+                // The next strip has been fetched.
+                (base.next, base.next_row) = (base.a, 0);
+            }
+        }
+    }
+
+    /// [`pack`] of a panel of B, as deep as it is long, from `p0` of k on.
+    fn pack_right(&self, to: &mut [f32], p: Panel, p0: usize, floats: &mut Vec<f32>) {
+        match self.b {
+            Right::Floats(Matrix { data, row, column }) => {
+                pack(to, p.width, Matrix { data, row: column, column: row }, p.first, p.count, p0);
+            }
+            Right::Codes(codes) => codes.pack(to, p.width, p.first, p.count, p0, floats),
+        }
+    }
+
+    /// The step of a strip's rows of A, where they are or copied to `to`; its B is yet to be said.
+    fn left(
+        &self,
+        strip: &Strip,
+        next: &Strip,
+        part: &Range<usize>,
+        is_copied: bool,
+        to: &mut Vec<f32>,
+    ) -> Step {
+        let (a, depth) = (self.a, part.len());
+        let rows = |s: &Strip| {
+            let at = s.first * a.row + part.start * a.column;
+            &a.data[at..=at + (s.rows - 1) * a.row + (depth - 1) * a.column]
+        };
+        let from = rows(strip);
+        let next = rows(next).as_ptr();
+        let step =
+            Step { depth, a: from.as_ptr(), row: a.row, column: 1, b: from.as_ptr(), next, next_row: a.row };
+        if a.column != 1 {
+            let panel = aligned(to, strip.rows * depth);
+            pack(panel, strip.rows, a, strip.first, strip.rows, part.start);
+            return Step { a: panel.as_ptr(), row: 1, column: strip.rows, ..step };
+        }
+        if !is_copied {
+            return step;
+        }
+        let row = depth + APART;
+        let copies = aligned(to, strip.rows * row);
+        for (i, copy) in copies.chunks_exact_mut(row).enumerate() {
+            copy[..depth].copy_from_slice(&from[i * a.row..][..depth]);
+        }
+        Step { a: copies.as_ptr(), row, ..step }
+    }
+
+    /// Sums the steps into a tile of C; with `again` on top of what earlier pieces of k have left there.
+    ///
+    /// # Safety
+    /// The steps hold the strip's rows and the panel's columns; C is as [`Product::block`] has it.
+    unsafe fn tile(&self, steps: &[Step], strip: &Strip, p: &Panel, again: bool) {
+        let n = self.dims[1];
+        let add = self.accumulate || again;
+        let run = self.kernel.run(strip.rows, p.width / self.kernel.lanes);
+        // SAFETY: the kernel was chosen for this processor, and the caller's contract gives the rest.
+        unsafe {
+            let c = self.c.add(strip.first * n + p.first);
+            if p.count == p.width {
+                return run(steps, Place { c, stride: n, add });
+            }
+            let mut whole = [0.0f32; MAX_TILE];
+            run(steps, Place { c: whole.as_mut_ptr(), stride: p.width, add: false });
+            for (r, line) in whole.chunks_exact(p.width).take(strip.rows).enumerate() {
+                let c = std::slice::from_raw_parts_mut(c.add(r * n), p.count);
                 match add {
                     true => c.iter_mut().zip(line).for_each(|(c, t)| *c += t),
-                    false => c.copy_from_slice(&line[..wide]),
+                    false => c.copy_from_slice(&line[..p.count]),
                 }
             }
         }
     }
-    give(0, packed);
-    give(1, packed_low);
 }
 
 #[cfg(test)]
@@ -422,7 +428,14 @@ mod tests {
     /// Every micro-kernel against plain sums, from every order in memory, with and without a low-rank term.
     #[test]
     fn every_instruction_set_gives_the_product() {
-        for (m, n, k) in [(1usize, 1, 1), (13, 33, 17), (24, 64, 8), (30, 31, DEPTH + 5)] {
+        for (m, n, k) in [
+            (1usize, 1, 1),
+            (13, 33, 17),
+            (24, 64, 8),
+            (30, 31, DEPTH + 5),
+            (1, COPIED + 1, 2),
+            (17, COLUMNS + 18, 2 * DEPTH + 1),
+        ] {
             // Columns in two parts where they divide, the second half of the rows with the other adapter, or with none.
             let (parts, half, rank) = (1 + (n + 1) % 2, m.div_ceil(2), 3);
             let adapters = [Some(1), (m % 2 == 0).then_some(0)];
