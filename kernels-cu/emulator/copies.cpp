@@ -113,29 +113,32 @@ static void write(Store& s) {
 
 // By threads
 
-void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, uint32_t blocks) {
+void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at, uint32_t blocks) {
     Thread& t = self();
     Worker& w = *t.worker;
     pending();
-    TensorMap m = check(map, 3, to);
+    TensorMap m = check(map, unsigned(at.size()), to);
     if (!blocks) fail("a copy to no block");
     for (unsigned rank = 0; blocks >> rank; rank++) {
         if (!(blocks >> rank & 1)) continue;
         Running& block = peer(rank, "a copy to a block that the cluster does not have");
         if (!block.live) fail("a copy to a block that has exited");
         unsigned char* there = in_block(block, to);
-        w.loads.push_back({m, {x, y, z}, &t, &block, there, &find_barrier(block, barrier)});
+        w.loads.push_back({m, {}, &t, &block, there, &find_barrier(block, barrier)});
+        std::copy(at.begin(), at.end(), w.loads.back().at);
         // What is there from now on, until the barrier is passed, is anything.
         memset(there, 0xff, m.box_bytes());
     }
     maybe_yield();
 }
 
-void store_box(const CUtensorMap* map, const void* from, int x, int y) {
+void store_box(const CUtensorMap* map, const void* from, std::initializer_list<int> at) {
     Thread& t = self();
-    TensorMap m = check(map, 2, from);
+    TensorMap m = check(map, unsigned(at.size()), from);
     unsigned group = pending().store_group;
-    t.worker->stores.push_back({m, {x, y}, &t, static_cast<const unsigned char*>(from), group, false, false, {}});
+    auto& stores = t.worker->stores;
+    stores.push_back({m, {}, &t, static_cast<const unsigned char*>(from), group, false, false, {}});
+    std::copy(at.begin(), at.end(), stores.back().at);
     maybe_yield();
 }
 
@@ -230,7 +233,7 @@ void finish_asynchronous(Worker& w) {
         Running& block = w.block[i];
         block.mbarriers.clear();
         for (Warpgroup& g : block.warpgroups) g.clear();
-        for (NamedBarrier& b : block.named) b.arrived = 0, b.waiting.clear();
+        for (NamedBarrier& b : block.named) b.arrived.clear(), b.waiting.clear();
     }
     w.asynchronous = false;
     w.idle = 0;

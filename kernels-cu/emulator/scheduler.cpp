@@ -251,7 +251,7 @@ void fail(const char* what) {
         }
         if (t.state == State::Named) {
             const NamedBarrier& b = running(t).named[k.number];
-            fprintf(stderr, ", number %u: %u of %u threads are here", k.number, b.arrived, b.threads);
+            fprintf(stderr, ", number %u: %u of %u threads are here", k.number, unsigned(b.arrived.size()), b.threads);
         }
         if (const Mbarrier* b = k.barrier) {
             const auto* from = reinterpret_cast<const unsigned char*>(b->address);
