@@ -3,6 +3,24 @@
 #ifndef Element
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
+#include "attention/warpgroup_backward.cuh"
+
+// The kernels of Hopper; elsewhere they are empty, and not launched.
+#ifdef HOPPER
+#define ON_HOPPER(...) __VA_ARGS__
+#else
+#define ON_HOPPER(...)
+#endif
+
+#define WARPGROUP_BACKWARD(D)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(warpgroup_backward::THREADS, 1) attention_warpgroup_backward_##D(              \
+        const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,    \
+        const __grid_constant__ CUtensorMap grad, warpgroup_backward::Sizes sizes) {                                            \
+        ON_HOPPER(warpgroup_backward::gradients<warpgroup_backward::Config<D>>(q, k, v, grad, sizes));                          \
+    }
+WARPGROUP_BACKWARD(64)
+WARPGROUP_BACKWARD(128)
+#undef WARPGROUP_BACKWARD
 
 #define KERNELS "attention/attention.cu"
 #include "instantiate.cuh"
@@ -21,8 +39,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
     KERNEL(attention_unpack)(const Element* x, Rows rows, Change change, const float* grad, float factor, Element* out, float* sum,
-                             float* partial, const int* lengths, int by_token, Walk walk, int width, int per_group) {
-    unpack_rows(x, rows, change, grad, factor, out, sum, partial, lengths, by_token != 0, walk, width, per_group);
+                             float* partial, const int* lengths, int by_token, Walk walk, int width, int room, int per_group) {
+    unpack_rows(x, rows, change, grad, factor, out, sum, partial, lengths, by_token != 0, walk, width, room, per_group);
 }
 
 #define FORWARD(D)                                                                                                              \

@@ -13,6 +13,11 @@ struct Rows {
     int size1, heads, tokens, channels;
 };
 
+// The tokens of an entry of the batch: queries from `query` on, keys from `key` on, and where the limits of its queries start.
+struct Entry {
+    int query, queries, key, keys, limits;
+};
+
 __device__ __forceinline__ int64_t unit_start(const Rows& r, int unit) {
     int entry = unit / r.heads, head = unit - entry * r.heads, b0 = entry / r.size1, b1 = entry - b0 * r.size1;
     return r.offset + b0 * r.batch0 + b1 * r.batch1 + head * r.head;
@@ -132,6 +137,24 @@ struct Walk {
     int parallel[4], loops[4], base[4];
 };
 
+// Channels of a row in a gradient of packed rows, [unit][token][width]; or, where `room` tokens > 0, [unit][room / 64][width / 64] pieces
+// of 64 tokens and 64 channels, of which row r has its groups of 8 channels in the order of their number ^ r % 8.
+struct GradRow {
+    const float* start;
+    int swizzle, piece;
+
+    __device__ GradRow(const float* grad, int64_t unit, int tokens, int room, int token, int width) {
+        int64_t row = unit * (room ? room : tokens) + token;
+        start = grad + (room ? (row - row % 64) * width + row % 64 * 64 : row * width);
+        swizzle = room ? token % 8 * 8 : 0;
+        piece = room ? 64 * 64 : 64;
+    }
+    // Four of them.
+    __device__ float4 load(int column) const {
+        return *reinterpret_cast<const float4*>(start + column / 64 * piece + (column % 64 ^ swizzle));
+    }
+};
+
 // Takes the gradient of packed rows, times `factor`, back through rotation and norm.
 //  out: the operand's gradient, overwritten; or sum: the same in float, added to; both may be null
 //  partial: [block][channels], sums of the gradients of the norm's weight over the block's rows; or null
@@ -139,7 +162,8 @@ struct Walk {
 // all tokens of a unit without a key.
 template <class T>
 __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, const float* grad, float factor, T* out, float* sum,
-                            float* partial, const int* lengths, bool by_token, const Walk& walk, int width, int per_group) {
+                            float* partial, const int* lengths, bool by_token, const Walk& walk, int width, int room,
+                            int per_group) {
     __shared__ float tile[BLOCK * PACKS<T> * PACK<T>];
     Lanes<T> lanes(width, rows.channels);
     Packs<T> w = {}, dw = {};
@@ -168,14 +192,14 @@ __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, 
             int entry = b0 * rows.size1 + b1;
             place = rows.offset + b0 * rows.batch0 + b1 * rows.batch1 + token * rows.token + head * rows.head;
             bool some = inside && (!lengths || lengths[entry] > (by_token ? token : 0));
-            const float* g_row = grad + ((int64_t(entry) * rows.heads + head) * rows.tokens + token) * width;
+            GradRow g_row(grad, int64_t(entry) * rows.heads + head, rows.tokens, room, token, width);
             Packs<T> g = {};
 #pragma unroll
             for (int p = 0; p < PACKS<T>; p++) {
                 if (lanes.present(p, some) > 0) {
 #pragma unroll
                     for (int i = 0; i < PACK<T>; i += 4) {
-                        float4 q = *reinterpret_cast<const float4*>(g_row + lanes.column(p) + i);
+                        float4 q = g_row.load(lanes.column(p) + i);
                         g[p][i] = factor * q.x, g[p][i + 1] = factor * q.y;
                         g[p][i + 2] = factor * q.z, g[p][i + 3] = factor * q.w;
                     }

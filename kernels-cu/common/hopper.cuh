@@ -122,6 +122,17 @@ HYWU_PTX void store_box(const CUtensorMap* map, const void* from, int x, int y, 
                  "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
                  : "memory");
 }
+/// `bytes` of neighbours, a multiple of 16 at multiples of 16.
+HYWU_PTX void store_linear(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+/// The same, added to what is there.
+HYWU_PTX void add_linear(float* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
 HYWU_PTX void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /// Waits until at most N of this thread's latest groups of stores still read shared memory.
 template <int N>
@@ -136,6 +147,26 @@ HYWU_PTX void store_wait() {
 /// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and of wgmma; a barrier makes that hold
 /// for other threads.
 HYWU_PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Counters in global memory, by which blocks wait for each other: for those that have started before alone, or it may be for ever.
+
+/// The counter before this call, which adds 1.
+HYWU_PTX uint32_t counter_next(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+/// Adds 1; who has waited for it sees what this thread did before, stores of the copy engine that it has waited for included.
+HYWU_PTX void counter_add(uint32_t* counter) {
+    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+/// Until the counter is `value`.
+HYWU_PTX void counter_wait(uint32_t* counter, uint32_t value) {
+    uint32_t now;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    while (now != value);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 // Products
 

@@ -58,9 +58,11 @@ struct Load {
     Mbarrier* barrier;
 };
 
-/// A box on its way to the tensor: it is read from shared memory, and then written.
+/// A box on its way to the tensor, or neighbours to `linear`: read from shared memory, and then written or added.
 struct Store {
     TensorMap map;
+    unsigned char* linear;
+    bool adds;
     int at[5];
     Thread* thread;
     const unsigned char* from;
@@ -119,6 +121,8 @@ struct Pending {
     /// What it waits for.
     Mbarrier* barrier = nullptr;
     unsigned phase = 0, number = 0;
+    const uint32_t* counter = nullptr;
+    uint32_t value = 0;
     /// Whether it goes on without it at last.
     bool once = false;
 };

@@ -200,6 +200,7 @@ static const char* describe(State state) {
     case State::Named: return "waits at a named barrier";
     case State::Cluster: return "waits at a barrier of the cluster";
     case State::Products: return "waits for products that not all of its warpgroup have issued";
+    case State::Counter: return "waits for a counter in global memory";
     case State::Done: return "has exited";
     }
     return "?";

@@ -29,9 +29,14 @@ void cluster_sync();
 void prefetch(const CUtensorMap* map);
 void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at, uint32_t blocks);
 void store_box(const CUtensorMap* map, const void* from, std::initializer_list<int> at);
+void store_linear(void* to, const void* from, uint32_t bytes, bool adds);
 void store_commit();
 /// Until at most `left` groups of this thread's stores still read, or are not `done`.
 void store_wait(unsigned left, bool done);
+
+// Counters in global memory
+uint32_t counter_next(uint32_t* counter);
+void counter_wait(uint32_t* counter, uint32_t value);
 
 // Products
 uint32_t shared_address(const void* p);
@@ -45,7 +50,7 @@ void multiply_wait(unsigned left);
 
 namespace hopper {
 
-using emu::barrier_init, emu::cluster_rank, emu::cluster_sync, emu::named_barrier, emu::named_barrier_arrive, emu::prefetch,
+using emu::barrier_init, emu::cluster_rank, emu::counter_next, emu::counter_wait, emu::cluster_sync, emu::named_barrier, emu::named_barrier_arrive, emu::prefetch,
     emu::shared_address, emu::store_commit;
 
 // Barriers
@@ -75,6 +80,8 @@ static inline void store_box(const CUtensorMap* map, const void* from, int x, in
 static inline void store_box(const CUtensorMap* map, const void* from, int x, int y, int z, int u, int v) {
     emu::store_box(map, from, {x, y, z, u, v});
 }
+static inline void store_linear(void* to, const void* from, uint32_t bytes) { emu::store_linear(to, from, bytes, false); }
+static inline void add_linear(float* to, const void* from, uint32_t bytes) { emu::store_linear(to, from, bytes, true); }
 template <int N>
 inline void store_wait_read() {
     emu::store_wait(N, false);
@@ -84,6 +91,7 @@ inline void store_wait() {
     emu::store_wait(N, true);
 }
 static inline void fence_async() {}
+static inline void counter_add(uint32_t* counter) { emu::counter_next(counter); }
 
 // Products
 

@@ -1,7 +1,7 @@
 //! Launchers of `kernels-cu/attention`: the backward pass; see `cpu/attention_backward.rs` for what is computed.
 
 use super::{
-    OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, integers, row_grid, row_groups, scratch_bytes,
+    warpgroup_backward, OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, integers, row_grid, row_groups, scratch_bytes,
     tile_bytes, units, width,
 };
 use crate::{
@@ -98,6 +98,9 @@ struct Packed<'a> {
     operand: &'a Operand<'a>,
     /// [units, tokens, width] in f32.
     grad: &'a Tensor,
+    width: usize,
+    /// Tokens that a unit of a gradient in pieces has room for; 0: it is not in pieces.
+    room: usize,
     factor: f32,
     /// Has a token a gradient by its own number, and not all of a unit or none?
     by_token: bool,
@@ -110,7 +113,7 @@ impl Packed<'_> {
     /// Launches one walk and returns, when asked to, the gradient of the norm's weight.
     fn launch(&self, walk: &Walk, sink: Option<Sink<'_>>, norm: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (x, d) = (self.operand.data, self.args.head_dim);
-        let width = width(d);
+        let width = self.width;
         let (rows, groups) = (walk.rows(), row_groups(width, x.dtype()));
         let per_group = rows.div_ceil(groups * ENOUGH_BLOCKS).max(1);
         let grid = row_grid(rows, groups * per_group)?;
@@ -125,7 +128,7 @@ impl Packed<'_> {
         let call =
             call.optional(out)?.optional_as(sum, Dtype::F32)?.optional_as(partial.as_ref(), Dtype::F32)?;
         let call = call.optional_words(self.operands.lengths.as_ref()).size(usize::from(self.by_token))?;
-        call.bytes(&walk.bytes()?).size(width)?.size(per_group)?.launch(grid, BLOCK, 0)?;
+        call.bytes(&walk.bytes()?).size(width)?.size(self.room)?.size(per_group)?.launch(grid, BLOCK, 0)?;
         let (Some(partial), Some(norm)) = (partial, norm) else { return Ok(None) };
         let sum = elementwise::column_sums(&partial, d)?.cast(x.dtype())?;
         Ok(Some(sum.reshape(norm.shape())?))
@@ -243,6 +246,59 @@ pub fn backward(
         call.bytes(&gradients.rows.bytes()?).tensor_as(&delta, Dtype::F32)?.size(width)?.size(count)?;
     call.launch(row_grid(count, row_groups(width, grad.dtype()))?, BLOCK, 0)?;
 
+    let [q_slot, k_slot, v_slot] = slots.wanted.slots;
+    let wants = |slot: Option<usize>| slot.is_some() || norm_weights.is_some();
+    let factor = 1.0 / (args.head_dim as f32).sqrt();
+    let unpack = |operand,
+                  grad: Option<Tensor>,
+                  [width, room]: [usize; 2],
+                  factor,
+                  by_token,
+                  slot: Option<usize>,
+                  norm: Option<&Tensor>| {
+        let Some(grad) = &grad else { return Ok(None) };
+        let sink = slot.map(|s| if sums { Sink::Add(&tensors[s]) } else { Sink::Write(&tensors[s]) });
+        if sink.is_none() && norm.is_none() {
+            return Ok(None);
+        }
+        Packed { args, operands: &operands, operand, grad, width, room, factor, by_token }
+            .unpack(sink, norm)
+    };
+    let extents = args.extents();
+    if let Some(plan) = warpgroup_backward::plan(args, &extents, grad)? {
+        let q = Operand { factor: 1.0, data: operands.q.data, rows: operands.q.rows, ..operands.q };
+        let inputs = warpgroup_backward::Inputs {
+            q: &q.source(args, plan.width)?,
+            k: &operands.k.source(args, plan.width)?,
+            v: &operands.v.source(args, plan.width)?,
+            grad: &gradients.source(args, plan.width)?,
+            lse: &saved.lse,
+            delta: &delta,
+        };
+        let found = warpgroup_backward::gradients(args, &extents, plan, &inputs)?;
+        let weight_q = unpack(
+            &operands.q,
+            wants(q_slot).then_some(found.q),
+            [plan.width, plan.room()],
+            factor,
+            false,
+            q_slot,
+            norm_weights.map(|n| n.q),
+        )?;
+        let weight_k = unpack(
+            &operands.k,
+            wants(k_slot).then_some(found.k),
+            [plan.width, 0],
+            factor,
+            true,
+            k_slot,
+            norm_weights.map(|n| n.k),
+        )?;
+        unpack(&operands.v, v_slot.map(|_| found.v), [plan.width, 0], 1.0, true, v_slot, None)?;
+        let slots = tensors.iter().map(|t| t.cast(grad.dtype())).collect::<Result<_>>()?;
+        return Ok(Backward { slots, norm: weight_q.zip(weight_k) });
+    }
+
     let tiles = Tiles {
         args,
         operands: &operands,
@@ -253,25 +309,13 @@ pub fn backward(
         lse: &saved.lse,
         delta,
     };
-    let [q_slot, k_slot, v_slot] = slots.wanted.slots;
-    let wants = |slot: Option<usize>| slot.is_some() || norm_weights.is_some();
     let d_q = if wants(q_slot) { tiles.query_gradient()? } else { None };
     let [d_k, d_v] = tiles.key_value_gradients([wants(k_slot), v_slot.is_some()])?;
 
-    let unpack =
-        |operand, grad: Option<Tensor>, factor, by_token, slot: Option<usize>, norm: Option<&Tensor>| {
-            let Some(grad) = &grad else { return Ok(None) };
-            let sink = slot.map(|s| if sums { Sink::Add(&tensors[s]) } else { Sink::Write(&tensors[s]) });
-            if sink.is_none() && norm.is_none() {
-                return Ok(None);
-            }
-            Packed { args, operands: &operands, operand, grad, factor, by_token }.unpack(sink, norm)
-        };
     // Queries carry log2(e) / sqrt(head_dim), so what is left of the scale for keys is ln(2).
-    let factor = 1.0 / (args.head_dim as f32).sqrt();
-    let weight_q = unpack(&operands.q, d_q, factor, false, q_slot, norm_weights.map(|n| n.q))?;
-    let weight_k = unpack(&operands.k, d_k, LN_2, true, k_slot, norm_weights.map(|n| n.k))?;
-    unpack(&operands.v, d_v, 1.0, true, v_slot, None)?;
+    let weight_q = unpack(&operands.q, d_q, [width, 0], factor, false, q_slot, norm_weights.map(|n| n.q))?;
+    let weight_k = unpack(&operands.k, d_k, [width, 0], LN_2, true, k_slot, norm_weights.map(|n| n.k))?;
+    unpack(&operands.v, d_v, [width, 0], 1.0, true, v_slot, None)?;
     let slots = tensors.iter().map(|t| t.cast(grad.dtype())).collect::<Result<_>>()?;
     Ok(Backward { slots, norm: weight_q.zip(weight_k) })
 }

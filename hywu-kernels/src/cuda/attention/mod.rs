@@ -1,6 +1,7 @@
 //! Launchers of `kernels-cu/attention`: packing of the operands and the forward pass; see `cpu/attention.rs` for what is computed.
 
 mod backward;
+mod warpgroup_backward;
 
 pub use backward::backward;
 
@@ -59,9 +60,9 @@ pub(super) struct Rows {
     pub layout: Layout,
     /// Size of the second batch axis.
     size1: usize,
-    heads: usize,
+    pub heads: usize,
     pub tokens: usize,
-    channels: usize,
+    pub channels: usize,
 }
 
 impl Rows {

@@ -151,12 +151,12 @@ pub(super) struct LowRank<'a> {
 }
 
 /// Has the device these kernels? They are machine code for 9.0 alone.
-pub(super) fn there(gpu: &Gpu) -> bool {
+pub(in crate::cuda) fn there(gpu: &Gpu) -> bool {
     gpu.properties().capability == (9, 0)
 }
 
 /// Are they to be used?
-fn on() -> bool {
+pub(in crate::cuda) fn on() -> bool {
     static ON: OnceLock<bool> = OnceLock::new();
     *ON.get_or_init(|| std::env::var_os("HYWU_CUDA_HOPPER").is_none_or(|v| v != "0"))
 }
