@@ -12,16 +12,15 @@
 // README.md beside this has the counting.
 #pragma once
 
+#include "attention/boxes.cuh"
 #include "attention/rows.cuh"
-#include "hopper.cuh"
 
 namespace warpgroup_backward {
 
 using namespace hopper;
 
-constexpr int LINE = 128;    // bytes: 64 channels, or 64 queries
-constexpr int KEYS = 128;    // of a block
-constexpr int GROUPS = 2;    // warpgroups that compute
+constexpr int KEYS = 128;           // of a block
+constexpr int GROUPS = 2;           // warpgroups that compute
 constexpr int THREADS = 128 * (GROUPS + 1);
 constexpr int PIECE = 64 * 64 * 4;  // bytes of dQ that a warpgroup computes at a time
 // Queries are read in two steps, by the scores of the one and the products of the other.
@@ -29,21 +28,20 @@ constexpr int QUERY_STAGES = 3, GRAD_STAGES = 2;
 
 // What a launch is about, as the launcher builds it (no padding).
 struct Sizes {
-    // Per row of queries, those of an entry one behind the other: [entry][head][query], or [batch1][head][query] where entries are ragged.
+    // Per row of queries: [entry][head][query], or [batch1][head][query] where entries are ragged.
     const float *lse, *delta;
-    // Tables of the entries and of the limits, or null.
-    const Entry* entries;
-    const int* limits;
-    // Pieces of the gradient of queries: [entry][head][tile][piece][64][64], a row's groups of 8 channels in the order of their number
-    // ^ row % 8. Gradients of keys and of values, in rows of the width: [entry][key head][key].
+    Extents extents;
+    // Pieces of the gradient of queries: [entry][head][tile][piece], see rows.cuh. Gradients of keys and of values, in rows of the width:
+    // [entry][key head][key]. Ragged as above.
     float *d_q, *d_k, *d_v;
     // Zeros: how many blocks have started, and per piece how many have added to it.
     uint32_t* counters;
     // Of the scores: log2(e) / sqrt(channels).
     float factor;
-    // Of the first axis of the batch an entry takes `size1`; heads of queries, and of keys; rows of queries and of keys in a head; tiles
+    // Size of the second batch axis; heads of queries, and of keys; rows of queries and of keys in a head, tiles that a head has room for,
     // and key blocks of the longest entry.
-    int size1, heads, key_heads, queries, keys, tiles, blocks, ragged;
+    int size1, heads, key_heads, queries, keys, tiles, blocks;
+    Axes q, k, v, grad;
 };
 
 // A tile of queries is 16 KB whatever the width; then what lies where in shared memory: keys, values, the two rings, dS of two steps, the
@@ -77,9 +75,7 @@ struct Barriers {
 // the group.
 struct Work {
     Entry tokens;
-    const int* limits;
     int entry, head, block, key, first, last, steps;
-    __device__ __forceinline__ int limit(int query) const { return limits ? limits[query] : tokens.keys; }
 };
 
 template <class C>
@@ -88,23 +84,21 @@ __device__ __forceinline__ Work find_work(const Sizes& s, int number) {
     int unit = number / s.blocks;
     w.entry = unit / s.key_heads, w.head = unit - w.entry * s.key_heads, w.block = number - unit * s.blocks;
     w.key = w.block * KEYS;
-    w.tokens = s.entries ? s.entries[w.entry] : Entry{0, s.queries, 0, s.keys, 0};
-    w.limits = s.limits ? s.limits + w.tokens.limits : nullptr;
+    w.tokens = s.extents.entry(w.entry);
     int tiles = (w.tokens.queries + C::QUERIES - 1) / C::QUERIES;
     w.last = tiles - 1, w.first = 0;
     // Limits do not fall, so tiles that don't see the keys come first.
-    for (int from = 0; w.limits && from < tiles; from += THREADS) {
+    for (int from = 0; s.extents.limits && from < tiles; from += THREADS) {
         int tile = from + threadIdx.x;
-        w.first += __syncthreads_count(tile < tiles && w.limit(min((tile + 1) * C::QUERIES, w.tokens.queries) - 1) <= w.key);
+        w.first += __syncthreads_count(
+            tile < tiles && s.extents.limit(w.tokens, min((tile + 1) * C::QUERIES, w.tokens.queries) - 1) <= w.key);
     }
     w.steps = w.key < w.tokens.keys ? max(tiles - w.first, 0) * (s.heads / s.key_heads) : 0;
     return w;
 }
 
-// The first row of the block's keys in the gradients.
-__device__ __forceinline__ int64_t key_row(const Sizes& s, const Work& w) {
-    return (int64_t(s.ragged ? w.entry % s.size1 : w.entry) * s.key_heads + w.head) * s.keys + w.tokens.key + w.key;
-}
+// The entry's place among those that have heads of their own.
+__device__ __forceinline__ int64_t place(const Sizes& s, const Work& w) { return s.extents.ragged ? w.entry % s.size1 : w.entry; }
 
 // The query head and the tile of a step.
 struct Step {
@@ -115,64 +109,54 @@ struct Step {
     }
 };
 
-// One warp copies ahead.
+// One thread copies the block's own rows, and a warp for each ring copies ahead: rows of queries with their logarithms and limits, rows of
+// gradients (GRADS) with their deltas.
 template <class C>
-__device__ __forceinline__ void produce(const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v, const CUtensorMap& grad,
-                                        const Sizes& s, const Work& w, unsigned char* shared, Barriers& bars) {
+__device__ __forceinline__ void copy_own(const CUtensorMap& k, const CUtensorMap& v, const Sizes& s, const Work& w, unsigned char* shared,
+                                         uint64_t* own) {
+    int b0 = w.entry / s.size1;
+    Coordinates from = {b0, w.entry - b0 * s.size1, w.tokens.key + w.key, w.head};
+    barrier_expect(own, 2 * C::OWN);
+    load_rows<C::BOXES>(shared, &k, own, s.k, from, KEYS * LINE);
+    load_rows<C::BOXES>(shared + C::VALUES, &v, own, s.v, from, KEYS * LINE);
+}
+
+template <class C, bool GRADS>
+__device__ __forceinline__ void produce(const CUtensorMap& map, const Axes& axes, const Sizes& s, const Work& w, unsigned char* shared,
+                                        uint64_t* full, uint64_t* empty) {
     int lane = threadIdx.x % WARP, b0 = w.entry / s.size1, b1 = w.entry - b0 * s.size1;
-    if (s.ragged) b0 = 0;
-    auto load_rows = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int lines, int token, int head) {
-#pragma unroll
-        for (int i = 0; i < C::BOXES; i++) load_box(to + i * lines * LINE, &map, full, 64 * i, token, head, b1, b0);
-    };
-    if (lane == 0) {
-        prefetch(&q), prefetch(&grad);
-        barrier_expect(&bars.own, 2 * C::OWN);
-        load_rows(shared, k, &bars.own, KEYS, w.tokens.key + w.key, w.head);
-        load_rows(shared + C::VALUES, v, &bars.own, KEYS, w.tokens.key + w.key, w.head);
-    }
-    Place<QUERY_STAGES> at;
-    Place<GRAD_STAGES> grad_at;
+    Place<GRADS ? GRAD_STAGES : QUERY_STAGES> at;
     Step step(s, w);
-    for (int i = 0; i < w.steps; i++, at.next(), grad_at.next(), step.next(w)) {
+    for (int i = 0; i < w.steps; i++, at.next(), step.next(w)) {
         int first = step.tile * C::QUERIES, rest = w.tokens.queries - first, token = w.tokens.query + first;
-        int64_t row = (int64_t(s.ragged ? b1 : w.entry) * s.heads + step.head) * s.queries + token;
-        uint64_t *full = bars.full + at.slot, *grad_full = bars.grad_full + grad_at.slot;
-        float* lse = reinterpret_cast<float*>(shared + C::LSE + at.slot * C::NUMBERS);
-        int* limits = reinterpret_cast<int*>(shared + C::LIMITS + at.slot * C::NUMBERS);
-        barrier_wait(bars.empty + at.slot, at.parity ^ 1);
+        barrier_wait(empty + at.slot, at.parity ^ 1);
         if (lane == 0) {
-            barrier_expect(full, C::ROWS);
-            load_rows(shared + C::RING + at.slot * C::ROWS, q, full, C::QUERIES, token, step.head);
+            barrier_expect(full + at.slot, C::ROWS);
+            load_rows<C::BOXES>(shared + (GRADS ? C::GRADS : C::RING) + at.slot * C::ROWS, &map, full + at.slot, axes,
+                                {b0, b1, token, step.head}, C::QUERIES * LINE);
         }
-        // Weights of queries that are not there are 2^-infinity.
+        const float* from = (GRADS ? s.delta : s.lse) + (place(s, w) * s.heads + step.head) * s.queries + token;
+        float* to = reinterpret_cast<float*>(shared + (GRADS ? C::DELTA : C::LSE) + at.slot * C::NUMBERS);
+        int* limits = reinterpret_cast<int*>(shared + C::LIMITS + at.slot * C::NUMBERS);
 #pragma unroll
         for (int j = lane; j < C::QUERIES; j += WARP) {
-            lse[j] = j < rest ? s.lse[row + j] : INFINITY;
-            limits[j] = w.limit(first + min(j, rest - 1));
+            // Weights of queries that are not there are 2^-infinity.
+            to[j] = j < rest ? from[j] : GRADS ? 0.0f : INFINITY;
+            if (!GRADS) limits[j] = s.extents.limit(w.tokens, first + min(j, rest - 1));
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(full);
-
-        float* delta = reinterpret_cast<float*>(shared + C::DELTA + grad_at.slot * C::NUMBERS);
-        barrier_wait(bars.grad_empty + grad_at.slot, grad_at.parity ^ 1);
-        if (lane == 0) {
-            barrier_expect(grad_full, C::ROWS);
-            load_rows(shared + C::GRADS + grad_at.slot * C::ROWS, grad, grad_full, C::QUERIES, token, step.head);
-        }
-#pragma unroll
-        for (int j = lane; j < C::QUERIES; j += WARP) delta[j] = j < rest ? s.delta[row + j] : 0.0f;
-        __syncwarp();
-        if (lane == 0) barrier_arrive(grad_full);
+        if (lane == 0) barrier_arrive(full + at.slot);
     }
 }
 
 // One thread adds a warpgroup's pieces to the gradient of queries, after those of the key blocks before this one.
+template <class C>
 __device__ __forceinline__ void add_pieces(const Sizes& s, const Work& w, const unsigned char* from, int piece, Barriers& bars) {
     uint32_t parity = 0;
     Step step(s, w);
     for (int i = 0; i < w.steps; i++, parity ^= 1, step.next(w)) {
-        int64_t number = ((int64_t(w.entry) * s.heads + step.head) * s.tiles + step.tile) * GROUPS + piece;
+        int tile = first_tile(s.extents, w.tokens, w.entry / s.size1, C::D) + step.tile;
+        int64_t number = ((place(s, w) * s.heads + step.head) * s.tiles + tile) * GROUPS + piece;
         float* to = s.d_q + number * (PIECE / 4);
         // After the number of the next block.
         uint32_t* counter = s.counters + 1 + number;
@@ -240,7 +224,7 @@ __device__ __forceinline__ void weights_by_rows(float (&d)[C::D / 2], const uint
 
 // Gradients of this warpgroup's rows of keys from registers.
 template <int D>
-__device__ __forceinline__ void store_rows(const float (&d)[D / 2], float* to, int row, int rows) {
+__device__ __forceinline__ void write_rows(const float (&d)[D / 2], float* to, int row, int rows) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -396,10 +380,10 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
     wgmma_wait<0>();
     add_piece(~i & 1);
 
-    int64_t row = key_row(s, w);
+    int64_t row = (place(s, w) * s.key_heads + w.head) * s.keys + w.tokens.key + w.key;
     int own = group * 64 + threadIdx.x % 128 / WARP * 16;
-    store_rows<C::D>(d_keys, s.d_k + row * C::D, own, own_rows);
-    store_rows<C::D>(d_values, s.d_v + row * C::D, own, own_rows);
+    write_rows<C::D>(d_keys, s.d_k + row * C::D, own, own_rows);
+    write_rows<C::D>(d_values, s.d_v + row * C::D, own, own_rows);
 }
 
 template <class C>
@@ -419,22 +403,18 @@ __device__ __forceinline__ void gradients(const CUtensorMap& q, const CUtensorMa
     }
     __syncthreads();
     Work w = find_work<C>(s, bars.number);
-    if (w.steps == 0) {
-        // Keys of an entry without queries.
-        for (int i = threadIdx.x; i < min(w.tokens.keys - w.key, KEYS) * C::D; i += THREADS) {
-            s.d_k[key_row(s, w) * C::D + i] = 0.0f;
-            s.d_v[key_row(s, w) * C::D + i] = 0.0f;
-        }
-        return;
-    }
+    // Nothing reads the gradients of keys that nobody sees.
+    if (w.steps == 0) return;
     if (threadIdx.x < 128) {
         fewer_registers<32>();
         int warp = threadIdx.x / WARP;
         if (warp == 0) {
-            produce<C>(q, k, v, grad, s, w, shared, bars);
-        } else if (warp <= GROUPS && threadIdx.x % WARP == 0) {
-            int piece = warp - 1;
-            add_pieces(s, w, shared + C::PIECES + piece * PIECE, piece, bars);
+            if (threadIdx.x == 0) copy_own<C>(k, v, s, w, shared, &bars.own);
+            produce<C, false>(q, s.q, s, w, shared, bars.full, bars.empty);
+        } else if (warp == 1) {
+            produce<C, true>(grad, s.grad, s, w, shared, bars.grad_full, bars.grad_empty);
+        } else if (threadIdx.x % WARP == 0) {
+            add_pieces<C>(s, w, shared + C::PIECES + (warp - 2) * PIECE, warp - 2, bars);
         }
         __syncwarp();
     } else {

@@ -1,25 +1,21 @@
 //! Launcher of `kernels-cu/attention/warpgroup_backward.cuh`, the backward pass of Hopper.
 
-use super::{OP, Source, units};
+use super::{
+    OP, Operand, Operands, Source, Tables,
+    boxes::Map,
+    entries, integers, score_factor,
+};
 use crate::{
-    Result, Tensor,
-    cuda::{
-        Call, Words, blocks,
-        call::{Boxes, on_gpu},
-        low_rank_linear::warpgroup::{on, there},
-        pack,
-    },
-    ops::attention::{Attention, Extents},
+    Error, Result, Tensor,
+    cuda::{Call, blocks, call::on_gpu, hopper},
+    ops::attention::Attention,
 };
 use hywu_core::Dtype;
-use std::f32::consts::LOG2_E;
 
 /// Keys of a block.
 const KEYS: usize = 128;
 /// Threads of a block: a producer and two that compute.
 const THREADS: u32 = 384;
-/// Channels of a box's line.
-const LINE: usize = 64;
 /// Slots of the rings of queries and of gradients of the output.
 const STAGES: [usize; 2] = [3, 2];
 /// Pieces of a tile's gradient of queries.
@@ -27,25 +23,31 @@ const PIECES: usize = 2;
 
 /// What is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Plan {
+struct Plan {
     /// Channels of a row: head_dim, padded.
-    pub width: usize,
+    width: usize,
     /// Queries of a tile.
     rows: usize,
-    /// Tiles of a head's queries, in the longest entry.
+    /// Tiles of queries that a head has room for.
     tiles: usize,
     /// Blocks of a head's keys, in the longest entry.
     blocks: usize,
 }
 
 impl Plan {
-    fn new(head_dim: usize, queries: usize, keys: usize) -> Self {
+    /// `queries`: of an entry, or of all `ragged` ones; `keys`: of the longest entry.
+    fn new(head_dim: usize, queries: usize, ragged: Option<usize>, keys: usize) -> Self {
         let width = if head_dim > 64 { 128 } else { 64 };
-        let rows = 128 * 64 / width;
-        Self { width, rows, tiles: queries.div_ceil(rows), blocks: keys.div_ceil(KEYS) }
+        let rows = 8192 / width;
+        // As first_tile of rows.cuh counts them.
+        let tiles = match ragged {
+            Some(entries) => queries / rows + entries,
+            None => queries.div_ceil(rows),
+        };
+        Self { width, rows, tiles, blocks: keys.div_ceil(KEYS) }
     }
-    /// Rows of a head in the gradient of queries.
-    pub fn room(self) -> usize {
+    /// Rows that a head has room for in the gradient of queries.
+    fn room(self) -> usize {
         self.tiles * self.rows
     }
     /// Bytes of dynamic shared memory, as `Config` lays it out, and what aligning it may take.
@@ -58,115 +60,99 @@ impl Plan {
     }
 }
 
-/// The kernels' plan, where they compute the gradients of such operands. The lengths have no say, so that they don't show in a row's bits.
+/// Can gradients be computed here? What decides it is the same for all entries of a batch, and the number of tokens has no say: so it does
+/// not show in a row's bits.
 ///
 /// # Errors
 /// A tensor on the host.
-pub(super) fn plan(args: &Attention, extents: &Extents, like: &Tensor) -> Result<Option<Plan>> {
-    let d = args.head_dim;
-    let fits = like.dtype() == Dtype::Bf16 && d.is_multiple_of(pack(Dtype::Bf16)) && d <= 128;
-    Ok((fits && on() && there(on_gpu(OP, like)?.gpu()))
-        .then(|| Plan::new(d, extents.most_queries(), extents.most_keys())))
+fn fits(args: &Attention, like: &Tensor) -> Result<bool> {
+    let fits = like.dtype() == Dtype::Bf16 && args.head_dim <= 128;
+    Ok(fits && hopper::on() && hopper::there(on_gpu(OP, like)?.gpu()))
 }
 
-/// What goes in. Queries as they are, without a factor.
-pub(super) struct Inputs<'a> {
-    pub q: &'a Source,
-    pub k: &'a Source,
-    pub v: &'a Source,
-    /// Gradient of the output.
-    pub grad: &'a Source,
-    pub lse: &'a Tensor,
-    pub delta: &'a Tensor,
+/// An operand with its boxes of `lines` rows: where it is if the engine takes it so, or packed.
+fn mapped(
+    args: &Attention,
+    operand: &Operand<'_>,
+    tables: &Tables,
+    width: usize,
+    lines: usize,
+) -> Result<(Source, Map)> {
+    let source = operand.source(args, tables, width)?;
+    if let Some(map) = Map::new(&source.data, &source.rows, args.batch[0], lines)? {
+        return Ok((source, map));
+    }
+    let source = operand.packed(args, tables, width)?;
+    let map = Map::new(&source.data, &source.rows, args.batch[0], lines)?;
+    let map = map.ok_or_else(|| Error::invalid(OP, "packed rows that can't be copied by the engine"))?;
+    Ok((source, map))
 }
 
-/// In f32.
+/// Gradients of rows in f32; those of queries and keys have yet to be multiplied by 1 / sqrt(head_dim).
 pub(super) struct Gradients {
-    /// Of queries: `[units, room for tokens, width]` in pieces, see rows.cuh.
+    /// Of queries: in pieces, see rows.cuh, with `room` for so many rows in a head.
     pub q: Tensor,
-    /// Of keys: `[units of keys, tokens, width]`.
+    pub room: usize,
+    /// Of keys: `[rows, width]`.
     pub k: Tensor,
     /// Of values, the same.
     pub v: Tensor,
+    pub width: usize,
 }
 
-/// Gradients of the rows: those of queries and keys have yet to be multiplied by the factor of the scores, 1 / sqrt(head_dim).
+/// The gradients, where they can be computed here. `grad` are the rows of the output's gradient, `delta` its products with the output.
 ///
 /// # Errors
 /// Sizes beyond 2^31, those of the device.
 pub(super) fn gradients(
     args: &Attention,
-    extents: &Extents,
-    plan: Plan,
-    inputs: &Inputs<'_>,
-) -> Result<Gradients> {
-    let [b0, b1] = args.batch;
-    let entries = b0 * b1;
-    let heads = if args.ragged.is_some() { b1 } else { entries } * args.kv_heads;
-    let like = inputs.lse;
-    let d_q = like.empty_as(&[units(args), plan.room(), plan.width], Dtype::F32)?;
-    let d_k = like.empty_as(&[heads, args.keys, plan.width], Dtype::F32)?;
-    let d_v = d_k.empty_like(d_k.shape())?;
-    // Bits that are zero in any type.
-    let counters = like.empty_as(&[0], Dtype::F32)?.zeros_like(&[1 + units(args) * plan.tiles * PIECES])?;
-    let entry_table = (!extents.entries.is_empty())
-        .then(|| {
-            let words = |e: &crate::ops::attention::Entry| [e.query, e.queries, e.key, e.keys, e.limits];
-            Words::sizes(like, &extents.entries.iter().flat_map(words).collect::<Vec<_>>())
-        })
-        .transpose()?;
-    let limit_table =
-        (!extents.limits.is_empty()).then(|| Words::sizes(like, &extents.limits)).transpose()?;
+    operands: &Operands<'_>,
+    grad: &Operand<'_>,
+    lse: &Tensor,
+    delta: &Tensor,
+) -> Result<Option<Gradients>> {
+    if !fits(args, grad.data)? {
+        return Ok(None);
+    }
+    let tables = &operands.tables;
+    let ragged = args.ragged.as_ref().map(|_| args.batch[0]);
+    let plan = Plan::new(args.head_dim, args.queries, ragged, tables.extents.most_keys());
+    let heads = operands.q.rows.count(args) / args.queries;
+    let d_q = lse.empty_like(&[heads, plan.room(), plan.width])?;
+    let d_k = lse.empty_like(&[operands.k.rows.count(args), plan.width])?;
+    let d_v = lse.empty_like(d_k.shape())?;
+    // Integers: their bits are those of zeros in f32 too.
+    let counters = lse.zeros_like(&[1 + heads * plan.tiles * PIECES])?;
 
-    let mut call =
-        Call::named(OP, &format!("attention_warpgroup_backward_{}", plan.width), &inputs.q.data)?;
-    for (source, lines) in
-        [(inputs.q, plan.rows), (inputs.k, KEYS), (inputs.v, KEYS), (inputs.grad, plan.rows)]
-    {
-        call = call.boxes(&boxes(args, source, lines)?)?;
+    let mapped = |operand, lines| mapped(args, operand, tables, plan.width, lines);
+    let operands = [
+        mapped(&operands.q, plan.rows)?,
+        mapped(&operands.k, KEYS)?,
+        mapped(&operands.v, KEYS)?,
+        mapped(grad, plan.rows)?,
+    ];
+    let mut sizes = Vec::with_capacity(192);
+    let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
+    for tensor in [lse, delta] {
+        sizes.extend(address(tensor)?);
     }
-    let mut sizes = Vec::with_capacity(128);
-    let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address());
-    let table = |words: &Option<Words>| words.as_ref().map_or(0, Words::address);
-    let tensors = [inputs.lse, inputs.delta];
-    for pointer in [address(tensors[0])?, address(tensors[1])?, table(&entry_table), table(&limit_table)] {
-        sizes.extend(pointer.to_le_bytes());
-    }
+    sizes.extend(tables.bytes()?);
     for tensor in [&d_q, &d_k, &d_v, &counters] {
-        sizes.extend(address(tensor)?.to_le_bytes());
+        sizes.extend(address(tensor)?);
     }
-    sizes.extend((LOG2_E / (args.head_dim as f32).sqrt()).to_le_bytes());
-    let ragged = usize::from(args.ragged.is_some());
-    sizes.extend(super::integers(&[
-        b1,
-        args.heads,
-        args.kv_heads,
-        args.queries,
-        args.keys,
-        plan.tiles,
-        plan.blocks,
-        ragged,
-    ])?);
-    let grid = blocks(entries * args.kv_heads * plan.blocks, 1)?;
+    sizes.extend(score_factor(args.head_dim).to_le_bytes());
+    let [heads, kv_heads] = [args.heads, args.kv_heads];
+    let [queries, keys] = [args.queries, args.keys];
+    sizes.extend(integers(&[args.batch[1], heads, kv_heads, queries, keys, plan.tiles, plan.blocks])?);
+    let kernel = format!("attention_warpgroup_backward_{}", plan.width);
+    let mut call = Call::named(OP, &kernel, grad.data)?;
+    for (_, map) in &operands {
+        call = call.boxes(&map.boxes)?;
+        sizes.extend(map.bytes());
+    }
+    let grid = blocks(entries(args) * args.kv_heads * plan.blocks, 1)?;
     call.bytes(&sizes).launch([grid, 1, 1], THREADS, plan.shared())?;
-    Ok(Gradients { q: d_q, k: d_k, v: d_v })
-}
-
-/// Boxes of `lines` tokens of a head: axes are channels, tokens, heads and the two of the batch.
-fn boxes(args: &Attention, source: &Source, lines: usize) -> Result<Boxes> {
-    let rows = &source.rows;
-    let layout = rows.layout;
-    let b0 = if args.ragged.is_some() { 1 } else { args.batch[0] };
-    let axes =
-        [(rows.tokens, layout.token), (rows.heads, layout.head), (args.batch[1], layout.batch[1]), (b0, layout.batch[0])];
-    // The stride of an axis of one element may be anything; the engine wants multiples of 16 bytes.
-    let pitch = |&(size, stride): &(usize, usize)| if size == 1 { 16 } else { 2 * stride as u64 };
-    Ok(Boxes {
-        address: on_gpu(OP, &source.data)?.address() + 2 * layout.offset as u64,
-        dims: [rows.channels].into_iter().chain(axes.iter().map(|a| a.0)).map(|n| n as u64).collect(),
-        pitches: axes.iter().map(pitch).collect(),
-        size: vec![LINE as u32, lines as u32, 1, 1, 1],
-    })
+    Ok(Some(Gradients { q: d_q, room: plan.room(), k: d_k, v: d_v, width: plan.width }))
 }
 
 #[cfg(test)]
@@ -175,23 +161,40 @@ mod tests {
 
     #[test]
     fn a_width_for_every_head_dim() {
-        let widths = [8, 64, 72, 128].map(|d| Plan::new(d, 1000, 1000).width);
+        let widths = [8, 64, 72, 128].map(|d| Plan::new(d, 1000, None, 1000).width);
         assert_eq!(widths, [64, 64, 128, 128]);
     }
 
     #[test]
     fn tiles_cover_the_longest_entry() {
-        assert_eq!(Plan::new(128, 129, 128), Plan { width: 128, rows: 64, tiles: 3, blocks: 1 });
-        assert_eq!(Plan::new(64, 129, 129), Plan { width: 64, rows: 128, tiles: 2, blocks: 2 });
-        assert_eq!(Plan::new(64, 129, 129).room(), 256);
+        let plan = Plan::new(128, 129, None, 128);
+        assert_eq!(plan, Plan { width: 128, rows: 64, tiles: 3, blocks: 1 });
+        assert_eq!(Plan::new(64, 129, None, 129), Plan { width: 64, rows: 128, tiles: 2, blocks: 2 });
+        assert_eq!(plan.room(), 192);
+    }
+
+    #[test]
+    fn ragged_entries_have_tiles_of_their_own() {
+        for lengths in [[1, 1, 1], [63, 65, 0], [64, 64, 64], [0, 200, 1]] {
+            let total = lengths.iter().sum();
+            let plan = Plan::new(128, total, Some(3), 1);
+            let (mut query, mut free) = (0, 0);
+            for (i, length) in lengths.into_iter().enumerate() {
+                let first = query / plan.rows + i;
+                assert!(first >= free);
+                free = first + length.div_ceil(plan.rows);
+                query += length;
+            }
+            assert!(free <= plan.tiles);
+        }
     }
 
     #[test]
     fn shared_memory_is_what_a_block_may_have() {
         for head_dim in [64, 128] {
-            assert!(Plan::new(head_dim, 1, 1).shared() <= 227 << 10);
+            assert!(Plan::new(head_dim, 1, None, 1).shared() <= 227 << 10);
         }
         let numbers = 8 * 64 * 4;
-        assert_eq!(Plan::new(128, 1, 1).shared(), (208 << 10) + numbers + 8 * 15 + 8 + 1024);
+        assert_eq!(Plan::new(128, 1, None, 1).shared(), (208 << 10) + numbers + 8 * 15 + 8 + 1024);
     }
 }

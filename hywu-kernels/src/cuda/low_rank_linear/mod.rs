@@ -11,7 +11,7 @@ mod product;
 mod quantized;
 mod rows;
 mod shrink;
-pub(in crate::cuda) mod warpgroup;
+mod warpgroup;
 
 pub use merge::merge;
 pub(super) use product::Layout;
