@@ -202,23 +202,14 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], const uint32_t (&a)[
     for (int i = 0; i < STEPS; i++) wgmma<N, false>(d, a[i], b + i * (16 * LINE >> 4), add || i > 0);
 }
 
-// d = rows of `own` times rows of `other`, over all channels: both lie along k, in boxes of 64 channels.
-template <class C>
-__device__ __forceinline__ void rows_by_rows(float (&d)[C::QUERIES / 2], const unsigned char* own, const unsigned char* other) {
+// d = rows of `own` times N rows of `other`, over all channels: both lie along k, in boxes of 64 channels.
+template <class C, int N>
+__device__ __forceinline__ void rows_by_rows(float (&d)[N / 2], const unsigned char* own, const unsigned char* other) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C::BOXES; i++)
-        multiply<C::QUERIES, true, true, 4>(d, descriptor(own + i * KEYS * LINE, 16, 8 * LINE),
-                                            descriptor(other + i * C::QUERIES * LINE, 16, 8 * LINE), i > 0);
-    wgmma_commit();
-}
-
-// d = or += weights of keys and queries times rows of queries.
-template <class C>
-__device__ __forceinline__ void weights_by_rows(float (&d)[C::D / 2], const uint32_t (&weights)[C::QUERIES / 16][4],
-                                                const unsigned char* rows, bool add) {
-    wgmma_fence();
-    multiply<C::D>(d, weights, descriptor(rows, C::QUERIES * LINE, 8 * LINE), add);
+        multiply<N, true, true, 4>(d, descriptor(own + i * KEYS * LINE, 16, 8 * LINE),
+                                   descriptor(other + i * C::QUERIES * LINE, 16, 8 * LINE), i > 0);
     wgmma_commit();
 }
 
@@ -237,10 +228,10 @@ __device__ __forceinline__ void write_rows(const float (&d)[D / 2], float* to, i
     }
 }
 
-// Weights of scores, as A of a product: 2^(factor score - lse), and zero for queries that don't see this thread's keys `key` and key + 8.
+// Weights of scores: 2^(factor score - lse), and zero for queries that don't see this thread's keys `key` and key + 8.
 template <bool MASKED, int N>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[N / 8][4], const float (&scores)[N], const float* lse, const int* limits,
-                                      float factor, int key) {
+__device__ __forceinline__ void weigh(float (&weights)[N], const float (&scores)[N], const float* lse, const int* limits, float factor,
+                                      int key) {
     int t2 = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
@@ -251,32 +242,30 @@ __device__ __forceinline__ void weigh(uint32_t (&weights)[N / 8][4], const float
             float low = exp2_approximate(fmaf(scores[4 * j + 2 * r], factor, -sums.x));
             float high = exp2_approximate(fmaf(scores[4 * j + 2 * r + 1], factor, -sums.y));
             if (MASKED) low = key + 8 * r < limit.x ? low : 0.0f, high = key + 8 * r < limit.y ? high : 0.0f;
-            weights[j / 2][j % 2 * 2 + r] = narrow(low, high);
+            weights[4 * j + 2 * r] = low, weights[4 * j + 2 * r + 1] = high;
         }
     }
 }
 
-// Gradients of scores, as tiles in shared memory: a line for each key, of 64 queries.
-template <int N>
-__device__ __forceinline__ void differentiate(const uint32_t (&weights)[N / 8][4], const float (&d_weights)[N], const float* delta,
-                                              unsigned char* shared, int line) {
+// Gradients of scores for 64 queries, as a box in shared memory: a line for each key.
+__device__ __forceinline__ void differentiate(const float* weights, const float (&d_weights)[32], const float* delta, unsigned char* box,
+                                              int line) {
     int t2 = threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
+    for (int j = 0; j < 8; j++) {
         float2 deltas = *reinterpret_cast<const float2*>(delta + 8 * j + t2);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float low, high;
-            widen(weights[j / 2][j % 2 * 2 + r], low, high);
-            unsigned char* box = shared + j / 8 * KEYS * LINE + (line + 8 * r) * LINE;
-            *reinterpret_cast<uint32_t*>(box + ((j % 8 ^ line % 8) << 4) + t2 * 2) =
-                narrow(low * (d_weights[4 * j + 2 * r] - deltas.x), high * (d_weights[4 * j + 2 * r + 1] - deltas.y));
+            int i = 4 * j + 2 * r;
+            *reinterpret_cast<uint32_t*>(box + (line + 8 * r) * LINE + ((j ^ line % 8) << 4) + t2 * 2) =
+                narrow(weights[i] * (d_weights[i] - deltas.x), weights[i + 1] * (d_weights[i + 1] - deltas.y));
         }
     }
 }
 
-// A step's scores are computed before the gradients of keys and queries of the one before, so that the tensor cores have work while the
-// weights are computed; and the gradients of its weights before those of values, while these gradients of queries are stored.
+// The order of the products is such that the tensor cores have work meanwhile: the gradients of queries and keys while the next weights are
+// computed and the piece is stored, those of values during the gradients of scores, and the next scores while the warpgroups wait
+// for each other.
 template <class C>
 __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned char* shared, Barriers& bars) {
     constexpr int N = C::QUERIES;
@@ -285,8 +274,8 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
     const unsigned char *own_keys = shared + group * 64 * LINE, *own_values = own_keys + C::VALUES;
     unsigned char* piece = shared + C::PIECES + group * PIECE;
 
-    float d_keys[C::D / 2], d_values[C::D / 2], scores[N / 2], d_weights[N / 2], d_queries[32];
-    uint32_t weights[N / 16][4];
+    float d_keys[C::D / 2], d_values[C::D / 2], scores[N / 2], weights[N / 2], d_weights[32], d_queries[32];
+    uint32_t rounded[N / 64][4][4];
     Place<QUERY_STAGES> at;
     Place<GRAD_STAGES> grad_at;
     Step step(s, w);
@@ -301,37 +290,41 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
         }
     };
     auto queries = [&](int slot) { return shared + C::RING + slot * C::ROWS; };
-    auto grads = [&]() { return shared + C::GRADS + grad_at.slot * C::ROWS; };
     auto begin_scores = [&]() {
         wait_rows(queries(at.slot), bars.full + at.slot, at.parity);
-        rows_by_rows<C>(scores, own_keys, queries(at.slot));
+        rows_by_rows<C, N>(scores, own_keys, queries(at.slot));
     };
-    auto begin_values = [&](bool add) {
+    auto weigh_scores = [&]() {
         const float* lse = reinterpret_cast<const float*>(shared + C::LSE + at.slot * C::NUMBERS);
         const int* limits = reinterpret_cast<const int*>(shared + C::LIMITS + at.slot * C::NUMBERS);
         if (limits[0] < w.key + KEYS) weigh<true>(weights, scores, lse, limits, s.factor, w.key + group * 64 + line);
         else weigh<false>(weights, scores, lse, limits, s.factor, 0);
-        wait_rows(grads(), bars.grad_full + grad_at.slot, grad_at.parity);
-        rows_by_rows<C>(d_weights, own_values, grads());
-        weights_by_rows<C>(d_values, weights, grads(), add);
     };
-    auto store_scores = [&](unsigned char* d_scores) {
-        const float* delta = reinterpret_cast<const float*>(shared + C::DELTA + grad_at.slot * C::NUMBERS);
-        differentiate(weights, d_weights, delta, d_scores, group * 64 + line);
-        fence_async();
+    // 64 queries of the step: gradients of weights and, left under way, of values; then those of scores. What was before has ended.
+    auto take_weights = [&](int part, unsigned char* d_scores, bool add) {
+        const unsigned char* grads = shared + C::GRADS + grad_at.slot * C::ROWS + part * 64 * LINE;
+        const float* delta = reinterpret_cast<const float*>(shared + C::DELTA + grad_at.slot * C::NUMBERS) + part * 64;
+        rows_by_rows<C, 64>(d_weights, own_values, grads);
+#pragma unroll
+        for (int i = 0; i < 16; i++) rounded[part][i / 4][i % 4] = narrow(weights[part * 32 + 2 * i], weights[part * 32 + 2 * i + 1]);
+        wgmma_fence();
+        multiply<C::D>(d_values, rounded[part], descriptor(grads, N * LINE, 8 * LINE), add);
+        wgmma_commit();
+        wgmma_wait<1>();
+        differentiate(weights + part * 32, d_weights, delta, d_scores + part * KEYS * LINE, group * 64 + line);
     };
-    auto begin_keys_and_queries = [&](const unsigned char* d_scores, int slot, bool add) {
+    auto begin_queries_and_keys = [&](const unsigned char* d_scores, int slot, bool add) {
         meet();
+        wgmma_fence();
+        multiply<64, false, false, KEYS / 16>(d_queries,
+                                              descriptor(d_scores + (C::D == 64 ? group * KEYS * LINE : 0), 64 * LINE, 8 * LINE),
+                                              descriptor(shared + (C::D == 64 ? 0 : group * KEYS * LINE), 64 * LINE, 8 * LINE), false);
+        wgmma_commit();
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < N / 64; i++)
             multiply<C::D, true, false, 4>(d_keys, descriptor(d_scores + i * KEYS * LINE + group * 64 * LINE, 16, 8 * LINE),
                                            descriptor(queries(slot) + i * 64 * LINE, N * LINE, 8 * LINE), add || i > 0);
-        wgmma_commit();
-        wgmma_fence();
-        multiply<64, false, false, KEYS / 16>(d_queries,
-                                              descriptor(d_scores + (C::D == 64 ? group * KEYS * LINE : 0), 64 * LINE, 8 * LINE),
-                                              descriptor(shared + (C::D == 64 ? 0 : group * KEYS * LINE), 64 * LINE, 8 * LINE), false);
         wgmma_commit();
     };
     auto add_piece = [&](uint32_t parity) {
@@ -356,27 +349,32 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
     }
     begin_scores();
     wgmma_wait<0>();
-    begin_values(false);
-    wgmma_wait<1>();
-    int i = 0;
-    for (; i + 1 < w.steps; i++) {
-        unsigned char* d_scores = shared + C::D_SCORES + i % 2 * C::SCORES;
-        int slot = at.slot, grad_slot = grad_at.slot;
-        store_scores(d_scores);
+    weigh_scores();
+    unsigned char* d_scores = shared + C::D_SCORES;
+    int i = 0, slot = 0;
+    for (;; i++) {
+        wait_rows(shared + C::GRADS + grad_at.slot * C::ROWS, bars.grad_full + grad_at.slot, grad_at.parity);
+#pragma unroll
+        for (int part = 0; part < N / 64; part++) {
+            take_weights(part, d_scores, i > 0 || part > 0);
+            // The gradients of keys of the step before have been waited for.
+            if (part == 0 && i > 0 && lane == 0) barrier_arrive(bars.empty + slot);
+        }
+        fence_async();
+        if (i + 1 == w.steps) break;
+        slot = at.slot;
+        uint64_t* grad_empty = bars.grad_empty + grad_at.slot;
         at.next(), grad_at.next(), step.next(w);
         begin_scores();
-        begin_keys_and_queries(d_scores, slot, i > 0);
+        begin_queries_and_keys(d_scores, slot, i > 0);
         wgmma_wait<2>();  // Gradients of values, and scores.
-        if (lane == 0) barrier_arrive(bars.grad_empty + grad_slot);
-        begin_values(true);
-        wgmma_wait<2>();  // Gradients of keys and of queries.
-        if (lane == 0) barrier_arrive(bars.empty + slot);
+        if (lane == 0) barrier_arrive(grad_empty);
+        weigh_scores();
+        wgmma_wait<1>();  // The gradient of queries.
         add_piece(~i & 1);
-        wgmma_wait<1>();  // Gradients of weights.
+        d_scores = shared + C::D_SCORES + (~i & 1) * C::SCORES;
     }
-    unsigned char* d_scores = shared + C::D_SCORES + i % 2 * C::SCORES;
-    store_scores(d_scores);
-    begin_keys_and_queries(d_scores, at.slot, i > 0);
+    begin_queries_and_keys(d_scores, at.slot, i > 0);
     wgmma_wait<0>();
     add_piece(~i & 1);
 

@@ -1,10 +1,6 @@
 //! Launcher of `kernels-cu/attention/warpgroup_backward.cuh`, the backward pass of Hopper.
 
-use super::{
-    OP, Operand, Operands, Source, Tables,
-    boxes::Map,
-    entries, integers, score_factor,
-};
+use super::{OP, Operand, Operands, Source, Tables, boxes::Map, entries, integers, score_factor};
 use crate::{
     Error, Result, Tensor,
     cuda::{Call, blocks, call::on_gpu, hopper},
