@@ -1,5 +1,6 @@
-//! Attention on the CPU: packing of the operands and the forward pass. A job is a run of query rows of one (batch, head); rows are
-//! computed independently of each other, so neither the split into jobs nor the rest of the batch shows in the result.
+//! Attention on the CPU: packing of the operands and the forward pass. A job is a run of blocks of query rows that read the keys
+//! of one (batch, key head); rows are computed independently of each other, so neither the split into jobs nor the rest of the batch
+//! shows in the result.
 
 pub(crate) use super::attention_backward::backward;
 #[cfg(target_arch = "x86_64")]
@@ -7,7 +8,7 @@ use super::attention_simd::{Avx2, Avx512};
 use super::attention_simd::{Isa, Portable, Product, Simd, exp2};
 use crate::{
     Tensor,
-    ops::attention::{Attention, Forward, Layout, NormWeights, Rotary},
+    ops::attention::{Attention, Entry, Extents, Forward, Layout, NormWeights, Rotary},
 };
 use rayon::prelude::*;
 use std::{cell::RefCell, f32::consts::LOG2_E, ops::Range};
@@ -89,17 +90,37 @@ pub(super) struct Operand<'a> {
     pub factor: f32,
 }
 
-/// Position of a job's (batch0, batch1, head).
-pub(super) type Unit = [usize; 3];
-
-pub(super) fn unit(args: &Attention, i: usize) -> Unit {
-    let batch = i / args.heads;
-    [batch / args.batch[1], batch % args.batch[1], i % args.heads]
+/// The rows of an entry's head.
+#[derive(Clone, Copy)]
+pub(super) struct Unit {
+    batch: [usize; 2],
+    head: usize,
+    /// The entry's first token among those of the tensor.
+    token: usize,
 }
 
-/// Keys that the unit attends to.
-pub(super) fn valid_keys(args: &Attention, [b0, b1, _]: Unit) -> usize {
-    args.key_lengths.as_ref().map_or(args.keys, |n| n[b0 * args.batch[1] + b1])
+impl Unit {
+    /// Index of channel 0 of a token, which the entry counts.
+    fn index(&self, l: &Layout, token: usize) -> usize {
+        let [b0, b1] = self.batch;
+        l.offset + b0 * l.batch[0] + b1 * l.batch[1] + (self.token + token) * l.token + self.head * l.head
+    }
+}
+
+/// A batch entry and one of its heads of keys, with the query heads that read it.
+pub(super) struct Group {
+    pub entry: Entry,
+    /// Number of the entry.
+    pub index: usize,
+    pub keys: Unit,
+    pub heads: Range<usize>,
+}
+
+impl Group {
+    /// Rows of a query head.
+    pub(super) fn queries(&self, head: usize) -> Unit {
+        Unit { head, token: self.entry.query, ..self.keys }
+    }
 }
 
 impl<'a> Operand<'a> {
@@ -130,10 +151,9 @@ impl<'a> Operand<'a> {
         });
         self
     }
-    /// Index of channel 0 of a token.
-    pub(super) fn index(&self, [b0, b1, head]: Unit, token: usize) -> usize {
-        let l = &self.layout;
-        l.offset + b0 * l.batch[0] + b1 * l.batch[1] + token * l.token + head * l.head
+    /// Index of channel 0 of a token, which the entry counts.
+    pub(super) fn index(&self, unit: Unit, token: usize) -> usize {
+        unit.index(&self.layout, token)
     }
     /// Packs rows: normalised, rotated, multiplied by the factor, padded with zeros to whole vectors.
     ///
@@ -217,6 +237,7 @@ pub(super) unsafe fn inverse_rms<S: Simd>(row: *const f32, d: usize) -> f32 {
 /// The operands of a call, ready for packing. Queries carry log2(e) / sqrt(head_dim), so scores are exponents of 2.
 pub(super) struct Operands<'a> {
     pub args: &'a Attention,
+    pub extents: Extents,
     pub q: Operand<'a>,
     pub k: Operand<'a>,
     pub v: Operand<'a>,
@@ -224,12 +245,25 @@ pub(super) struct Operands<'a> {
 
 impl<'a> Operands<'a> {
     pub(super) fn new(args: &'a Attention, [q, k, v]: [&'a [f32]; 3], norm: Option<[&[f32]; 2]>) -> Self {
-        let d = args.head_dim;
+        let (d, extents) = (args.head_dim, args.extents());
         let [rotary_q, rotary_k] = args.rotary.as_ref().map_or([None; 2], |(q, k)| [Some(q), Some(k)]);
-        let mut q = Operand::plain(q, args.q, d).prepared(norm.map(|n| n[0]), rotary_q, args.queries);
+        let [queries, keys] = [extents.most_queries(), extents.most_keys()];
+        let mut q = Operand::plain(q, args.q, d).prepared(norm.map(|n| n[0]), rotary_q, queries);
         q.factor = LOG2_E / (d as f32).sqrt();
-        let k = Operand::plain(k, args.k, d).prepared(norm.map(|n| n[1]), rotary_k, args.keys);
-        Self { args, q, k, v: Operand::plain(v, args.v, d) }
+        let k = Operand::plain(k, args.k, d).prepared(norm.map(|n| n[1]), rotary_k, keys);
+        Self { args, extents, q, k, v: Operand::plain(v, args.v, d) }
+    }
+    /// Entries times heads of keys.
+    pub(super) fn groups(args: &Attention) -> usize {
+        args.batch[0] * args.batch[1] * args.kv_heads
+    }
+    pub(super) fn group(&self, i: usize) -> Group {
+        let args = self.args;
+        let (index, head) = (i / args.kv_heads, i % args.kv_heads);
+        let (entry, heads) = (self.extents.entry(index), args.heads / args.kv_heads);
+        let batch = [index / args.batch[1], index % args.batch[1]];
+        let keys = Unit { batch, head, token: entry.key };
+        Group { entry, index, keys, heads: head * heads..(head + 1) * heads }
     }
 }
 
@@ -238,7 +272,7 @@ impl<'a> Operands<'a> {
 /// # Safety
 /// `args` has been validated against the operands and the weights.
 pub(crate) unsafe fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Forward {
-    let mut lse = Tensor::zeros(&[args.batch[0], args.batch[1], args.heads, args.queries]);
+    let mut lse = Tensor::zeros(&args.lse_shape());
     let out = Tensor::build(&args.out_shape, |out| {
         let norm = norm.map(|n| [n.q.data(), n.k.data()]);
         // SAFETY: the caller's; a validated output layout is injective; the processor has what it detects.
@@ -247,7 +281,8 @@ pub(crate) unsafe fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<N
     Forward { out, lse }
 }
 
-/// Computes the output (through `args.out`) and per row the base-2 logarithm of the sum of 2^score, [batch0, batch1, head, query].
+/// Computes the output (through `args.out`) and per row the base-2 logarithm of the sum of 2^score, as
+/// `args.lse_shape()` says.
 ///
 /// # Safety
 /// `args` has been validated against the lengths of all slices; the output layout never meets an element twice; the processor has `isa`.
@@ -259,22 +294,27 @@ pub(super) unsafe fn forward_on(
     out: &mut [f32],
     lse: &mut [f32],
 ) {
+    let groups = Operands::groups(args);
+    if groups == 0 {
+        return;
+    }
     let operands = Operands::new(args, qkv, norm);
-    let units = args.batch[0] * args.batch[1] * args.heads;
-    // Each job packs its keys, so a unit is only cut when there are too few of them for the threads.
-    let wanted = (2 * rayon::current_num_threads()).div_ceil(units.max(1));
-    let run = args.queries.div_ceil(wanted).next_multiple_of(QUERY_BLOCK);
-    let runs = args.queries.div_ceil(run.max(1));
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-    (0..units * runs).into_par_iter().for_each(|i| {
-        let first = i % runs * run;
-        let job = Job {
-            operands: &operands,
-            unit: i / runs,
-            rows: first..(first + run).min(args.queries),
-            out,
-            lse,
-        };
+    let groups: Vec<Group> = (0..groups).map(|i| operands.group(i)).collect();
+    let blocks = |group: &Group| group.entry.queries.div_ceil(QUERY_BLOCK) * group.heads.len();
+    let all: usize = groups.iter().map(|group| blocks(group) * group.entry.keys).sum();
+    let mut jobs = Vec::with_capacity(groups.len());
+    for group in &groups {
+        // Each job packs its keys, so a group is only cut when it is much of the work for a thread.
+        let blocks = blocks(group);
+        let parts = (2 * rayon::current_num_threads() * blocks * group.entry.keys).div_ceil(all.max(1));
+        let run = blocks.div_ceil(parts.max(1)).max(1);
+        jobs.extend((0..blocks).step_by(run).map(|first| {
+            let blocks = first..(first + run).min(blocks);
+            Job { operands: &operands, group, blocks, out, lse }
+        }));
+    }
+    jobs.into_par_iter().for_each(|job| {
         // SAFETY: the caller's; a job writes its own rows only.
         with_scratch(job.scratch(), |parts| unsafe {
             match isa {
@@ -288,11 +328,11 @@ pub(super) unsafe fn forward_on(
     });
 }
 
-/// A run of query rows of one unit.
+/// A run of blocks of query rows of one group: the rows of a head, then those of the next.
 struct Job<'a> {
     operands: &'a Operands<'a>,
-    unit: usize,
-    rows: Range<usize>,
+    group: &'a Group,
+    blocks: Range<usize>,
     out: Shared,
     lse: Shared,
 }
@@ -315,33 +355,47 @@ impl Job<'_> {
         let (keys, width) = (self.keys(), self.operands.q.width);
         let rows = [ALIGN, align(keys), keys, QUERY_BLOCK, QUERY_BLOCK].map(|rows| rows * width);
         let [spare, panels, values, queries, sums] = rows;
-        [spare, panels, values, queries, sums, QUERY_BLOCK * tile_row(key_block(keys, KEY_BLOCK))]
+        [spare, panels, values, queries, sums, QUERY_BLOCK * tile_row(self.key_block())]
     }
+    /// Keys of a score tile: the same for all jobs of an entry.
+    fn key_block(&self) -> usize {
+        key_block(self.group.entry.keys, KEY_BLOCK)
+    }
+    /// The head and the rows of a block.
+    fn block(&self, block: usize) -> (usize, Range<usize>) {
+        let queries = self.group.entry.queries;
+        let per_head = queries.div_ceil(QUERY_BLOCK);
+        let first = block % per_head * QUERY_BLOCK;
+        (self.group.heads.start + block / per_head, first..(first + QUERY_BLOCK).min(queries))
+    }
+    /// Keys that a query sees.
+    fn limit(&self, query: usize) -> usize {
+        self.operands.extents.limit(&self.group.entry, query)
+    }
+    /// Keys that any of the rows sees.
     fn keys(&self) -> usize {
-        valid_keys(self.operands.args, unit(self.operands.args, self.unit))
+        self.blocks.clone().map(|block| self.limit(self.block(block).1.end - 1)).max().unwrap_or(0)
     }
     /// # Safety
     /// The processor has the instructions, the operands were validated, the parts have the sizes of `scratch`.
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, [spare, panels, values, queries, sums, tile]: [*mut f32; 6]) {
-        let Operands { args, q, k, v } = self.operands;
-        let (unit, keys, width) = (unit(args, self.unit), self.keys(), q.width);
-        let block = key_block(keys, KEY_BLOCK);
+        let Operands { args, q, k, v, .. } = self.operands;
+        let (keys, width, block) = (self.keys(), q.width, self.key_block());
         let row = tile_row(block);
         // SAFETY: every part holds what is put into it; tile and operand rows are inside.
         unsafe {
-            k.pack_panels::<S>(unit, keys, spare, panels);
-            v.pack::<S>(unit, 0..keys, values);
-            for first in self.rows.clone().step_by(QUERY_BLOCK) {
-                let rows = first..(first + QUERY_BLOCK).min(self.rows.end);
-                let count = rows.len();
+            k.pack_panels::<S>(self.group.keys, keys, spare, panels);
+            v.pack::<S>(self.group.keys, 0..keys, values);
+            for (head, rows) in self.blocks.clone().map(|block| self.block(block)) {
+                let (unit, count, seen) = (self.group.queries(head), rows.len(), self.limit(rows.end - 1));
                 let mut state = [Online::EMPTY; QUERY_BLOCK];
-                q.pack::<S>(unit, rows, queries);
-                for key in (0..keys).step_by(block) {
-                    let valid = block.min(keys - key);
+                q.pack::<S>(unit, rows.clone(), queries);
+                for key in (0..seen).step_by(block) {
+                    let here = block.min(seen - key);
                     S::product(&Product {
                         rows: count,
-                        vecs: valid.div_ceil(S::LANES),
+                        vecs: here.div_ceil(S::LANES),
                         depth: args.head_dim,
                         a: queries,
                         a_row: width,
@@ -354,7 +408,8 @@ impl Job<'_> {
                         add: false,
                     });
                     for (i, state) in state[..count].iter_mut().enumerate() {
-                        let before = state.exponentials::<S>(tile.add(i * row), valid);
+                        let own = self.limit(rows.start + i).saturating_sub(key).min(here);
+                        let before = state.exponentials::<S>(tile.add(i * row), own, here);
                         if key > 0 && before != 1.0 {
                             multiply::<S>(sums.add(i * width), args.head_dim, before);
                         }
@@ -362,7 +417,7 @@ impl Job<'_> {
                     S::product(&Product {
                         rows: count,
                         vecs: args.head_dim.div_ceil(S::LANES),
-                        depth: valid,
+                        depth: here,
                         a: tile,
                         a_row: row,
                         a_step: 1,
@@ -374,18 +429,20 @@ impl Job<'_> {
                         add: key > 0,
                     });
                 }
+                let first = args.first_row(self.group.index, head);
                 for (i, state) in state[..count].iter().enumerate() {
-                    self.finish::<S>(unit, first + i, state, keys > 0, sums.add(i * width));
+                    let token = rows.start + i;
+                    *self.lse.at(first + token) = state.most + state.sum.log2();
+                    self.finish::<S>(unit, token, state, sums.add(i * width));
                 }
             }
         }
     }
     /// Divides a row by its sum and writes it; zeros when there was no key.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, unit: Unit, row: usize, state: &Online, any: bool, sums: *const f32) {
+    unsafe fn finish<S: Simd>(&self, unit: Unit, token: usize, state: &Online, sums: *const f32) {
         let args = self.operands.args;
-        let (d, l) = (args.head_dim, &args.out);
-        let at = l.offset + unit[0] * l.batch[0] + unit[1] * l.batch[1] + row * l.token + unit[2] * l.head;
+        let (d, at, any) = (args.head_dim, unit.index(&args.out, token), self.limit(token) > 0);
         // SAFETY: a row of the output, a row of the sums.
         unsafe {
             let inverse = S::splat(1.0 / state.sum);
@@ -393,7 +450,6 @@ impl Job<'_> {
                 let y = if any { S::mul(S::load(sums.add(c)), inverse) } else { S::splat(0.0) };
                 S::store_first(self.out.at(at + c), y, (d - c).min(S::LANES));
             }
-            *self.lse.at(self.unit * args.queries + row) = state.most + state.sum.log2();
         }
     }
 }
@@ -408,17 +464,21 @@ struct Online {
 impl Online {
     const EMPTY: Self = Self { most: f32::NEG_INFINITY, sum: 0.0 };
 
-    /// Replaces the next `n` scores by 2^(score - largest) and returns the factor for all that was summed before.
+    /// Replaces the next `n` scores by 2^(score - largest), those from there to `all` by 0, and returns the factor for all that was
+    /// summed before.
     ///
     /// # Safety
-    /// `scores` holds n floats up to the next whole vector; the processor has the instructions.
+    /// `scores` holds n floats up to the next whole vector, and `all`; the processor has the instructions.
     #[inline(always)]
-    unsafe fn exponentials<S: Simd>(&mut self, scores: *mut f32, n: usize) -> f32 {
+    unsafe fn exponentials<S: Simd>(&mut self, scores: *mut f32, n: usize, all: usize) -> f32 {
         // SAFETY: the caller's.
         unsafe {
             let end = n.next_multiple_of(S::LANES);
             for i in n..end {
                 *scores.add(i) = f32::NEG_INFINITY;
+            }
+            for i in end..all {
+                *scores.add(i) = 0.0;
             }
             let mut most = S::splat(self.most);
             for i in (0..end).step_by(S::LANES) {

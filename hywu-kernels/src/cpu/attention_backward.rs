@@ -1,9 +1,9 @@
-//! Gradients of attention on the CPU. A job is one (batch, head): it computes its scores again, tile by tile, from the saved
-//! logarithms of the row sums, and adds up the gradients of its keys and values in the order of the query blocks.
+//! Gradients of attention on the CPU. A job is one (batch, key head): it computes the scores of the query heads again, tile by
+//! tile, from the saved logarithms of the row sums, and adds up the gradients of its keys and values in the order of the query blocks.
 
 use super::attention::{
-    Operand, Operands, Shared, Unit, align, inverse_rms, key_block, tile_row, transpose_panel, unit,
-    valid_keys, with_scratch,
+    Group, Operand, Operands, Shared, Unit, align, inverse_rms, key_block, tile_row, transpose_panel,
+    with_scratch,
 };
 #[cfg(target_arch = "x86_64")]
 use super::attention_simd::{Avx2, Avx512};
@@ -89,13 +89,16 @@ pub(super) unsafe fn backward_on(
     sinks: &Sinks,
 ) -> [Vec<f32>; 2] {
     let d = args.head_dim;
+    let groups = Operands::groups(args);
+    if groups == 0 {
+        return [0, 1].map(|_| vec![0.0; d]);
+    }
     let operands = Operands::new(args, qkv, norm);
     let out = Operand::plain(saved.out, args.out, d);
     let grad = Operand::plain(saved.grad, args.out, d);
-    let units = args.batch[0] * args.batch[1] * args.heads;
     let weights = norm.is_some() && sinks.norm;
-    // Per unit, so that their sum has a fixed order.
-    let mut parts = vec![0.0; if weights { units * 2 * align(d) } else { 0 }];
+    // Per group, so that their sum has a fixed order.
+    let mut parts = vec![0.0; if weights { groups * 2 * align(d) } else { 0 }];
     let shared = Shared(parts.as_mut_ptr());
     let job = Job {
         operands: &operands,
@@ -119,9 +122,9 @@ pub(super) unsafe fn backward_on(
         });
     };
     if sinks.once {
-        (0..units).into_par_iter().for_each(run);
+        (0..groups).into_par_iter().for_each(run);
     } else {
-        (0..units).for_each(run);
+        (0..groups).for_each(run);
     }
     [0, 1].map(|which| {
         let sum = |c| {
@@ -139,7 +142,7 @@ struct Job<'a> {
     sinks: [Option<Shared>; 3],
     /// Add to the gradients instead of overwriting them.
     add: bool,
-    /// Per unit the gradients of the norm's weights.
+    /// Per group the gradients of the norm's weights.
     weights: Option<Shared>,
 }
 
@@ -172,8 +175,7 @@ impl Job<'_> {
         unsafe { self.run::<Avx2>(i, parts) }
     }
     fn scratch(&self, i: usize) -> [usize; 10] {
-        let args = self.operands.args;
-        let keys = valid_keys(args, unit(args, i));
+        let keys = self.operands.group(i).entry.keys;
         let width = self.grad.width;
         let (rows, block) = (align(keys) * width, QUERY_BLOCK * width);
         let tile = QUERY_BLOCK * tile_row(key_block(keys, KEY_BLOCK));
@@ -183,7 +185,7 @@ impl Job<'_> {
     /// The processor has the instructions, the operands were validated, the parts have the sizes of `scratch`.
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, index: usize, parts: [*mut f32; 10]) {
-        let Operands { args, q, k, v } = self.operands;
+        let Operands { args, extents, q, k, v } = self.operands;
         let [keys, key_panels, value_panels, d_keys, d_values, queries, grads, d_queries, weights, d_scores] =
             parts;
         let p = Parts {
@@ -198,29 +200,37 @@ impl Job<'_> {
             weights,
             d_scores,
         };
-        let unit = unit(args, index);
-        let (valid, width, d) = (valid_keys(args, unit), q.width, args.head_dim);
+        let group = self.operands.group(index);
+        let entry = &group.entry;
+        let (valid, width, d) = (entry.keys, q.width, args.head_dim);
         let block = key_block(valid, KEY_BLOCK);
         let [q_sink, k_sink, v_sink] = self.sinks;
         let (wants_q, wants_k) = (self.takes(q, q_sink), self.takes(k, k_sink));
         // SAFETY: every part holds what is put into it; operand rows are inside.
         unsafe {
-            v.pack_panels::<S>(unit, valid, p.keys, p.value_panels);
-            k.pack::<S>(unit, 0..valid, p.keys);
+            v.pack_panels::<S>(group.keys, valid, p.keys, p.value_panels);
+            k.pack::<S>(group.keys, 0..valid, p.keys);
             p.keys.add(valid * width).write_bytes(0, (align(valid) - valid) * width);
             for row in (0..valid).step_by(S::LANES) {
                 transpose_panel::<S>(p.keys.add(row * width), d, width, p.key_panels.add(row * width));
             }
-            for first in (0..args.queries).step_by(QUERY_BLOCK) {
-                let rows = first..(first + QUERY_BLOCK).min(args.queries);
+            p.d_keys.write_bytes(0, valid * width);
+            p.d_values.write_bytes(0, valid * width);
+            for (head, first) in group
+                .heads
+                .clone()
+                .flat_map(|head| (0..entry.queries).step_by(QUERY_BLOCK).map(move |first| (head, first)))
+            {
+                let (unit, rows) = (group.queries(head), first..(first + QUERY_BLOCK).min(entry.queries));
+                let seen = extents.limit(entry, rows.end - 1);
                 q.pack::<S>(unit, rows.clone(), p.queries);
                 self.grad.pack::<S>(unit, rows.clone(), p.grads);
-                for key in (0..valid).step_by(block) {
-                    let keys = key..(key + block).min(valid);
-                    self.tile::<S>(&p, index, unit, rows.clone(), keys, block, [wants_q, wants_k]);
+                for key in (0..seen).step_by(block) {
+                    let keys = key..(key + block).min(seen);
+                    self.tile::<S>(&p, &group, head, rows.clone(), keys, block, [wants_q, wants_k]);
                 }
                 for (i, token) in rows.enumerate() {
-                    if wants_q && valid > 0 {
+                    if wants_q && seen > 0 {
                         let grad = p.d_queries.add(i * width);
                         let to = q_sink.map(|s| s.at(q.index(unit, token)));
                         self.unpack::<S>(
@@ -237,20 +247,21 @@ impl Job<'_> {
                     }
                 }
             }
-            for token in 0..args.keys {
-                let some = token < valid && args.queries > 0;
+            let any = entry.queries * group.heads.len() > 0;
+            for token in 0..args.tokens(group.index / args.batch[1])[1].len() {
+                let some = token < valid && any;
                 if wants_k && some {
                     // Queries carry log2(e): what is left of the scale is ln(2).
-                    let to = k_sink.map(|s| s.at(k.index(unit, token)));
+                    let to = k_sink.map(|s| s.at(k.index(group.keys, token)));
                     let grad = p.d_keys.add(token * width);
-                    self.unpack::<S>(k, unit, token, grad, LN_2, to, self.weights_at(index, 1));
+                    self.unpack::<S>(k, group.keys, token, grad, LN_2, to, self.weights_at(index, 1));
                 } else if let Some(sink) = k_sink {
-                    self.no_gradient(sink.at(k.index(unit, token)));
+                    self.no_gradient(sink.at(k.index(group.keys, token)));
                 }
                 if let Some(sink) = v_sink {
-                    let to = sink.at(v.index(unit, token));
+                    let (to, grad) = (sink.at(v.index(group.keys, token)), p.d_values.add(token * width));
                     if some {
-                        self.unpack::<S>(v, unit, token, p.d_values.add(token * width), 1.0, Some(to), None);
+                        self.unpack::<S>(v, group.keys, token, grad, 1.0, Some(to), None);
                     } else {
                         self.no_gradient(to);
                     }
@@ -280,14 +291,14 @@ impl Job<'_> {
     unsafe fn tile<S: Simd>(
         &self,
         p: &Parts,
-        index: usize,
-        unit: Unit,
+        group: &Group,
+        head: usize,
         rows: Range<usize>,
         keys: Range<usize>,
         block: usize,
         [wants_q, wants_k]: [bool; 2],
     ) {
-        let args = self.operands.args;
+        let Operands { args, extents, .. } = self.operands;
         let (d, width, row) = (args.head_dim, self.grad.width, tile_row(block));
         let (d_vecs, key_vecs) = (d.div_ceil(S::LANES), keys.len().div_ceil(S::LANES));
         let at = keys.start * width;
@@ -319,18 +330,22 @@ impl Job<'_> {
             b_step: width,
             c: c.wrapping_add(at),
             c_row: width,
-            add: rows.start > 0,
+            add: true,
         };
+        let (unit, first_row) = (group.queries(head), args.first_row(group.index, head));
+        // Of a row's keys here those that it sees, and what holds them all.
+        let seen = |i| extents.limit(&group.entry, rows.start + i).saturating_sub(keys.start).min(keys.len());
+        let all = key_vecs * S::LANES;
         // SAFETY: the caller's.
         unsafe {
             S::product(&scores(p.queries, p.key_panels, p.weights));
             for i in 0..rows.len() {
-                let lse = S::splat(self.lse[index * args.queries + rows.start + i]);
-                let row = p.weights.add(i * row);
-                for j in 0..key_vecs {
-                    let score = row.add(j * S::LANES);
+                let lse = S::splat(self.lse[first_row + rows.start + i]);
+                let (row, seen) = (p.weights.add(i * row), seen(i));
+                for score in (0..seen).step_by(S::LANES).map(|j| row.add(j)) {
                     S::store(score, exp2::<S>(S::sub(S::load(score), lse)));
                 }
+                row.add(seen).write_bytes(0, all - seen);
             }
             if self.sinks[2].is_some() {
                 S::product(&over_queries(p.weights, p.grads, p.d_values));
@@ -341,11 +356,12 @@ impl Job<'_> {
             S::product(&scores(p.grads, p.value_panels, p.d_scores));
             for (i, token) in rows.clone().enumerate() {
                 let mean = S::splat(self.mean_gradient::<S>(unit, token));
-                let (weights, d_scores) = (p.weights.add(i * row), p.d_scores.add(i * row));
-                for j in (0..key_vecs).map(|j| j * S::LANES) {
+                let (weights, d_scores, seen) = (p.weights.add(i * row), p.d_scores.add(i * row), seen(i));
+                for j in (0..seen).step_by(S::LANES) {
                     let change = S::sub(S::load(d_scores.add(j)), mean);
                     S::store(d_scores.add(j), S::mul(S::load(weights.add(j)), change));
                 }
+                d_scores.add(seen).write_bytes(0, all - seen);
             }
             if wants_k {
                 S::product(&over_queries(p.d_scores, p.queries, p.d_keys));
@@ -450,7 +466,7 @@ mod tests {
     use super::super::attention::forward_on;
     use super::*;
     use crate::{
-        ops::attention::{Layout, Rotary},
+        ops::attention::{Causal, Layout, Rotary},
         reference,
     };
 
@@ -468,9 +484,12 @@ mod tests {
     /// Whatever the processor would choose, the narrower instruction sets are right as well.
     #[test]
     fn every_instruction_set() {
-        // Ragged in queries, keys and channels, with more than one block of each.
+        // Ends of queries, keys and channels that fill no block, more than one block of each, and a mask within them.
         let (queries, keys, d) = (50, 261, 22);
-        let layout = |tokens: usize| Layout { offset: 0, batch: [tokens * d, 0], token: d, head: 0 };
+        let layout = |tokens: usize, heads: usize| {
+            let token = heads * d;
+            Layout { offset: 0, batch: [tokens * token, 0], token, head: d }
+        };
         let table = |n: usize| {
             let angles = numbers(1, n * d / 2);
             let table = |f: fn(f32) -> f32| {
@@ -484,20 +503,20 @@ mod tests {
             batch: [2, 1],
             queries,
             keys,
-            heads: 1,
+            heads: 2,
             kv_heads: 1,
             head_dim: d,
-            q: layout(queries),
-            k: layout(keys),
-            v: layout(keys),
-            out: layout(queries),
-            out_shape: vec![2, queries, d],
+            q: layout(queries, 2),
+            k: layout(keys, 1),
+            v: layout(keys, 1),
+            out: layout(queries, 2),
+            out_shape: vec![2, queries, 2 * d],
             key_lengths: Some(vec![keys, 150]),
             ragged: None,
-            causal: None,
+            causal: Some(Causal { spans: vec![vec![215..231, 240..261]] }),
             rotary: Some((table(queries), table(keys))),
         };
-        let [q, k, v] = [(2, queries), (3, keys), (4, keys)].map(|(seed, n)| numbers(seed, 2 * n * d));
+        let [q, k, v] = [(2, 2 * queries), (3, keys), (4, keys)].map(|(seed, n)| numbers(seed, 2 * n * d));
         let norm = [numbers(5, d), numbers(6, d)];
         let grad = numbers(7, q.len());
         let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
@@ -511,7 +530,7 @@ mod tests {
         );
         let mut first: Option<Vec<Vec<f64>>> = None;
         for isa in Isa::available() {
-            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 2 * queries]);
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; 4 * queries]);
             let mut grads = [&q, &k, &v].map(|x| vec![f32::NAN; x.len()]);
             let norm = Some([norm[0].as_slice(), norm[1].as_slice()]);
             let qkv = [q.as_slice(), k.as_slice(), v.as_slice()];

@@ -1,6 +1,65 @@
 //! softmax(Q K^T / sqrt(d)) V, one score at a time.
 
 use crate::ops::attention::{Attention, Layout, Rotary};
+use std::ops::Range;
+
+/// A query head of a batch entry. What its queries see is asked pair by pair, straight from the definitions.
+struct Unit<'a> {
+    args: &'a Attention,
+    batch: [usize; 2],
+    head: usize,
+    /// The entry's tokens among those of the tensors.
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+impl<'a> Unit<'a> {
+    fn all(args: &'a Attention) -> impl Iterator<Item = Self> {
+        let entries = (0..args.batch[0]).flat_map(|b0| (0..args.batch[1]).map(move |b1| [b0, b1]));
+        entries.flat_map(move |batch| {
+            let of = |offsets: &Vec<usize>| offsets[batch[0]]..offsets[batch[0] + 1];
+            let (queries, keys) = match &args.ragged {
+                Some(ragged) => (of(&ragged.queries), of(&ragged.keys)),
+                None => (0..args.queries, 0..args.keys),
+            };
+            let unit = move |head| Self { args, batch, head, queries: queries.clone(), keys: keys.clone() };
+            (0..args.heads).map(unit)
+        })
+    }
+    /// Does query i see key j?
+    fn sees(&self, i: usize, j: usize) -> bool {
+        let [b0, b1] = self.batch;
+        let lengths = self.args.key_lengths.as_ref();
+        if lengths.is_some_and(|n| j >= n[b0 * self.args.batch[1] + b1]) {
+            return false;
+        }
+        let Some(causal) = &self.args.causal else { return true };
+        let at = self.keys.len() - self.queries.len() + i;
+        let spans = match &causal.spans[..] {
+            [] => &[][..],
+            [all] => all,
+            each => &each[b0],
+        };
+        j <= at || spans.iter().any(|span| span.contains(&at) && span.contains(&j))
+    }
+    /// Keys that query i sees.
+    fn seen(&self, i: usize) -> impl Iterator<Item = usize> + Clone {
+        (0..self.keys.len()).filter(move |&j| self.sees(i, j))
+    }
+    fn row(&self, l: &Layout, token: usize, head: usize) -> Range<usize> {
+        let [b0, b1] = self.batch;
+        let at = l.offset + b0 * l.batch[0] + b1 * l.batch[1] + token * l.token + head * l.head;
+        at..at + self.args.head_dim
+    }
+    /// The elements of a query or of its output.
+    fn of_query(&self, l: &Layout, i: usize) -> Range<usize> {
+        self.row(l, self.queries.start + i, self.head)
+    }
+    /// Those of a key or a value.
+    fn of_key(&self, l: &Layout, j: usize) -> Range<usize> {
+        self.row(l, self.keys.start + j, self.head / (self.args.heads / self.args.kv_heads))
+    }
+}
 
 /// The output of `args` in f64: `q`, `k`, `v` as in the op, `norm` the weights for queries and keys. Elements of the output tensor
 /// that no row writes are zero.
@@ -11,41 +70,36 @@ pub fn attention(
     v: &[f64],
     norm: Option<(&[f64], &[f64])>,
 ) -> Vec<f64> {
-    let d = args.head_dim;
     let mut out = vec![0.0; args.out_shape.iter().product()];
-    for b0 in 0..args.batch[0] {
-        for b1 in 0..args.batch[1] {
-            let valid = args.key_lengths.as_ref().map_or(args.keys, |n| n[b0 * args.batch[1] + b1]);
-            for head in 0..args.heads {
-                let at = |l: &Layout, token: usize| {
-                    l.offset + b0 * l.batch[0] + b1 * l.batch[1] + token * l.token + head * l.head
-                };
-                let row = |x: &[f64], l: &Layout, token| x[at(l, token)..at(l, token) + d].to_vec();
-                let rotary_q = args.rotary.as_ref().map(|r| &r.0);
-                let rotary_k = args.rotary.as_ref().map(|r| &r.1);
-                let keys: Vec<_> = (0..valid)
-                    .map(|j| rotated(normed(row(k, &args.k, j), norm.map(|n| n.1)), rotary_k, j))
-                    .collect();
-                for i in 0..args.queries {
-                    let query = rotated(normed(row(q, &args.q, i), norm.map(|n| n.0)), rotary_q, i);
-                    let dot = |key: &Vec<f64>| {
-                        query.iter().zip(key).map(|(a, b)| a * b).sum::<f64>() / (d as f64).sqrt()
-                    };
-                    let scores: Vec<f64> = keys.iter().map(dot).collect();
-                    let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
-                    let sum: f64 = weights.iter().sum();
-                    let to = at(&args.out, i);
-                    for (j, weight) in weights.iter().enumerate() {
-                        for (o, x) in out[to..to + d].iter_mut().zip(row(v, &args.v, j)) {
-                            *o += weight / sum * x;
-                        }
-                    }
+    let rotary = args.rotary.as_ref();
+    for unit in Unit::all(args) {
+        let key = |j| {
+            let x = k[unit.of_key(&args.k, j)].to_vec();
+            rotated(normed(x, norm.map(|n| n.1)), rotary.map(|r| &r.1), j)
+        };
+        let keys: Vec<_> = (0..unit.keys.len()).map(key).collect();
+        for i in 0..unit.queries.len() {
+            let query = q[unit.of_query(&args.q, i)].to_vec();
+            let query = rotated(normed(query, norm.map(|n| n.0)), rotary.map(|r| &r.0), i);
+            let seen = unit.seen(i);
+            let score = |j: usize| dot(&query, &keys[j]) / (args.head_dim as f64).sqrt();
+            let scores: Vec<f64> = seen.clone().map(score).collect();
+            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let out = &mut out[unit.of_query(&args.out, i)];
+            for (j, weight) in seen.zip(&weights) {
+                for (o, x) in out.iter_mut().zip(&v[unit.of_key(&args.v, j)]) {
+                    *o += weight / sum * x;
                 }
             }
         }
     }
     out
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// RMSNorm of a row.
@@ -84,8 +138,8 @@ pub struct Gradients {
 }
 
 /// The gradients of sum(`grad` * output), one weight at a time. `round` is applied where a kernel with operands of low precision rounds:
-/// to queries (times log2(e) / sqrt(d)) and keys after norm and rotation, to weights, and to the gradients of scores; `out` is the
-/// output that the kernel has saved.
+/// to queries and keys after norm and rotation, to weights, and to the gradients of scores; `out` is the output that the kernel has
+/// saved.
 pub fn gradients(
     args: &Attention,
     [q, k, v]: [&[f64]; 3],
@@ -100,58 +154,60 @@ pub fn gradients(
         operands: [q, k, v].map(|x| vec![0.0; x.len()]),
         norm: [vec![0.0; d], vec![0.0; d]],
     };
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    for unit in 0..args.batch[0] * args.batch[1] * args.heads {
-        let (entry, head) = (unit / args.heads, unit % args.heads);
-        let (b0, b1) = (entry / args.batch[1], entry % args.batch[1]);
-        let valid = args.key_lengths.as_ref().map_or(args.keys, |n| n[entry]);
-        let row = |l: &Layout, token: usize| {
-            let at = l.offset + b0 * l.batch[0] + b1 * l.batch[1] + token * l.token + head * l.head;
-            at..at + d
-        };
-        let packed = |x: &[f64], l: &Layout, weight, rotary: Option<&Rotary>, factor: f64, token| {
-            let x = rotated(normed(x[row(l, token)].to_vec(), weight), rotary, token);
-            x.iter().map(|x| round(x * factor)).collect::<Vec<f64>>()
-        };
-        let rotary = args.rotary.as_ref();
-        let (weight_q, weight_k) = (norm.map(|n| n.0), norm.map(|n| n.1));
-        let factor = scale * std::f64::consts::LOG2_E;
-        let query = |i| packed(q, &args.q, weight_q, rotary.map(|r| &r.0), factor, i);
-        let key = |j| packed(k, &args.k, weight_k, rotary.map(|r| &r.1), 1.0, j);
-        let keys: Vec<_> = (0..valid).map(key).collect();
-        let mut d_keys = vec![vec![0.0; d]; valid];
-        for i in 0..args.queries {
-            let (query, g, o) = (query(i), &grad[row(&args.out, i)], &out[row(&args.out, i)]);
-            let scores: Vec<f64> = keys.iter().map(|key| dot(&query, key)).collect();
+    let rotary = [args.rotary.as_ref().map(|r| &r.0), args.rotary.as_ref().map(|r| &r.1)];
+    let weights = [norm.map(|n| n.0), norm.map(|n| n.1)];
+    let packed = |x: &[f64], which: usize, token| -> Vec<f64> {
+        rotated(normed(x.to_vec(), weights[which]), rotary[which], token).into_iter().map(&round).collect()
+    };
+    for unit in Unit::all(args) {
+        let keys: Vec<_> = (0..unit.keys.len()).map(|j| packed(&k[unit.of_key(&args.k, j)], 1, j)).collect();
+        let mut d_keys = vec![vec![0.0; d]; unit.keys.len()];
+        for i in 0..unit.queries.len() {
+            let row = unit.of_query(&args.out, i);
+            let (g, o) = (&grad[row.clone()], &out[row.clone()]);
+            let query = packed(&q[unit.of_query(&args.q, i)], 0, i);
+            let seen = unit.seen(i);
+            let scores: Vec<f64> = seen.clone().map(|j| scale * dot(&query, &keys[j])).collect();
             let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|s| (s - most).exp2()).sum();
+            let sum: f64 = scores.iter().map(|s| (s - most).exp()).sum();
             let mut d_query = vec![0.0; d];
-            for j in 0..valid {
-                let weight = (scores[j] - most).exp2() / sum;
-                let value = row(&args.v, j);
+            for (j, score) in seen.zip(&scores) {
+                let weight = (score - most).exp() / sum;
+                let value = unit.of_key(&args.v, j);
                 let d_score = round(weight * (dot(g, &v[value.clone()]) - dot(g, o)));
                 // The forward pass divides by the sum at the end.
-                let before = round((scores[j] - most).exp2()) / sum;
+                let before = round((score - most).exp()) / sum;
                 for c in 0..d {
-                    result.out[row(&args.out, i).start + c] += before * v[value.start + c];
+                    result.out[row.start + c] += before * v[value.start + c];
                     result.operands[2][value.start + c] += round(weight) * g[c];
                     d_query[c] += d_score * keys[j][c] * scale;
-                    d_keys[j][c] += d_score * query[c] * std::f64::consts::LN_2;
+                    d_keys[j][c] += d_score * query[c] * scale;
                 }
             }
-            let at = row(&args.q, i);
-            let (dx, dw) = unpacked(&q[at.clone()], d_query, weight_q, rotary.map(|r| &r.0), i);
-            result.operands[0][at].iter_mut().zip(dx).for_each(|(sum, x)| *sum += x);
-            result.norm[0].iter_mut().zip(dw).for_each(|(sum, x)| *sum += x);
+            result.add(0, q, unit.of_query(&args.q, i), d_query, weights[0], (rotary[0], i));
         }
         for (j, d_key) in d_keys.into_iter().enumerate() {
-            let at = row(&args.k, j);
-            let (dx, dw) = unpacked(&k[at.clone()], d_key, weight_k, rotary.map(|r| &r.1), j);
-            result.operands[1][at].iter_mut().zip(dx).for_each(|(sum, x)| *sum += x);
-            result.norm[1].iter_mut().zip(dw).for_each(|(sum, x)| *sum += x);
+            result.add(1, k, unit.of_key(&args.k, j), d_key, weights[1], (rotary[1], j));
         }
     }
     result
+}
+
+impl Gradients {
+    /// Adds what the gradient of a normalised and rotated row is for its operand and for the norm's weight.
+    fn add(
+        &mut self,
+        which: usize,
+        x: &[f64],
+        at: Range<usize>,
+        grad: Vec<f64>,
+        weight: Option<&[f64]>,
+        (rotary, token): (Option<&Rotary>, usize),
+    ) {
+        let (dx, dw) = unpacked(&x[at.clone()], grad, weight, rotary, token);
+        self.operands[which][at].iter_mut().zip(dx).for_each(|(sum, x)| *sum += x);
+        self.norm[which].iter_mut().zip(dw).for_each(|(sum, x)| *sum += x);
+    }
 }
 
 /// The gradients of a row and of its norm's weight from that of the normalised and rotated row.

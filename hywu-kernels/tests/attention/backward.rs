@@ -17,7 +17,7 @@ use hywu_kernels::{
 /// In f32 they are compared to differences of the oracle. In bf16 what rounding does depends on where the kernels round, more than on
 /// the operands: there all elements are compared to an oracle that rounds at the same places.
 #[track_caller]
-fn check_backward(
+pub(super) fn check_backward(
     args: &Attention,
     mut inputs: Vec<Tensor>,
     sources: [usize; 3],

@@ -1,6 +1,7 @@
 //! Attention against its f64 oracle.
 
 mod backward;
+mod masks;
 
 use half::bf16;
 use hywu_core::Dtype;
@@ -72,11 +73,12 @@ fn with_rotary(mut args: Attention) -> Attention {
 
 /// Random operands of a dense call.
 fn operands(args: &Attention, seed: u64) -> [Tensor; 3] {
-    let shape = |tokens| [args.batch[0] * args.batch[1], tokens, args.heads * args.head_dim];
+    let entries = if args.ragged.is_some() { 1 } else { args.batch[0] } * args.batch[1];
+    let shape = |tokens, heads| [entries, tokens, heads * args.head_dim];
     [
-        random(seed, &shape(args.queries)),
-        random(seed + 1, &shape(args.keys)),
-        random(seed + 2, &shape(args.keys)),
+        random(seed, &shape(args.queries, args.heads)),
+        random(seed + 1, &shape(args.keys, args.kv_heads)),
+        random(seed + 2, &shape(args.keys, args.kv_heads)),
     ]
 }
 

@@ -86,17 +86,27 @@ fn limits(
 }
 
 impl Attention {
-    /// The tokens of an entry of the first batch axis: queries and keys.
-    fn tokens(&self, b0: usize) -> [Range<usize>; 2] {
+    /// The tokens of an entry of the first batch axis: queries and keys, those that are masked by their length too.
+    pub(crate) fn tokens(&self, b0: usize) -> [Range<usize>; 2] {
         match &self.ragged {
             Some(r) => [r.queries[b0]..r.queries[b0 + 1], r.keys[b0]..r.keys[b0 + 1]],
             None => [0..self.queries, 0..self.keys],
         }
     }
 
+    /// Where the rows of an entry's query head start in [`Forward::lse`](super::Forward::lse).
+    pub(crate) fn first_row(&self, i: usize, head: usize) -> usize {
+        let (b0, b1) = (i / self.batch[1], i % self.batch[1]);
+        // Ragged entries share the axis of the tokens.
+        let batch = if self.ragged.is_some() { b1 } else { i };
+        (batch * self.heads + head) * self.queries + self.tokens(b0)[0].start
+    }
+
     /// For validated arguments.
     pub(crate) fn extents(&self) -> Extents {
-        let alike = Entry { query: 0, queries: self.queries, key: 0, keys: self.keys, limits: 0 };
+        // Ragged entries, if there are any, are not alike.
+        let [queries, keys] = if self.ragged.is_some() { [0; 2] } else { [self.queries, self.keys] };
+        let alike = Entry { query: 0, queries, key: 0, keys, limits: 0 };
         let mut extents = Extents { entries: Vec::new(), alike, limits: Vec::new() };
         let [size0, size1] = self.batch;
         // One list for all entries that are alike otherwise.
