@@ -3,6 +3,21 @@
 #ifndef Element
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
+#include "attention/warpgroup.cuh"
+
+// Hopper's, in bf16 alone.
+#define WARPGROUP(NAME, ...)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(warpgroup::Config<__VA_ARGS__>::THREADS, 1)                                    \
+        NAME(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v, \
+             const __grid_constant__ CUtensorMap out, const __grid_constant__ warpgroup::Sizes sizes) {                         \
+        warpgroup::forward<warpgroup::Config<__VA_ARGS__>>({q, k, v, out}, sizes);                                              \
+    }
+WARPGROUP(warpgroup_64_128, 64, 128, 3, 4)
+WARPGROUP(warpgroup_96_128, 96, 128, 2, 3)
+WARPGROUP(warpgroup_96_176, 96, 176, 2, 2)
+WARPGROUP(warpgroup_128_128, 128, 128, 2, 3)
+WARPGROUP(warpgroup_128_176, 128, 176, 2, 2)
+#undef WARPGROUP
 
 #define KERNELS "attention/attention.cu"
 #include "instantiate.cuh"

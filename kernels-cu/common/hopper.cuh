@@ -245,6 +245,13 @@ HYWU_PTX void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool 
 #undef HYWU_SS
 #undef HYWU_RS
 
+/// What is done with these registers before and after is not moved across this: the waits above don't name them.
+template <int N>
+HYWU_PTX void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 /// 2^x with a relative error of 2^-22 at most, zero where that is below the normal numbers: one instruction of the special function unit.
 HYWU_PTX float exp2_approximate(float x) {
     float y;

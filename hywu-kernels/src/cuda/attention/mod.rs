@@ -4,6 +4,10 @@ mod backward;
 
 pub use backward::backward;
 
+mod boxes;
+mod extents;
+mod warpgroup;
+
 use super::{Call, Words, blocks, call::BLOCK, pack};
 use crate::{
     Error, Result, Tensor,
@@ -140,6 +144,10 @@ impl<'a> Operand<'a> {
         if plain && self.rows.aligned(pack(self.data.dtype())) {
             return Ok(Source { data: self.data.clone(), rows: self.rows });
         }
+        self.packed(args, width)
+    }
+    /// The rows one after the other, `width` elements each.
+    pub fn packed(&self, args: &Attention, width: usize) -> Result<Source> {
         let count = units(args) * self.rows.tokens;
         let rows = Rows::packed(args, self.rows.tokens, width);
         let data = self.data.empty_like(&[count, width])?;
@@ -214,6 +222,9 @@ impl Call {
 }
 
 pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<Forward> {
+    if warpgroup::fits(args, qkv[0])? {
+        return warpgroup::forward(args, qkv, norm);
+    }
     let out = qkv[0].empty_like(&args.out_shape)?;
     let lse = out.empty_as(&[args.batch[0], args.batch[1], args.heads, args.queries], Dtype::F32)?;
     let plan = plan(args.head_dim, out.dtype());
