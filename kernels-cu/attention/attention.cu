@@ -25,8 +25,9 @@ WARPGROUP(warpgroup_128_176, 128, 176, 2, 2)
 #else  // once per element type
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    KERNEL(attention_pack)(const Element* x, Rows rows, Change change, float factor, Element* out, int width, uint32_t count) {
-    pack_rows(x, rows, change, factor, out, width, count);
+    KERNEL(attention_pack)(const Element* x, Rows rows, Change change, Extents extents, int keys, Element* out, int width,
+                           uint32_t count) {
+    pack_rows(x, rows, change, extents, keys != 0, out, width, count);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
@@ -36,15 +37,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
     KERNEL(attention_unpack)(const Element* x, Rows rows, Change change, const float* grad, float factor, Element* out, float* sum,
-                             float* partial, const int* lengths, int by_token, Walk walk, int width, int per_group) {
-    unpack_rows(x, rows, change, grad, factor, out, sum, partial, lengths, by_token != 0, walk, width, per_group);
+                             float* partial, Extents extents, int keys, Walk walk, int width, int per_group) {
+    unpack_rows(x, rows, change, grad, factor, out, sum, partial, extents, keys != 0, walk, width, per_group);
 }
 
 #define FORWARD(D)                                                                                                              \
     extern "C" __global__ void __launch_bounds__(FORWARD_THREADS) KERNEL(attention_forward_##D)(                                \
         const Element* q, const Element* k, const Element* v, Rows q_rows, Rows k_rows, Rows v_rows, Rows out_rows,             \
-        const int* lengths, Element* out, float* lse, int tiles) {                                                              \
-        forward<Element, D>(q, k, v, q_rows, k_rows, v_rows, out_rows, lengths, out, lse, tiles);                               \
+        Extents extents, float factor, Element* out, float* lse, int tiles) {                                                   \
+        forward<Element, D>(q, k, v, q_rows, k_rows, v_rows, out_rows, extents, factor, out, lse, tiles);                       \
     }
 FORWARD(32)
 FORWARD(64)
@@ -55,8 +56,10 @@ FORWARD(256)
 #define GRADIENT(NAME, D, OWN_QUERIES, X, Y)                                                                                    \
     extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS<Element, D>) KERNEL(attention_##NAME##_##D)(                  \
         const Element* x, const Element* y, const Element* u, const Element* w, Rows x_rows, Rows y_rows, Rows u_rows,          \
-        Rows w_rows, const int* lengths, const float* lse, const float* delta, float* d_x, float* d_y, int tiles) {             \
-        gradient<Element, D, OWN_QUERIES, X, Y>(x, y, u, w, x_rows, y_rows, u_rows, w_rows, lengths, lse, delta, d_x, d_y, tiles); \
+        Rows w_rows, Extents extents, const int* firsts, float factor, const float* lse, const float* delta, float* d_x,        \
+        float* d_y, int tiles) {                                                                                                \
+        gradient<Element, D, OWN_QUERIES, X, Y>(x, y, u, w, x_rows, y_rows, u_rows, w_rows, extents, firsts, factor, lse, delta, \
+                                                d_x, d_y, tiles);                                                               \
     }
 GRADIENT(query_gradient, 32, true, true, false)
 GRADIENT(query_gradient, 64, true, true, false)

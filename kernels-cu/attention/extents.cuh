@@ -1,25 +1,35 @@
-// Which tokens a batch entry has and which keys a query sees: `ops/attention/extents.rs` on the device.
+// Which tokens a batch entry has, and which keys a query of it sees: always the first ones, up to a limit.
 #pragma once
 
-#include <stdint.h>
+#include "common.cuh"
 
-// Tokens [query, query + queries) of the queries' tensor and keys [key, key + keys) of the keys'; its limits start at `limits`.
+// The tokens of an entry: its first query among the tensor's tokens and the number of them, the same of the keys that may be seen, and
+// where the limits of its queries start.
 struct Entry {
     int query, queries, key, keys, limits;
 };
 
-// As the launcher passes it (no padding). entries: by (batch0, batch1), or null where all are `alike`; limits: keys that a query sees,
-// never fewer than those of the one before it, or null where it sees all keys of its entry.
+// entries: by (batch0, batch1), or null where all are `alike`. limits: keys that a query sees, never fewer than those of the one before
+// it; null: all of its entry. ragged: entries of the first batch axis that lie one behind the other; 0: that axis has a stride.
 struct Extents {
     const Entry* entries;
     const int* limits;
     Entry alike;
-    int batch1;
+    int ragged;
+
+    __device__ __forceinline__ Entry entry(int i) const { return entries ? entries[i] : alike; }
+    __device__ __forceinline__ int limit(const Entry& e, int query) const { return limits ? limits[e.limits + query] : e.keys; }
+    // The entry of the token of a ragged tensor. `keys`: it counts keys, not queries.
+    __device__ Entry find(int token, int b1, int size1, bool keys) const {
+        // The last entry that does not start behind the token: those before it at the same place are empty.
+        int low = 0, high = ragged;
+        while (high - low > 1) {
+            int middle = (low + high) / 2, start = keys ? entries[middle * size1].key : entries[middle * size1].query;
+            if (start <= token)
+                low = middle;
+            else
+                high = middle;
+        }
+        return entries[low * size1 + b1];
+    }
 };
-
-__device__ __forceinline__ Entry entry(const Extents& extents, int i) { return extents.entries ? extents.entries[i] : extents.alike; }
-
-// Keys that a query sees; queries behind the last see what that does.
-__device__ __forceinline__ int limit(const Extents& extents, const Entry& entry, int query) {
-    return extents.limits && entry.queries > 0 ? extents.limits[entry.limits + min(query, entry.queries - 1)] : entry.keys;
-}

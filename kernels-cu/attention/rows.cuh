@@ -1,22 +1,34 @@
-// Rows of the operands in their strided tensors, and what happens to them on the way into the tiles and back: QK norm, rotation, the
-// factor of the scores. A row is shared by a few lanes of a warp, 16 bytes each. Memory-bound.
+// Rows of the operands in their strided tensors, and what happens to them on the way into the tiles and back: QK norm and rotation.
+// A row is shared by a few lanes of a warp, 16 bytes each. Memory-bound.
 #pragma once
 
-#include "common.cuh"
+#include "attention/extents.cuh"
 
 constexpr float NORM_EPS = 1e-6f;
 constexpr int WIDEST = 256;
 
-// Where rows are: (batch0, batch1, token, head), `channels` contiguous elements each. A unit is (batch0, batch1, head).
+// Where rows are: (batch0, batch1, token, head), `channels` contiguous elements each. An entry is (batch0, batch1). Where entries are
+// ragged, `tokens` counts those of all.
 struct Rows {
     int64_t offset, batch0, batch1, token, head;
     int size1, heads, tokens, channels;
-};
 
-__device__ __forceinline__ int64_t unit_start(const Rows& r, int unit) {
-    int entry = unit / r.heads, head = unit - entry * r.heads, b0 = entry / r.size1, b1 = entry - b0 * r.size1;
-    return r.offset + b0 * r.batch0 + b1 * r.batch1 + head * r.head;
-}
+    // Of token 0 of an entry's head, or the first of all tokens in a ragged tensor.
+    __device__ __forceinline__ int64_t start(int entry, int head_index) const {
+        int b0 = entry / size1, b1 = entry - b0 * size1;
+        return offset + b0 * batch0 + b1 * batch1 + head_index * head;
+    }
+    // Row number `row` of [batch0, batch1, head, token], or of [batch1, head, token] in a ragged tensor.
+    __device__ __forceinline__ int64_t row_start(uint32_t row) const {
+        int unit = row / uint32_t(tokens), t = row - uint32_t(unit) * uint32_t(tokens), entry = unit / heads;
+        return start(entry, unit - entry * heads) + t * token;
+    }
+    // The number of the row of an entry's head that token `first` of the tensor has.
+    __device__ __forceinline__ int64_t number(const Extents& extents, int entry, int head_index, int first) const {
+        int batch = extents.ragged ? entry % size1 : entry;
+        return (int64_t(batch) * heads + head_index) * tokens + first;
+    }
+};
 
 // What is done to a row x of queries or of keys: normalised with `weight`, rotated by the angles of its token. Null: not.
 struct Change {
@@ -82,43 +94,47 @@ template <class T> struct Lanes {
     __device__ float inverse_rms(const Packs<T>& x) const { return 1.0f / sqrtf(dot(x, x) / channels + NORM_EPS); }
 };
 
-// Packs all rows: out[unit][token][width] = factor * rotated(normed(x)), zeros beyond the channels. A group of lanes per row.
+// Packs all rows: out[row][width] = rotated(normed(x)), zeros beyond the channels. A group of lanes per row. `keys`: of keys, not of
+// queries.
 template <class T>
-__device__ void pack_rows(const T* x, const Rows& rows, const Change& change, float factor, T* out, int width, uint32_t count) {
+__device__ void pack_rows(const T* x, const Rows& rows, const Change& change, const Extents& extents, bool keys, T* out, int width,
+                          uint32_t count) {
     Lanes<T> lanes(width, rows.channels);
     uint32_t row = blockIdx.x * lanes.groups() + lanes.group();
     bool some = row < count;
     if (!some) row = 0;
-    int unit = row / uint32_t(rows.tokens), token = row - uint32_t(unit) * uint32_t(rows.tokens);
     Packs<T> v;
-    lanes.load(v, x + unit_start(rows, unit) + token * rows.token, some);
+    lanes.load(v, x + rows.row_start(row), some);
     if (change.weight) {
-        factor *= lanes.inverse_rms(v);
+        float factor = lanes.inverse_rms(v);
         Packs<T> w;
         lanes.load(w, static_cast<const T*>(change.weight), some);
 #pragma unroll
         for (int p = 0; p < PACKS<T>; p++)
 #pragma unroll
-            for (int i = 0; i < PACK<T>; i++) v[p][i] *= w[p][i];
+            for (int i = 0; i < PACK<T>; i++) v[p][i] *= w[p][i] * factor;
     }
-    if (change.cos) lanes.rotate(v, change, token, false, some);
+    if (change.cos) {
+        int token = row % uint32_t(rows.tokens);
+        if (extents.ragged) {
+            Entry e = extents.find(token, 0, rows.size1, keys);
+            token -= keys ? e.key : e.query;
+        }
+        lanes.rotate(v, change, token, false, some);
+    }
 #pragma unroll
-    for (int p = 0; p < PACKS<T>; p++) {
-#pragma unroll
-        for (int i = 0; i < PACK<T>; i++) v[p][i] *= factor;
+    for (int p = 0; p < PACKS<T>; p++)
         if (some && lanes.column(p) < width) store_pack(out + int64_t(row) * width + lanes.column(p), v[p]);
-    }
 }
 
-// delta[unit][query] = dot product of the output's row and its gradient. `rows` finds both; a lane group per row.
+// delta[row] = dot product of the output's row and its gradient. `rows` finds both; a lane group per row.
 template <class T>
 __device__ void dot_rows(const T* a, const T* b, const Rows& rows, float* delta, int width, uint32_t count) {
     Lanes<T> lanes(width, rows.channels);
     uint32_t row = blockIdx.x * lanes.groups() + lanes.group();
     bool some = row < count;
     if (!some) row = 0;
-    int unit = row / uint32_t(rows.tokens), token = row - uint32_t(unit) * uint32_t(rows.tokens);
-    int64_t at = unit_start(rows, unit) + token * rows.token;
+    int64_t at = rows.row_start(row);
     Packs<T> x, y;
     lanes.load(x, a + at, some);
     lanes.load(y, b + at, some);
@@ -135,11 +151,11 @@ struct Walk {
 // Takes the gradient of packed rows, times `factor`, back through rotation and norm.
 //  out: the operand's gradient, overwritten; or sum: the same in float, added to; both may be null
 //  partial: [block][channels], sums of the gradients of the norm's weight over the block's rows; or null
-// A row without a gradient counts as zero, whatever its elements: a token from the unit's number of keys on (`by_token`), or
-// all tokens of a unit without a key.
+// A row without a gradient counts as zero, whatever its elements: a key that may not be seen or has no query (`keys`: these are keys),
+// a query without a key.
 template <class T>
 __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, const float* grad, float factor, T* out, float* sum,
-                            float* partial, const int* lengths, bool by_token, const Walk& walk, int width, int per_group) {
+                            float* partial, const Extents& extents, bool keys, const Walk& walk, int width, int per_group) {
     __shared__ float tile[BLOCK * PACKS<T> * PACK<T>];
     Lanes<T> lanes(width, rows.channels);
     Packs<T> w = {}, dw = {};
@@ -167,7 +183,9 @@ __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, 
             int b1 = at[1] + j % walk.loops[1], b0 = at[0] + j / walk.loops[1];
             int entry = b0 * rows.size1 + b1;
             place = rows.offset + b0 * rows.batch0 + b1 * rows.batch1 + token * rows.token + head * rows.head;
-            bool some = inside && (!lengths || lengths[entry] > (by_token ? token : 0));
+            Entry e = extents.ragged ? extents.find(token, b1, rows.size1, keys) : extents.entry(entry);
+            int own = token - (keys ? e.key : e.query);
+            bool some = inside && (keys ? own < e.keys && e.queries > 0 : e.keys > 0);
             const float* g_row = grad + ((int64_t(entry) * rows.heads + head) * rows.tokens + token) * width;
             Packs<T> g = {};
 #pragma unroll
@@ -181,7 +199,7 @@ __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, 
                     }
                 }
             }
-            if (change.cos) lanes.rotate(g, change, token, true, some);
+            if (change.cos) lanes.rotate(g, change, own, true, some);
             if (change.weight) {
                 // y = x * inverse * w: with g the gradient of y, dw = x g inverse and
                 // dx = inverse (w g - x inverse^2 sum(x w g) / channels).

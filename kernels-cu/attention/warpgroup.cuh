@@ -11,7 +11,6 @@
 #pragma once
 
 #include "attention/boxes.cuh"
-#include "attention/extents.cuh"
 #include "attention/queries.cuh"
 #include "attention/rows.cuh"
 #include "attention/softmax.cuh"
@@ -44,8 +43,6 @@ struct Sizes {
     Change change;
     bf16* out_data;
     float* lse;
-    // Elements of lse from one batch0 to the next, 0 where entries are ragged.
-    int64_t lse_batch0;
     // log2(e) / sqrt(channels).
     float scale;
     // (batch0, batch1, head); query heads that share a key head; tiles of queries of the longest entry; units whose tiles are taken
@@ -53,12 +50,22 @@ struct Sizes {
     int units, shared_heads, tiles, chunk, count, engine_stores;
 };
 
-// A tile of queries of a unit, from `row` of its entry on; `most`: keys that its last row sees, as the largest.
+// Keys that a query sees; those behind the last one see what that does.
+__device__ __forceinline__ int limit(const Extents& extents, const Entry& entry, int query) {
+    return entry.queries > 0 ? extents.limit(entry, min(query, entry.queries - 1)) : 0;
+}
+
+// A tile of queries of a unit, from `row` of its entry on, which has the number `index`; `most`: keys that its last row sees, the largest
+// number.
 struct Item {
     Entry entry;
-    int batch0, batch1, head, row, most;
+    int index, head, row, most;
 
-    __device__ __forceinline__ Coordinates queries(int first) const { return {batch0, batch1, entry.query + first, head}; }
+    // Of a token of an operand's tensor that has `size1` entries along the second axis.
+    __device__ __forceinline__ Coordinates at(int size1, int token, int of_head) const {
+        int batch0 = index / size1;
+        return {batch0, index - batch0 * size1, token, of_head};
+    }
 };
 
 // The tiles of a block, one of each round of the grid; every other round goes backwards, so that where tiles get shorter and shorter
@@ -78,10 +85,9 @@ struct Items {
         int size = min(s.chunk, s.units - first), tile = rest / size, unit = first + rest - tile * size;
         if (s.extents.limits) tile = s.tiles - 1 - tile;
         Item item;
-        int at = unit / s.out_rows.heads;
-        item.head = unit - at * s.out_rows.heads;
-        item.batch0 = at / s.extents.batch1, item.batch1 = at - item.batch0 * s.extents.batch1;
-        item.entry = entry(s.extents, at);
+        item.index = unit / s.out_rows.heads;
+        item.head = unit - item.index * s.out_rows.heads;
+        item.entry = s.extents.entry(item.index);
         item.row = tile * C::ROWS;
         item.most = limit(s.extents, item.entry, item.row + C::ROWS - 1);
         return item;
@@ -134,7 +140,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Sizes& s, const 
     Items<C> items{s};
     while (items.next()) {
         Item i = items.item();
-        Coordinates key = {i.batch0, i.batch1, i.entry.key, i.head / s.shared_heads}, value = key;
+        Coordinates key = i.at(s.out_rows.size1, i.entry.key, i.head / s.shared_heads), value = key;
         int tiles = (i.most + C::KEYS - 1) / C::KEYS;
         for (int j = 0; j <= tiles; j++) {
             if (j < tiles) fill<C>(keys, k, &maps.k, s.k, key), key.token += C::KEYS;
@@ -173,11 +179,14 @@ struct Consumer {
         at.next();
     }
 
+    __device__ __forceinline__ Coordinates queries_of(const Item& item) const {
+        return item.at(s.out_rows.size1, item.entry.query + item.row + group * GROUP_ROWS, item.head);
+    }
     __device__ __forceinline__ void load_queries(const Items<C>& items) const {
         if (!leader()) return;
         Item item = items.item();
         barrier_expect(arrived, C::QUERIES);
-        load_rows<C::LINES>(queries, &maps.q, arrived, s.q, item.queries(item.row + group * GROUP_ROWS), C::QUERY_BOX);
+        load_rows<C::LINES>(queries, &maps.q, arrived, s.q, queries_of(item), C::QUERY_BOX);
     }
 
     // scores = Q K^T, issued.
@@ -290,25 +299,24 @@ struct Consumer {
                 *reinterpret_cast<uint32_t*>(queries + chunk_place(row, j, C::QUERY_BOX) + threadIdx.x % 4 * 4) =
                     item.most > 0 ? narrow(sums[4 * j + 2 * r] * inverse, sums[4 * j + 2 * r + 1] * inverse) : 0;
             if (threadIdx.x % 4 == 0 && first + row < item.entry.queries)
-                s.lse[item.batch0 * s.lse_batch0 + (int64_t(item.batch1) * rows.heads + item.head) * rows.tokens + item.entry.query + first +
-                      row] = softmax.lse(r, s.scale);
+                s.lse[rows.number(s.extents, item.index, item.head, item.entry.query + first + row)] = softmax.lse(r, s.scale);
         }
-        bool by_engine = s.engine_stores && (first + GROUP_ROWS <= item.entry.queries || !s.extents.entries);
+        bool by_engine = s.engine_stores && (first + GROUP_ROWS <= item.entry.queries || item.entry.queries == rows.tokens);
         if (by_engine) fence_async();
         together();
         if (by_engine) {
             if (!leader()) return;
-            if (first < item.entry.queries) store_rows<C::LINES>(&maps.out, queries, s.out, item.queries(first), C::QUERY_BOX);
+            if (first < item.entry.queries) store_rows<C::LINES>(&maps.out, queries, s.out, queries_of(item), C::QUERY_BOX);
             store_commit();
             store_wait_read<0>();
         } else {
-            bf16* out = s.out_data + rows.offset + item.batch0 * rows.batch0 + item.batch1 * rows.batch1 + item.head * rows.head;
+            bf16* out = s.out_data + rows.start(item.index, item.head);
             for (int i = thread(); i < GROUP_ROWS * (C::WIDTH / 8); i += GROUP_THREADS) {
                 int row = i / (C::WIDTH / 8), chunk = i % (C::WIDTH / 8), there = min(rows.channels - 8 * chunk, 8);
                 if (first + row >= item.entry.queries || there <= 0) continue;
                 float x[8];
                 widen(*reinterpret_cast<const uint4*>(queries + chunk_place(row, chunk, C::QUERY_BOX)), x);
-                ::store(out + (item.entry.query + first + row) * rows.token + 8 * chunk, x, there);
+                ::store(out + int64_t(item.entry.query + first + row) * rows.token + 8 * chunk, x, there);
             }
             together();
         }

@@ -1,28 +1,27 @@
 //! Launchers of `kernels-cu/attention`: the backward pass; see `cpu/attention_backward.rs` for what is computed.
 
 use super::{
-    OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, integers, row_grid, row_groups, scratch_bytes,
-    tile_bytes, units, width,
+    OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, entries, integers, row_grid, row_groups,
+    score_factor, scratch_bytes, tile_bytes, width,
 };
 use crate::{
     Result, Tensor,
-    cuda::{Call, call::BLOCK, elementwise},
-    ops::attention::{Attention, Backward, Forward, Layout, NormWeights, Slots},
+    cuda::{Call, Words, call::BLOCK, elementwise},
+    ops::attention::{Attention, Backward, Extents, Forward, Layout, NormWeights, Slots},
 };
 use hywu_core::Dtype;
-use std::f32::consts::LN_2;
 
 /// Blocks that fill any GPU.
 const ENOUGH_BLOCKS: usize = 1024;
 
-/// Two tiles of own rows, and two of other rows for every stage, with two numbers per row. Sizes as in backward.cuh.
+/// Two tiles of own rows, and two of other rows for every stage, with three numbers per row. Sizes as in backward.cuh.
 fn plan(head_dim: usize, dtype: Dtype) -> Plan {
     let width = width(head_dim);
     let rows = if dtype.size() * width > 512 { 32 } else { 64 };
     let others = if width > 64 { 32 } else { 64 };
     let stages = if dtype == Dtype::Bf16 { 2 } else { 1 };
     let tiles = tile_bytes(2 * rows + stages * 2 * others, width, dtype);
-    let shared = tiles + stages * 2 * others * 4 + scratch_bytes(rows, others, dtype);
+    let shared = tiles + stages * 3 * others * 4 + scratch_bytes(rows, others, dtype);
     Plan { width, rows, threads: (rows / WARP_ROWS * WARP) as u32, shared }
 }
 
@@ -96,17 +95,12 @@ struct Packed<'a> {
     args: &'a Attention,
     operands: &'a Operands<'a>,
     operand: &'a Operand<'a>,
-    /// [units, tokens, width] in f32.
+    /// One after the other, in f32.
     grad: &'a Tensor,
     factor: f32,
-    /// Has a token a gradient by its own number, and not all of a unit or none?
-    by_token: bool,
 }
 
 impl Packed<'_> {
-    fn sizes(&self) -> [usize; 4] {
-        [self.args.batch[0], self.args.batch[1], self.operand.rows.tokens, self.args.heads]
-    }
     /// Launches one walk and returns, when asked to, the gradient of the norm's weight.
     fn launch(&self, walk: &Walk, sink: Option<Sink<'_>>, norm: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (x, d) = (self.operand.data, self.args.head_dim);
@@ -124,7 +118,7 @@ impl Packed<'_> {
         let call = call.bytes(&self.operand.change()).tensor_as(self.grad, Dtype::F32)?.float(self.factor);
         let call =
             call.optional(out)?.optional_as(sum, Dtype::F32)?.optional_as(partial.as_ref(), Dtype::F32)?;
-        let call = call.optional_words(self.operands.lengths.as_ref()).size(usize::from(self.by_token))?;
+        let call = call.bytes(&self.operands.tables.bytes()?).size(usize::from(self.operand.keys))?;
         call.bytes(&walk.bytes()?).size(width)?.size(per_group)?.launch(grid, BLOCK, 0)?;
         let (Some(partial), Some(norm)) = (partial, norm) else { return Ok(None) };
         let sum = elementwise::column_sums(&partial, d)?.cast(x.dtype())?;
@@ -132,9 +126,10 @@ impl Packed<'_> {
     }
     /// Takes all rows to the sink; `norm` as in `launch`.
     fn unpack(&self, sink: Option<Sink<'_>>, norm: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let all = Walk::all(self.sizes());
+        let sizes = self.operand.rows.sizes(self.args);
+        let all = Walk::all(sizes);
         let Some(Sink::Add(_)) = sink else { return self.launch(&all, sink, norm) };
-        for walk in Walk::apart(self.sizes(), &self.operand.rows.layout, self.args.head_dim) {
+        for walk in Walk::apart(sizes, &self.operand.rows.layout, self.args.head_dim) {
             self.launch(&walk, sink, None)?;
         }
         // Every row once, whatever the rows share.
@@ -143,6 +138,18 @@ impl Packed<'_> {
             None => Ok(None),
         }
     }
+}
+
+/// For every entry (one for all, where they are alike) and tile of `rows` keys the first query that sees any of them; empty when all do.
+fn first_queries(extents: &Extents, rows: usize, tiles: usize) -> Vec<usize> {
+    if extents.limits.is_empty() {
+        return Vec::new();
+    }
+    let of_entry = |i| {
+        let entry = extents.entry(i);
+        (0..tiles).map(move |tile| extents.first_query(&entry, tile * rows))
+    };
+    (0..extents.entries.len().max(1)).flat_map(of_entry).collect()
 }
 
 /// The kernels over tiles.
@@ -166,8 +173,8 @@ impl Tiles<'_> {
         writes: [bool; 2],
     ) -> Result<[Option<Tensor>; 2]> {
         let plan = plan(self.args.head_dim, x.data.dtype());
-        let tokens = x.rows.tokens;
-        let shape = [units(self.args), tokens, plan.width];
+        let tables = &self.operands.tables;
+        let shape = [x.rows.count(self.args), plan.width];
         let gradient = |wanted: bool| wanted.then(|| x.data.empty_as(&shape, Dtype::F32)).transpose();
         let (d_x, d_y) = (gradient(writes[0])?, gradient(writes[1])?);
         let mut call = Call::new(OP, &format!("attention_{kernel}_{}", plan.width), &x.data)?;
@@ -177,11 +184,20 @@ impl Tiles<'_> {
         for source in [x, y, u, w] {
             call = call.bytes(&source.rows.bytes()?);
         }
-        call = call.optional_words(self.operands.lengths.as_ref());
+        let own = if x.keys { tables.extents.most_keys() } else { tables.extents.most_queries() };
+        let tiles = own.div_ceil(plan.rows);
+        let firsts = if x.keys { first_queries(&tables.extents, plan.rows, tiles) } else { Vec::new() };
+        let firsts = (!firsts.is_empty()).then(|| Words::sizes(&x.data, &firsts)).transpose()?;
+        call = call.bytes(&tables.bytes()?);
+        call = match &firsts {
+            Some(firsts) => call.words(firsts),
+            None => call.long(0),
+        };
+        call = call.float(score_factor(self.args.head_dim));
         call = call.tensor_as(self.lse, Dtype::F32)?.tensor_as(&self.delta, Dtype::F32)?;
         call = call.optional_as(d_x.as_ref(), Dtype::F32)?.optional_as(d_y.as_ref(), Dtype::F32)?;
-        let tiles = tokens.div_ceil(plan.rows);
-        call.size(tiles)?.launch(row_grid(units(self.args) * tiles, 1)?, plan.threads, plan.shared)?;
+        let blocks = entries(self.args) * x.rows.heads * tiles;
+        call.size(tiles)?.launch(row_grid(blocks, 1)?, plan.threads, plan.shared)?;
         Ok([d_x, d_y])
     }
     fn query_gradient(&self) -> Result<Option<Tensor>> {
@@ -217,7 +233,7 @@ pub fn backward(
     grad: &Tensor,
     slots: &Slots<'_>,
 ) -> Result<Backward> {
-    let nothing = units(args) * args.queries * args.keys == 0;
+    let nothing = entries(args) * args.heads * args.queries * args.keys == 0;
     let sums = !slots.once;
     let tensor = |&(shape, whole): &(&[usize], bool)| match (sums, whole && !nothing) {
         (true, _) => grad.empty_as(&[0], Dtype::F32)?.zeros_like(shape),
@@ -235,43 +251,34 @@ pub fn backward(
 
     let width = width(args.head_dim);
     let operands = Operands::new(args, qkv, norm)?;
-    let gradients = Operand::plain(args, grad, &args.out, args.queries);
-    let count = units(args) * args.queries;
+    let gradients = Operand::of_queries(args, grad, &args.out);
+    let count = gradients.rows.count(args);
     let delta = grad.empty_as(&[count], Dtype::F32)?;
     let call = Call::new(OP, "attention_delta", grad)?.tensor(&saved.out)?.tensor(grad)?;
     let call =
         call.bytes(&gradients.rows.bytes()?).tensor_as(&delta, Dtype::F32)?.size(width)?.size(count)?;
     call.launch(row_grid(count, row_groups(width, grad.dtype()))?, BLOCK, 0)?;
 
-    let tiles = Tiles {
-        args,
-        operands: &operands,
-        q: operands.q.source(args, width)?,
-        k: operands.k.source(args, width)?,
-        v: operands.v.source(args, width)?,
-        grad: gradients.source(args, width)?,
-        lse: &saved.lse,
-        delta,
-    };
+    let [q, k, v] = operands.sources(args, width)?;
+    let grad_source = gradients.source(args, &operands.tables, width)?;
+    let tiles = Tiles { args, operands: &operands, q, k, v, grad: grad_source, lse: &saved.lse, delta };
     let [q_slot, k_slot, v_slot] = slots.wanted.slots;
     let wants = |slot: Option<usize>| slot.is_some() || norm_weights.is_some();
     let d_q = if wants(q_slot) { tiles.query_gradient()? } else { None };
     let [d_k, d_v] = tiles.key_value_gradients([wants(k_slot), v_slot.is_some()])?;
 
-    let unpack =
-        |operand, grad: Option<Tensor>, factor, by_token, slot: Option<usize>, norm: Option<&Tensor>| {
-            let Some(grad) = &grad else { return Ok(None) };
-            let sink = slot.map(|s| if sums { Sink::Add(&tensors[s]) } else { Sink::Write(&tensors[s]) });
-            if sink.is_none() && norm.is_none() {
-                return Ok(None);
-            }
-            Packed { args, operands: &operands, operand, grad, factor, by_token }.unpack(sink, norm)
-        };
-    // Queries carry log2(e) / sqrt(head_dim), so what is left of the scale for keys is ln(2).
+    let unpack = |operand, grad: Option<Tensor>, factor, slot: Option<usize>, norm: Option<&Tensor>| {
+        let Some(grad) = &grad else { return Ok(None) };
+        let sink = slot.map(|s| if sums { Sink::Add(&tensors[s]) } else { Sink::Write(&tensors[s]) });
+        if sink.is_none() && norm.is_none() {
+            return Ok(None);
+        }
+        Packed { args, operands: &operands, operand, grad, factor }.unpack(sink, norm)
+    };
     let factor = 1.0 / (args.head_dim as f32).sqrt();
-    let weight_q = unpack(&operands.q, d_q, factor, false, q_slot, norm_weights.map(|n| n.q))?;
-    let weight_k = unpack(&operands.k, d_k, LN_2, true, k_slot, norm_weights.map(|n| n.k))?;
-    unpack(&operands.v, d_v, 1.0, true, v_slot, None)?;
+    let weight_q = unpack(&operands.q, d_q, factor, q_slot, norm_weights.map(|n| n.q))?;
+    let weight_k = unpack(&operands.k, d_k, factor, k_slot, norm_weights.map(|n| n.k))?;
+    unpack(&operands.v, d_v, 1.0, v_slot, None)?;
     let slots = tensors.iter().map(|t| t.cast(grad.dtype())).collect::<Result<_>>()?;
     Ok(Backward { slots, norm: weight_q.zip(weight_k) })
 }
@@ -290,10 +297,10 @@ mod tests {
             }
         }
         // Own rows, and two stages of 2 x 32 other rows, of 128 channels and 16 bytes.
-        let bf16 = Plan { width: 128, rows: 64, threads: 128, shared: 256 * 272 + 512 };
+        let bf16 = Plan { width: 128, rows: 64, threads: 128, shared: 256 * 272 + 768 };
         assert_eq!(plan(128, Dtype::Bf16), bf16);
         // 32 own rows and 32 others of 256 channels and 16 bytes, 32 rows of 32 weights and 16 bytes.
-        let f32 = Plan { width: 256, rows: 32, threads: 64, shared: 128 * 1040 + 256 + 32 * 144 };
+        let f32 = Plan { width: 256, rows: 32, threads: 64, shared: 128 * 1040 + 384 + 32 * 144 };
         assert_eq!(plan(256, Dtype::F32), f32);
     }
 

@@ -1,17 +1,15 @@
 //! Launchers of `kernels-cu/attention`: packing of the operands and the forward pass; see `cpu/attention.rs` for what is computed.
 
 mod backward;
+mod boxes;
+mod warpgroup;
 
 pub use backward::backward;
-
-mod boxes;
-mod extents;
-mod warpgroup;
 
 use super::{Call, Words, blocks, call::BLOCK, pack};
 use crate::{
     Error, Result, Tensor,
-    ops::attention::{Attention, Forward, Layout, NormWeights, Rotary},
+    ops::attention::{Attention, Entry, Extents, Forward, Layout, NormWeights, Rotary},
 };
 use hywu_core::Dtype;
 use std::f32::consts::LOG2_E;
@@ -63,21 +61,35 @@ pub(super) struct Rows {
     pub layout: Layout,
     /// Size of the second batch axis.
     size1: usize,
-    heads: usize,
+    pub heads: usize,
+    /// Of an entry; where entries are ragged, of all.
     pub tokens: usize,
     channels: usize,
 }
 
 impl Rows {
-    pub fn new(args: &Attention, layout: &Layout, tokens: usize) -> Self {
-        Self { layout: *layout, size1: args.batch[1], heads: args.heads, tokens, channels: args.head_dim }
+    pub fn of_queries(args: &Attention, layout: &Layout) -> Self {
+        let (size1, channels) = (args.batch[1], args.head_dim);
+        Self { layout: *layout, size1, heads: args.heads, tokens: args.queries, channels }
     }
-    /// Rows one after the other: [batch0, batch1, head, token, width].
-    pub fn packed(args: &Attention, tokens: usize, width: usize) -> Self {
-        let (token, head) = (width, tokens * width);
-        let batch = [args.batch[1] * args.heads * head, args.heads * head];
-        let layout = Layout { offset: 0, batch, token, head };
-        Self { channels: width, ..Self::new(args, &layout, tokens) }
+    pub fn of_keys(args: &Attention, layout: &Layout) -> Self {
+        Self { heads: args.kv_heads, tokens: args.keys, ..Self::of_queries(args, layout) }
+    }
+    /// The same rows one after the other: [batch0, batch1, head, token, width], where entries are ragged without the first axis.
+    pub fn packed(&self, args: &Attention, width: usize) -> Self {
+        let (token, head) = (width, self.tokens * width);
+        let entry = self.heads * head;
+        let batch0 = if args.ragged.is_some() { 0 } else { self.size1 * entry };
+        Self { channels: width, layout: Layout { offset: 0, batch: [batch0, entry], token, head }, ..*self }
+    }
+    /// How many there are along the axes (batch0, batch1, token, head).
+    pub fn sizes(&self, args: &Attention) -> [usize; 4] {
+        let batch0 = if args.ragged.is_some() { 1 } else { args.batch[0] };
+        [batch0, self.size1, self.tokens, self.heads]
+    }
+    /// How many there are.
+    pub fn count(&self, args: &Attention) -> usize {
+        self.sizes(args).iter().product()
     }
     /// As the kernels take it.
     pub fn bytes(&self) -> Result<Vec<u8>> {
@@ -108,26 +120,68 @@ pub(super) fn integers(sizes: &[usize]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The tokens of all entries: the struct `Extents` of the kernels.
+pub(super) struct Tables {
+    pub extents: Extents,
+    entries: Option<Words>,
+    limits: Option<Words>,
+    /// Entries of the first batch axis where they are ragged.
+    ragged: usize,
+}
+
+impl Tables {
+    pub fn new(args: &Attention, like: &Tensor) -> Result<Self> {
+        let extents = args.extents();
+        let integers: Vec<usize> = extents.entries.iter().flat_map(integers_of).collect();
+        let words = |list: &[usize]| (!list.is_empty()).then(|| Words::sizes(like, list)).transpose();
+        Ok(Self {
+            entries: words(&integers)?,
+            limits: words(&extents.limits)?,
+            ragged: if args.ragged.is_some() { args.batch[0] } else { 0 },
+            extents,
+        })
+    }
+    /// As the kernels take it.
+    pub fn bytes(&self) -> Result<Vec<u8>> {
+        let address = |words: Option<&Words>| words.map_or(0, Words::address).to_le_bytes();
+        let mut bytes = [address(self.entries.as_ref()), address(self.limits.as_ref())].concat();
+        bytes.extend(integers(&integers_of(&self.extents.alike))?);
+        bytes.extend(integers(&[self.ragged])?);
+        Ok(bytes)
+    }
+}
+
+/// The struct `Entry` of the kernels.
+fn integers_of(entry: &Entry) -> [usize; 5] {
+    [entry.query, entry.queries, entry.key, entry.keys, entry.limits]
+}
+
 /// Queries, keys, values or gradients of the output, with what happens to a row on its way into a product.
 pub(super) struct Operand<'a> {
     pub data: &'a Tensor,
     pub rows: Rows,
+    /// Are these rows of keys or values?
+    pub keys: bool,
     pub norm: Option<&'a Tensor>,
     pub rotary: Option<&'a Rotary>,
-    /// Multiplies the row.
-    pub factor: f32,
 }
 
 /// Rows that a kernel of tiles can copy.
 pub(super) struct Source {
     pub data: Tensor,
     pub rows: Rows,
+    /// Are these rows of keys or values?
+    pub keys: bool,
 }
 
 impl<'a> Operand<'a> {
-    /// Rows that go in as they are.
-    pub fn plain(args: &Attention, data: &'a Tensor, layout: &Layout, tokens: usize) -> Self {
-        Self { data, rows: Rows::new(args, layout, tokens), norm: None, rotary: None, factor: 1.0 }
+    /// Rows of queries or of the output that go in as they are.
+    pub fn of_queries(args: &Attention, data: &'a Tensor, layout: &Layout) -> Self {
+        Self { data, rows: Rows::of_queries(args, layout), keys: false, norm: None, rotary: None }
+    }
+    /// Rows of keys or of values that go in as they are.
+    pub fn of_keys(args: &Attention, data: &'a Tensor, layout: &Layout) -> Self {
+        Self { data, rows: Rows::of_keys(args, layout), keys: true, norm: None, rotary: None }
     }
     /// The struct `Change` of the kernels.
     pub fn change(&self) -> Vec<u8> {
@@ -139,32 +193,36 @@ impl<'a> Operand<'a> {
             .collect()
     }
     /// The rows ready for tiles: packed, or where they are when nothing happens to them.
-    pub fn source(&self, args: &Attention, width: usize) -> Result<Source> {
-        let plain = self.norm.is_none() && self.rotary.is_none() && self.factor == 1.0;
+    pub fn source(&self, args: &Attention, tables: &Tables, width: usize) -> Result<Source> {
+        let plain = self.norm.is_none() && self.rotary.is_none();
         if plain && self.rows.aligned(pack(self.data.dtype())) {
-            return Ok(Source { data: self.data.clone(), rows: self.rows });
+            return Ok(Source { data: self.data.clone(), rows: self.rows, keys: self.keys });
         }
-        self.packed(args, width)
+        self.packed(args, tables, width)
     }
     /// The rows one after the other, `width` elements each.
-    pub fn packed(&self, args: &Attention, width: usize) -> Result<Source> {
-        let count = units(args) * self.rows.tokens;
-        let rows = Rows::packed(args, self.rows.tokens, width);
+    pub fn packed(&self, args: &Attention, tables: &Tables, width: usize) -> Result<Source> {
+        let (count, rows) = (self.rows.count(args), self.rows.packed(args, width));
         let data = self.data.empty_like(&[count, width])?;
         let call = Call::new(OP, "attention_pack", self.data)?.tensor(self.data)?.bytes(&self.rows.bytes()?);
-        let call = call.bytes(&self.change()).float(self.factor).tensor(&data)?;
-        call.size(width)?.size(count)?.launch(
+        let call = call.bytes(&self.change()).bytes(&tables.bytes()?).size(usize::from(self.keys))?;
+        call.tensor(&data)?.size(width)?.size(count)?.launch(
             row_grid(count, row_groups(width, self.data.dtype()))?,
             BLOCK,
             0,
         )?;
-        Ok(Source { data, rows })
+        Ok(Source { data, rows, keys: self.keys })
     }
 }
 
-/// (batch0, batch1, head) in all.
-pub(super) fn units(args: &Attention) -> usize {
-    args.batch[0] * args.batch[1] * args.heads
+/// (batch0, batch1) in all.
+pub(super) fn entries(args: &Attention) -> usize {
+    args.batch[0] * args.batch[1]
+}
+
+/// What products of queries and keys are multiplied by to be exponents of 2.
+pub(super) fn score_factor(head_dim: usize) -> f32 {
+    LOG2_E / (head_dim as f32).sqrt()
 }
 
 /// Rows that a block of a kernel of rows holds at a time: lanes share a row, 16 bytes each.
@@ -176,13 +234,12 @@ pub(super) fn row_grid(rows: usize, per_block: usize) -> Result<[u32; 3]> {
     Ok([blocks(rows, per_block)?, 1, 1])
 }
 
-/// The operands of a call. Queries carry log2(e) / sqrt(head_dim), so scores are exponents of 2.
+/// The operands of a call.
 pub(super) struct Operands<'a> {
     pub q: Operand<'a>,
     pub k: Operand<'a>,
     pub v: Operand<'a>,
-    /// Keys per batch entry, where they differ.
-    pub lengths: Option<Words>,
+    pub tables: Tables,
 }
 
 impl<'a> Operands<'a> {
@@ -192,54 +249,38 @@ impl<'a> Operands<'a> {
         norm: Option<NormWeights<'a>>,
     ) -> Result<Self> {
         let [rotary_q, rotary_k] = args.rotary.as_ref().map_or([None; 2], |(q, k)| [Some(q), Some(k)]);
-        let lengths = args.key_lengths.as_ref().map(|lengths| Words::sizes(q, lengths)).transpose()?;
         Ok(Self {
-            q: Operand {
-                norm: norm.map(|n| n.q),
-                rotary: rotary_q,
-                factor: LOG2_E / (args.head_dim as f32).sqrt(),
-                ..Operand::plain(args, q, &args.q, args.queries)
-            },
-            k: Operand {
-                norm: norm.map(|n| n.k),
-                rotary: rotary_k,
-                ..Operand::plain(args, k, &args.k, args.keys)
-            },
-            v: Operand::plain(args, v, &args.v, args.keys),
-            lengths,
+            q: Operand { norm: norm.map(|n| n.q), rotary: rotary_q, ..Operand::of_queries(args, q, &args.q) },
+            k: Operand { norm: norm.map(|n| n.k), rotary: rotary_k, ..Operand::of_keys(args, k, &args.k) },
+            v: Operand::of_keys(args, v, &args.v),
+            tables: Tables::new(args, q)?,
         })
     }
-}
-
-impl Call {
-    /// Integers in device memory, or a null pointer.
-    pub(super) fn optional_words(self, words: Option<&Words>) -> Self {
-        match words {
-            Some(words) => self.words(words),
-            None => self.long(0),
-        }
+    /// Those that are read, ready for tiles.
+    pub fn sources(&self, args: &Attention, width: usize) -> Result<[Source; 3]> {
+        let source = |operand: &Operand<'_>| operand.source(args, &self.tables, width);
+        Ok([source(&self.q)?, source(&self.k)?, source(&self.v)?])
     }
 }
 
 pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<Forward> {
+    let operands = Operands::new(args, qkv, norm)?;
     if warpgroup::fits(args, qkv[0])? {
-        return warpgroup::forward(args, qkv, norm);
+        return warpgroup::forward(args, &operands);
     }
     let out = qkv[0].empty_like(&args.out_shape)?;
-    let lse = out.empty_as(&[args.batch[0], args.batch[1], args.heads, args.queries], Dtype::F32)?;
+    let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
     let plan = plan(args.head_dim, out.dtype());
-    let operands = Operands::new(args, qkv, norm)?;
-    let sources = [&operands.q, &operands.k, &operands.v];
-    let [q, k, v] = sources.map(|operand| operand.source(args, plan.width));
-    let (q, k, v) = (q?, k?, v?);
-    let tiles = args.queries.div_ceil(plan.rows);
+    let [q, k, v] = operands.sources(args, plan.width)?;
+    let tiles = operands.tables.extents.most_queries().div_ceil(plan.rows);
     let mut call = Call::new(OP, &format!("attention_forward_{}", plan.width), &out)?;
     call = call.tensor(&q.data)?.tensor(&k.data)?.tensor(&v.data)?;
-    for rows in [q.rows, k.rows, v.rows, Rows::new(args, &args.out, args.queries)] {
+    for rows in [q.rows, k.rows, v.rows, Rows::of_queries(args, &args.out)] {
         call = call.bytes(&rows.bytes()?);
     }
-    call = call.optional_words(operands.lengths.as_ref()).tensor(&out)?.tensor_as(&lse, Dtype::F32)?;
-    call.size(tiles)?.launch(row_grid(units(args) * tiles, 1)?, plan.threads, plan.shared)?;
+    call = call.bytes(&operands.tables.bytes()?).float(score_factor(args.head_dim));
+    call = call.tensor(&out)?.tensor_as(&lse, Dtype::F32)?.size(tiles)?;
+    call.launch(row_grid(entries(args) * args.heads * tiles, 1)?, plan.threads, plan.shared)?;
     Ok(Forward { out, lse })
 }
 

@@ -1,18 +1,16 @@
 //! Launcher of `kernels-cu/attention/warpgroup.cuh`, the forward pass on Hopper: which of its kernels, on which grid, with which boxes.
 
 use super::{
-    OP, Operand, Rows, Source,
+    OP, Operand, Operands, Rows, Source, Tables,
     boxes::{LINE_CHANNELS, Map},
-    extents::Tables,
-    integers, width,
+    entries, integers, score_factor, width,
 };
 use crate::{
-    Result, Tensor,
+    Error, Result, Tensor,
     cuda::{Call, blocks, call::on_gpu, hopper},
-    ops::attention::{Attention, Forward, NormWeights},
+    ops::attention::{Attention, Forward},
 };
 use hywu_core::Dtype;
-use std::f32::consts::LOG2_E;
 
 /// Queries of a warpgroup, and threads.
 const GROUP_ROWS: usize = 64;
@@ -87,15 +85,15 @@ pub(super) fn fits(args: &Attention, q: &Tensor) -> Result<bool> {
 }
 
 /// The rows of an operand with their boxes of `tokens` rows: where they are if the engine takes them so, or packed.
-fn mapped(operand: &Operand<'_>, args: &Attention, tokens: usize) -> Result<(Source, Map)> {
+fn mapped(operand: &Operand<'_>, args: &Attention, tables: &Tables, tokens: usize) -> Result<(Source, Map)> {
     let width = width(args.head_dim);
-    let source = operand.source(args, width)?;
-    if let Some(map) = Map::new(&source.data, &source.rows, args.batch[0], tokens)? {
+    let source = operand.source(args, tables, width)?;
+    if let Some(map) = Map::new(args, &source.data, &source.rows, tokens)? {
         return Ok((source, map));
     }
-    let source = operand.packed(args, width)?;
-    let map = Map::new(&source.data, &source.rows, args.batch[0], tokens)?;
-    let map = map.ok_or_else(|| crate::Error::invalid(OP, "packed rows that can't be copied by the engine"))?;
+    let source = operand.packed(args, tables, width)?;
+    let map = Map::new(args, &source.data, &source.rows, tokens)?;
+    let map = map.ok_or_else(|| Error::invalid(OP, "packed rows that the engine can't copy"))?;
     Ok((source, map))
 }
 
@@ -103,35 +101,23 @@ fn mapped(operand: &Operand<'_>, args: &Attention, tokens: usize) -> Result<(Sou
 ///
 /// # Errors
 /// Sizes beyond 2^31, those of the device.
-pub(super) fn forward(
-    args: &Attention,
-    [q, k, v]: [&Tensor; 3],
-    norm: Option<NormWeights<'_>>,
-) -> Result<Forward> {
-    let multiprocessors = on_gpu(OP, q)?.gpu().properties().multiprocessors as usize;
-    let extents = args.extents();
-    let units = args.batch[0] * args.batch[1] * args.heads;
+pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
+    let Operands { q, k, v, tables } = operands;
+    let multiprocessors = on_gpu(OP, q.data)?.gpu().properties().multiprocessors as usize;
+    let (extents, units) = (&tables.extents, entries(args) * args.heads);
     let most = [extents.most_queries(), extents.most_keys()];
     let plan = Plan::new(args.head_dim, !extents.limits.is_empty(), units, most, multiprocessors);
-    let out = q.empty_like(&args.out_shape)?;
+    let out = q.data.empty_like(&args.out_shape)?;
     let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
 
-    let [rotary_q, rotary_k] = args.rotary.as_ref().map_or([None; 2], |(q, k)| [Some(q), Some(k)]);
     // Norm and rotation of queries are the kernel's, which reads a query once; keys are changed once and read often.
-    let queries = Operand::plain(args, q, &args.q, args.queries);
-    let keys = Operand {
-        norm: norm.map(|n| n.k),
-        rotary: rotary_k,
-        ..Operand::plain(args, k, &args.k, args.keys)
-    };
-    let values = Operand::plain(args, v, &args.v, args.keys);
-    let (q_source, q_map) = mapped(&queries, args, GROUP_ROWS)?;
-    let (k_source, k_map) = mapped(&keys, args, plan.keys)?;
-    let (v_source, v_map) = mapped(&values, args, plan.keys)?;
-    let out_rows = Rows::new(args, &args.out, args.queries);
-    let out_map = Map::new(&out, &out_rows, args.batch[0], GROUP_ROWS)?;
-    let tables = Tables::new(q, args, &extents)?;
-    let change = Operand { norm: norm.map(|n| n.q), rotary: rotary_q, ..queries }.change();
+    let plain = Operand::of_queries(args, q.data, &args.q);
+    // The sources are alive until the launch: memory that is given back may be taken by work that comes later only.
+    let (_q, q_map) = mapped(&plain, args, tables, GROUP_ROWS)?;
+    let (_k, k_map) = mapped(k, args, tables, plan.keys)?;
+    let (_v, v_map) = mapped(v, args, tables, plan.keys)?;
+    let out_rows = Rows::of_queries(args, &args.out);
+    let out_map = Map::new(args, &out, &out_rows, GROUP_ROWS)?;
 
     let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
     let mut sizes = tables.bytes()?;
@@ -141,12 +127,10 @@ pub(super) fn forward(
     for map in [&q_map, &k_map, &v_map, out_boxes] {
         sizes.extend(map.bytes());
     }
-    sizes.extend(change);
+    sizes.extend(q.change());
     sizes.extend(address(&out)?);
     sizes.extend(address(&lse)?);
-    let of_batch0 = if args.ragged.is_some() { 0 } else { args.batch[1] * args.heads * args.queries };
-    sizes.extend((of_batch0 as u64).to_le_bytes());
-    sizes.extend((LOG2_E / (args.head_dim as f32).sqrt()).to_le_bytes());
+    sizes.extend(score_factor(args.head_dim).to_le_bytes());
     sizes.extend(integers(&[
         units,
         args.heads / args.kv_heads,
@@ -157,13 +141,11 @@ pub(super) fn forward(
     ])?);
     // A struct's size is a multiple of 8.
     sizes.extend([0; 4]);
-    let mut call = Call::named(OP, &plan.name(), q)?;
+    let mut call = Call::named(OP, &plan.name(), &out)?;
     for map in [&q_map, &k_map, &v_map, out_boxes] {
         call = call.boxes(&map.boxes)?;
     }
     call.bytes(&sizes).launch([blocks(plan.blocks, 1)?, 1, 1], plan.threads(), plan.shared())?;
-    // Alive until the launch: memory that is given back may be taken by work that comes later only.
-    drop((q_source, k_source, v_source, tables));
     Ok(Forward { out, lse })
 }
 

@@ -38,9 +38,10 @@ pub(crate) struct Entry {
 /// The tokens of every entry, as all devices use them.
 #[derive(Clone, Debug)]
 pub(crate) struct Extents {
-    /// By (batch0, batch1), row-major; empty where all entries are `alike`.
+    /// By (batch0, batch1), row-major; empty where all entries are alike.
     pub entries: Vec<Entry>,
-    alike: Entry,
+    /// What all of them are, where they are alike.
+    pub alike: Entry,
     /// Keys that a query sees, never fewer than those of the one before it; empty: all keys of its entry.
     pub limits: Vec<usize>,
 }
