@@ -17,6 +17,10 @@ WARPGROUP(warpgroup_96_128, 96, 128, 2, 3)
 WARPGROUP(warpgroup_96_176, 96, 176, 2, 2)
 WARPGROUP(warpgroup_128_128, 128, 128, 2, 3)
 WARPGROUP(warpgroup_128_176, 128, 176, 2, 2)
+// Steps of the ladder (README.md): neither turns nor overlap, turns, both.
+WARPGROUP(attention_ladder_2, 128, 128, 2, 2, false, false)
+WARPGROUP(attention_ladder_3, 128, 128, 2, 2, true, false)
+WARPGROUP(attention_ladder_4, 128, 128, 2, 2, true, true)
 #undef WARPGROUP
 
 #define KERNELS "attention/attention.cu"

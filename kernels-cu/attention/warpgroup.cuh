@@ -163,6 +163,10 @@ struct Consumer {
     float scores[C::KEYS / 2], sums[C::WIDTH / 2];
     uint32_t weights[C::KEYS / 16][4];
 
+    __device__ __forceinline__ Consumer(const Maps& maps, const Sizes& s, Ring keys, Ring values, unsigned char* queries, uint64_t* arrived,
+                                        int group)
+        : maps(maps), s(s), keys(keys), values(values), queries(queries), arrived(arrived), group(group) {}
+
     __device__ __forceinline__ int thread() const { return threadIdx.x % GROUP_THREADS; }
     __device__ __forceinline__ bool leader() const { return thread() == 0; }
     // A barrier of this warpgroup; those before are the turns of each.
@@ -189,9 +193,9 @@ struct Consumer {
         load_rows<C::LINES>(queries, &maps.q, arrived, s.q, queries_of(item), C::QUERY_BOX);
     }
 
-    // scores = Q K^T, issued.
+    __device__ __forceinline__ void await_keys() const { barrier_wait(keys.full + k.slot, k.parity); }
+    // scores = Q K^T of keys that are there, issued.
     __device__ __forceinline__ void multiply_keys() {
-        barrier_wait(keys.full + k.slot, k.parity);
         uint64_t q = descriptor(queries, 16, 8 * LINE), tile = descriptor(keys.tiles + k.slot * C::STAGE, 16, 8 * LINE);
         wgmma_fence();
 #pragma unroll
@@ -238,11 +242,13 @@ struct Consumer {
             softmax.weigh(scores, s.scale);
         };
         if (C::OVERLAP) {
+            await_keys();
             multiply_keys();
             wgmma_wait<0>();
             wgmma_hold(scores);
             release(keys, k);
             weigh(0);
+            if (tiles > 1) await_keys();
             narrow_weights();
             for (int j = 1; j < tiles; j++) {
                 take_turn();
@@ -253,6 +259,9 @@ struct Consumer {
                 wgmma_hold(scores);
                 release(keys, k);
                 weigh(j);
+                // The next keys are waited for here, since this keeps the assembler from moving the exponentials behind the wait
+                // for the product that they are to run beside.
+                if (j + 1 < tiles) await_keys();
                 wgmma_wait<0>();
                 wgmma_hold(sums);
                 release(values, v);
@@ -266,6 +275,7 @@ struct Consumer {
         } else {
             for (int j = 0; j < tiles; j++) {
                 take_turn();
+                await_keys();
                 multiply_keys();
                 wgmma_wait<0>();
                 wgmma_hold(scores);
@@ -377,8 +387,7 @@ __device__ __forceinline__ void forward(const Maps& maps, const Sizes& s) {
     } else {
         more_registers<C::CONSUMER_REGISTERS>();
         int group = int(threadIdx.x) / GROUP_THREADS - 1;
-        Consumer<C> consumer{maps, s, k, v, queries + group * C::QUERIES, arrived + group, group};
-        consumer.run();
+        Consumer<C>(maps, s, k, v, queries + group * C::QUERIES, arrived + group, group).run();
     }
 }
 

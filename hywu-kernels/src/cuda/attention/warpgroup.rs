@@ -59,6 +59,14 @@ impl Plan {
         let blocks = units.saturating_mul(tiles).min(multiprocessors);
         Self { width, keys: tile, consumers, stages, tiles, chunk, blocks }
     }
+    /// Steps 2 to 5 of the ladder, for 128 channels and queries that all see the same keys.
+    fn of_step(step: usize, units: usize, sizes: [usize; 2], multiprocessors: usize) -> (Self, String) {
+        let plan = Self::new(128, false, units, sizes, multiprocessors);
+        match step {
+            2..=4 => (Self { keys: 128, ..plan }, format!("attention_ladder_{step}")),
+            _ => (plan, plan.name()),
+        }
+    }
     fn name(self) -> String {
         format!("warpgroup_{}_{}", self.width, self.keys)
     }
@@ -102,11 +110,38 @@ fn mapped(operand: &Operand<'_>, args: &Attention, tables: &Tables, tokens: usiz
 /// # Errors
 /// Sizes beyond 2^31, those of the device.
 pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
-    let Operands { q, k, v, tables } = operands;
-    let multiprocessors = on_gpu(OP, q.data)?.gpu().properties().multiprocessors as usize;
-    let (extents, units) = (&tables.extents, entries(args) * args.heads);
+    let extents = &operands.tables.extents;
+    let (units, sizes, multiprocessors) = sizes(args, operands)?;
+    let plan = Plan::new(args.head_dim, !extents.limits.is_empty(), units, sizes, multiprocessors);
+    launch(args, operands, plan, &plan.name())
+}
+
+/// The same by a step of the ladder, from 2 on, of arguments that it takes.
+///
+/// # Errors
+/// As [`forward`]; no such step, or a device or dtype that does not have it.
+pub(super) fn step(step: usize, args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
+    let there = hopper::there(on_gpu(OP, operands.q.data)?.gpu());
+    if !(2..=5).contains(&step) || operands.q.data.dtype() != Dtype::Bf16 || !there {
+        let text = format!("step {step} of the ladder: there are 5, for bf16 on compute capability 9.0");
+        return Err(Error::invalid(OP, text));
+    }
+    let (units, sizes, multiprocessors) = sizes(args, operands)?;
+    let (plan, kernel) = Plan::of_step(step, units, sizes, multiprocessors);
+    launch(args, operands, plan, &kernel)
+}
+
+/// Units, most queries and keys of an entry, multiprocessors.
+fn sizes(args: &Attention, operands: &Operands<'_>) -> Result<(usize, [usize; 2], usize)> {
+    let extents = &operands.tables.extents;
+    let multiprocessors = on_gpu(OP, operands.q.data)?.gpu().properties().multiprocessors as usize;
     let most = [extents.most_queries(), extents.most_keys()];
-    let plan = Plan::new(args.head_dim, !extents.limits.is_empty(), units, most, multiprocessors);
+    Ok((entries(args) * args.heads, most, multiprocessors))
+}
+
+fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -> Result<Forward> {
+    let Operands { q, k, v, tables } = operands;
+    let units = entries(args) * args.heads;
     let out = q.data.empty_like(&args.out_shape)?;
     let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
 
@@ -140,8 +175,8 @@ pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forwa
         usize::from(out_map.is_some()),
     ])?);
     // A struct's size is a multiple of 8.
-    sizes.extend([0; 4]);
-    let mut call = Call::named(OP, &plan.name(), &out)?;
+    sizes.resize(sizes.len().next_multiple_of(8), 0);
+    let mut call = Call::named(OP, kernel, &out)?;
     for map in [&q_map, &k_map, &v_map, out_boxes] {
         call = call.boxes(&map.boxes)?;
     }
@@ -152,6 +187,88 @@ pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forwa
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        Device,
+        ops::attention::{Causal, Layout},
+        reference, testing,
+    };
+
+    /// [1, tokens, heads, head_dim] for every operand; two query heads share a key head.
+    fn dense(queries: usize, keys: usize, heads: usize, head_dim: usize) -> Attention {
+        let layout = |heads| Layout { offset: 0, batch: [0; 2], token: heads * head_dim, head: head_dim };
+        Attention {
+            batch: [1, 1],
+            queries,
+            keys,
+            heads,
+            kv_heads: heads / 2,
+            head_dim,
+            q: layout(heads),
+            k: layout(heads / 2),
+            v: layout(heads / 2),
+            out: layout(heads),
+            out_shape: vec![queries, heads * head_dim],
+            key_lengths: None,
+            ragged: None,
+            causal: None,
+            rotary: None,
+        }
+    }
+
+    /// By grids from one block to one for each tile, in chunks of one unit and of all, and by the ladder where it applies.
+    fn run(args: &Attention, device: Device) -> Result<()> {
+        let operand = |seed, tokens, heads| {
+            let x = testing::random(seed, &[tokens, heads * args.head_dim]);
+            x.to(device, Dtype::Bf16)
+        };
+        let q = operand(1, args.queries, args.heads)?;
+        let (k, v) = (operand(2, args.keys, args.kv_heads)?, operand(3, args.keys, args.kv_heads)?);
+        assert!(fits(args, &q)?);
+        let operands = Operands::new(args, [&q, &k, &v], None)?;
+        let limited = args.causal.is_some();
+        let (units, most, multiprocessors) = sizes(args, &operands)?;
+        let plan = Plan::new(args.head_dim, limited, units, most, multiprocessors);
+        let mut results = Vec::new();
+        for (blocks, chunk) in [(1, 1), (3, 2), (4, units), (units * plan.tiles, 1)] {
+            let plan = Plan { blocks, chunk, ..plan };
+            results.push(launch(args, &operands, plan, &plan.name())?);
+        }
+        for result in &results[1..] {
+            testing::assert_same_bits(&[result.out.to_host()?], &[results[0].out.to_host()?], "output");
+            testing::assert_same_bits(&[result.lse.to_host()?], &[results[0].lse.to_host()?], "sums");
+        }
+        if !limited && args.head_dim == 128 {
+            for step in 1..=5 {
+                results.push(super::super::ladder_step(step, args, [&q, &k, &v])?);
+            }
+        }
+        let host = |t: &Tensor| t.to_host().map(|t| testing::widen(&t));
+        let expected = reference::attention::attention(args, &host(&q)?, &host(&k)?, &host(&v)?, None);
+        for result in &results {
+            // Weights and outputs are rounded to bf16.
+            testing::assert_close(result.out.to_host()?.data(), &expected, 1.0 / 256.0);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_grid_gives_the_same_bits() {
+        let Some(device) = testing::places().iter().find(|p| p.dtype == Dtype::Bf16).map(|p| p.device) else {
+            return;
+        };
+        let causal = |spans| Some(Causal { spans: vec![spans] });
+        for (head_dim, sizes, causal) in [
+            (64, [400, 1100], None),
+            (64, [600, 700], causal(vec![100..350, 351..640])),
+            (96, [300, 900], None),
+            (80, [300, 300], causal(vec![])),
+            (128, [400, 1000], None),
+            (128, [520, 800], causal(vec![200..333])),
+        ] {
+            let args = Attention { causal, ..dense(sizes[0], sizes[1], 4, head_dim) };
+            run(&args, device).expect("the device works");
+        }
+    }
 
     #[test]
     fn shared_memory_is_what_a_block_may_have() {
