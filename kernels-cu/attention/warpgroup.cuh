@@ -28,7 +28,8 @@ struct Config {
     static constexpr int WIDTH = CHANNELS, KEYS = TILE_KEYS, CONSUMERS = GROUPS, STAGES = SLOTS;
     static constexpr bool PING_PONG = TURNS, OVERLAP = AHEAD;
     static constexpr int THREADS = GROUP_THREADS * (CONSUMERS + 1), ROWS = GROUP_ROWS * CONSUMERS;
-    static constexpr int LINES = (WIDTH + LINE_CHANNELS - 1) / LINE_CHANNELS;
+    // The output's product takes whole lines: a side across k is not divided within one.
+    static constexpr int LINES = (WIDTH + LINE_CHANNELS - 1) / LINE_CHANNELS, COLUMNS = LINES * LINE_CHANNELS;
     static constexpr int QUERY_BOX = GROUP_ROWS * LINE, KEY_BOX = KEYS * LINE;
     static constexpr int QUERIES = LINES * QUERY_BOX, STAGE = LINES * KEY_BOX;
     // Registers of a thread: 64 K divided, in steps of 8.
@@ -160,7 +161,7 @@ struct Consumer {
     int group;
     Place<C::STAGES> k, v;
     // Scores of a tile, then their weights; weights narrowed; the output.
-    float scores[C::KEYS / 2], sums[C::WIDTH / 2];
+    float scores[C::KEYS / 2], sums[C::COLUMNS / 2];
     uint32_t weights[C::KEYS / 16][4];
 
     __device__ __forceinline__ Consumer(const Maps& maps, const Sizes& s, Ring keys, Ring values, unsigned char* queries, uint64_t* arrived,
@@ -221,7 +222,7 @@ struct Consumer {
         uint64_t tile = descriptor(from, C::KEY_BOX, 8 * LINE);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < C::KEYS / 16; i++) wgmma<C::WIDTH, false>(sums, weights[i], tile + (i * 16 * LINE >> 4), add || i > 0);
+        for (int i = 0; i < C::KEYS / 16; i++) wgmma<C::COLUMNS, false>(sums, weights[i], tile + (i * 16 * LINE >> 4), add || i > 0);
         wgmma_commit();
     }
     __device__ __forceinline__ void narrow_weights() {
