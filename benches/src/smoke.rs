@@ -7,7 +7,7 @@ use hywu_diffusion::{Backbone, BackboneConfig};
 use hywu_kernels::{
     Device, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
-        attention::{Attention, Layout, QkNorm, attention, rotary_table},
+        attention::{Attention, Causal, Layout, QkNorm, Ragged, attention, rotary_table},
         elementwise::{
             add, add_row, cast, concat_channels, concat_tokens, gated_residual, mask_tokens, mean_tokens,
             repeat_each, scale, slice_channels, slice_tokens, standardise,
@@ -267,6 +267,28 @@ impl Smoke<'_> {
                     };
                     let norm = QkNorm { q: v[1].clone(), k: v[2].clone() };
                     attention(t, &args, &v[0], &v[0], &v[0], Some(&norm))
+                });
+                // Two entries of one projection [query heads | key | value]; a picture stands at the start of both.
+                let (first, row) = (tokens.div_ceil(3), width + 2 * d);
+                let part = |offset: usize, token: usize| Layout { offset, batch: [0, 0], token, head: d };
+                let grouped = Attention {
+                    queries: tokens + first,
+                    keys: tokens + first,
+                    kv_heads: 1,
+                    q: part(0, row),
+                    k: part(width, row),
+                    v: part(width + d, row),
+                    out: part(0, width),
+                    out_shape: vec![tokens + first, width],
+                    ragged: Some(Ragged {
+                        queries: vec![0, first, tokens + first],
+                        keys: vec![0, first, tokens + first],
+                    }),
+                    causal: Some(Causal { spans: vec![std::iter::once(0..first).collect()] }),
+                    ..plain.clone()
+                };
+                self.op("attention/grouped, ragged, causal", &[&[tokens + first, row]], |t, v| {
+                    attention(t, &grouped, &v[0], &v[0], &v[0], None)
                 });
             }
         }

@@ -3,20 +3,37 @@
 #ifndef Element
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
+#include "attention/warpgroup.cuh"
 #include "attention/warpgroup_backward.cuh"
 
-// The kernels of Hopper; elsewhere they are empty, and not launched.
+// Hopper's, in bf16 alone; elsewhere they are empty, and not launched.
 #ifdef HOPPER
 #define ON_HOPPER(...) __VA_ARGS__
 #else
 #define ON_HOPPER(...)
 #endif
+#define WARPGROUP(NAME, ...)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(warpgroup::Config<__VA_ARGS__>::THREADS, 1)                                    \
+        NAME(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v, \
+             const __grid_constant__ CUtensorMap out, const __grid_constant__ warpgroup::Sizes sizes) {                         \
+        ON_HOPPER(warpgroup::forward<warpgroup::Config<__VA_ARGS__>>({q, k, v, out}, sizes);)                                   \
+    }
+WARPGROUP(warpgroup_64_128, 64, 128, 3, 4)
+WARPGROUP(warpgroup_96_128, 96, 128, 2, 3)
+WARPGROUP(warpgroup_96_176, 96, 176, 2, 2)
+WARPGROUP(warpgroup_128_128, 128, 128, 2, 3)
+WARPGROUP(warpgroup_128_176, 128, 176, 2, 2)
+// Steps of the ladder (README.md): neither turns nor overlap, turns, both.
+WARPGROUP(attention_ladder_2, 128, 128, 2, 2, false, false)
+WARPGROUP(attention_ladder_3, 128, 128, 2, 2, true, false)
+WARPGROUP(attention_ladder_4, 128, 128, 2, 2, true, true)
+#undef WARPGROUP
 
-#define WARPGROUP_BACKWARD(D)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(warpgroup_backward::THREADS, 1) attention_warpgroup_backward_##D(              \
+#define WARPGROUP_BACKWARD(WIDTH)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(warpgroup_backward::THREADS, 1) warpgroup_backward_##WIDTH(                    \
         const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,    \
-        const __grid_constant__ CUtensorMap grad, const __grid_constant__ warpgroup_backward::Sizes sizes) {                                            \
-        ON_HOPPER(warpgroup_backward::gradients<warpgroup_backward::Config<D>>(q, k, v, grad, sizes));                          \
+        const __grid_constant__ CUtensorMap grad, const __grid_constant__ warpgroup_backward::Sizes sizes) {                    \
+        ON_HOPPER(warpgroup_backward::gradients<warpgroup_backward::Config<WIDTH>>(q, k, v, grad, sizes));                      \
     }
 WARPGROUP_BACKWARD(64)
 WARPGROUP_BACKWARD(128)

@@ -190,27 +190,22 @@ HYWU_PTX void wgmma_wait() {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define HYWU_D16(d, i) HYWU_D8(d, i), HYWU_D8(d, i + 8)
 #define HYWU_D32(d) HYWU_D16(d, 0), HYWU_D16(d, 16)
-#define HYWU_D48(d) HYWU_D32(d), HYWU_D16(d, 32)
-#define HYWU_D64(d) HYWU_D48(d), HYWU_D16(d, 48)
-#define HYWU_D80(d) HYWU_D64(d), HYWU_D16(d, 64)
-#define HYWU_D88(d) HYWU_D80(d), HYWU_D8(d, 80)
-#define HYWU_D96(d) HYWU_D80(d), HYWU_D16(d, 80)
-#define HYWU_D128(d) HYWU_D96(d), HYWU_D16(d, 96), HYWU_D16(d, 112)
+#define HYWU_D64(d) HYWU_D32(d), HYWU_D16(d, 32), HYWU_D16(d, 48)
+#define HYWU_D88(d) HYWU_D64(d), HYWU_D16(d, 64), HYWU_D8(d, 80)
+#define HYWU_D128(d) HYWU_D88(d), HYWU_D8(d, 88), HYWU_D16(d, 96), HYWU_D16(d, 112)
 #define HYWU_R32                                                                                                              \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "     \
     "%25, %26, %27, %28, %29, %30, %31"
-#define HYWU_R48                                                                                                              \
-    HYWU_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define HYWU_R64                                                                                                              \
-    HYWU_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+    HYWU_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define HYWU_R88                                                                                                              \
     HYWU_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "    \
     "%85, %86, %87"
-#define HYWU_R96                                                                                                              \
-    HYWU_R88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define HYWU_R128                                                                                                             \
-    HYWU_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "     \
-    "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+    HYWU_R88 ", %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "       \
+    "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "      \
+    "%126, %127"
 
 // A product whose accumulators are N / 2 registers; its other operands are numbered from there on. SS: A by a descriptor, RS: by registers.
 #define HYWU_WGMMA(N, REGISTERS, ACCUMULATORS, ADD, SIDES, TRANSPOSED, ...)                                                   \
@@ -231,13 +226,11 @@ HYWU_PTX void wgmma_wait() {
 /// d[4 j + 2], d[4 j + 3] those of row g + 8.
 template <int N, bool A_ALONG_K, bool B_ALONG_K>
 HYWU_PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-    static_assert(N == 64 || N == 96 || N == 128 || N == 176 || N == 192 || N == 256, "these widths are used");
+    static_assert(N == 64 || N == 128 || N == 176 || N == 256, "these widths are used");
 #ifdef HOPPER
     if constexpr (N == 64) HYWU_SS(64, 32, 32, 33, 34, 35, 36);
-    else if constexpr (N == 96) HYWU_SS(96, 48, 48, 49, 50, 51, 52);
     else if constexpr (N == 128) HYWU_SS(128, 64, 64, 65, 66, 67, 68);
     else if constexpr (N == 176) HYWU_SS(176, 88, 88, 89, 90, 91, 92);
-    else if constexpr (N == 192) HYWU_SS(192, 96, 96, 97, 98, 99, 100);
     else HYWU_SS(256, 128, 128, 129, 130, 131, 132);
 #endif
 }
@@ -247,34 +240,33 @@ HYWU_PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
 /// the product is waited for.
 template <int N, bool B_ALONG_K>
 HYWU_PTX void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
-    static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256, "these widths are used");
+    static_assert(N == 64 || N == 128, "these widths are used");
 #ifdef HOPPER
     if constexpr (N == 64) HYWU_RS(64, 32, 32, 33, 34, 35, 36, 37, 38);
-    else if constexpr (N == 96) HYWU_RS(96, 48, 48, 49, 50, 51, 52, 53, 54);
-    else if constexpr (N == 128) HYWU_RS(128, 64, 64, 65, 66, 67, 68, 69, 70);
-    else if constexpr (N == 192) HYWU_RS(192, 96, 96, 97, 98, 99, 100, 101, 102);
-    else HYWU_RS(256, 128, 128, 129, 130, 131, 132, 133, 134);
+    else HYWU_RS(128, 64, 64, 65, 66, 67, 68, 69, 70);
 #endif
 }
 
 #undef HYWU_D8
 #undef HYWU_D16
 #undef HYWU_D32
-#undef HYWU_D48
 #undef HYWU_D64
-#undef HYWU_D80
 #undef HYWU_D88
-#undef HYWU_D96
 #undef HYWU_D128
 #undef HYWU_R32
-#undef HYWU_R48
 #undef HYWU_R64
 #undef HYWU_R88
-#undef HYWU_R96
 #undef HYWU_R128
 #undef HYWU_WGMMA
 #undef HYWU_SS
 #undef HYWU_RS
+
+/// What is done with these registers before and after is not moved across this: the waits above don't name them.
+template <int N>
+HYWU_PTX void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
 
 /// 2^x with a relative error of 2^-22 at most, zero where that is below the normal numbers: one instruction of the special function unit.
 HYWU_PTX float exp2_approximate(float x) {

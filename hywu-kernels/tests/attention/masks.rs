@@ -1,5 +1,7 @@
 //! Heads that share keys, entries of different lengths, and which query sees which key.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of spans")]
+
 use super::{
     EDGES, ROUNDING, TOLERANCE, backward::check_backward, check, check_any_at, dense, host, norm_weights, on,
     operands, run, to_bf16, with_rotary,

@@ -193,7 +193,7 @@ static bool registers_are_right(const char* name, int n, bool b_along_k, int mis
     Array<uint16_t> da(a), db(b);
     Array<float> out{size_t(64 * n)};
     Map mb = (b_along_k ? matrix(db, uint64_t(n), 64, unsigned(n)) : matrix(db, 64, uint64_t(n), 64)).map();
-    EXPECT(launch_large(name, 1, 128, unsigned((n + 63) / 64 * 64 * 128 + 1024 + 8), da.address, mb, out.address, mistake) == 0);
+    EXPECT(launch_large(name, 1, 128, unsigned(n * 128 + 1024 + 8), da.address, mb, out.address, mistake) == 0);
     auto c = out.get();
     for (int i = 0; i < 64; i++) {
         for (int j = 0; j < n; j++) {
@@ -210,7 +210,6 @@ static bool registers_are_right(const char* name, int n, bool b_along_k, int mis
 
 static void registers() {
     EXPECT(registers_are_right("test_registers_64", 64, true));
-    EXPECT(registers_are_right("test_registers_96", 96, false));
     EXPECT(registers_are_right("test_registers_128", 128, false));
 }
 static void registers_written() { registers_are_right("test_registers_64", 64, true, 2); }

@@ -7,6 +7,7 @@ use crate::{
         call::{Boxes, on_gpu},
         pack,
     },
+    ops::attention::{Attention, Layout},
 };
 use hywu_core::Dtype;
 
@@ -30,22 +31,18 @@ impl Map {
     ///
     /// # Errors
     /// A tensor on the host.
-    pub fn new(data: &Tensor, rows: &Rows, batch0: usize, tokens: usize) -> Result<Option<Self>> {
+    pub fn new(args: &Attention, data: &Tensor, rows: &Rows, tokens: usize) -> Result<Option<Self>> {
         if !rows.aligned(pack(Dtype::Bf16)) {
             return Ok(None);
         }
-        let layout = &rows.layout;
-        let all = [
-            (batch0, layout.batch[0]),
-            (rows.size1, layout.batch[1]),
-            (rows.tokens, layout.token),
-            (rows.heads, layout.head),
-        ];
+        let Layout { offset, batch, token, head } = rows.layout;
+        let [batch0, batch1, tokens_in_all, heads] = rows.sizes(args);
+        let all = [(batch0, batch[0]), (batch1, batch[1]), (tokens_in_all, token), (heads, head)];
         // An axis of one element, or of the same one again and again, is none; but for tokens, of which a box has several.
         let mut order: Vec<usize> = (0..4).filter(|&i| all[i].0 > 1 && all[i].1 > 0).collect();
         order.sort_by_key(|&i| all[i].1);
         if !order.contains(&TOKEN) {
-            if rows.tokens > 1 {
+            if tokens_in_all > 1 {
                 return Ok(None);
             }
             order.push(TOKEN);
@@ -69,7 +66,7 @@ impl Map {
             size.push(1);
         }
         let nested = pitches.iter().zip(&dims).all(|(pitch, below)| pitch >= below && *pitch < 1 << 40);
-        let address = on_gpu(OP, data)?.address() + 2 * layout.offset as u64;
+        let address = on_gpu(OP, data)?.address() + 2 * offset as u64;
         Ok(nested.then_some(Self { boxes: Boxes { address, dims, pitches, size }, axes }))
     }
     /// The struct `Axes` of the kernels.

@@ -1,11 +1,11 @@
 //! Launchers of `kernels-cu/attention`: packing of the operands and the forward pass; see `cpu/attention.rs` for what is computed.
 
 mod backward;
+mod boxes;
+mod warpgroup;
+mod warpgroup_backward;
 
 pub use backward::backward;
-
-mod boxes;
-mod warpgroup_backward;
 
 use super::{Call, Words, blocks, call::BLOCK, pack};
 use crate::{
@@ -265,10 +265,18 @@ impl<'a> Operands<'a> {
 }
 
 pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<Forward> {
-    let out = qkv[0].empty_like(&args.out_shape)?;
+    let operands = Operands::new(args, qkv, norm)?;
+    if warpgroup::fits(args, qkv[0])? {
+        return warpgroup::forward(args, &operands);
+    }
+    every_device(args, &operands)
+}
+
+/// The forward pass by the kernels that every device has.
+fn every_device(args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
+    let out = operands.q.data.empty_like(&args.out_shape)?;
     let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
     let plan = plan(args.head_dim, out.dtype());
-    let operands = Operands::new(args, qkv, norm)?;
     let [q, k, v] = operands.sources(args, plan.width)?;
     let tiles = operands.tables.extents.most_queries().div_ceil(plan.rows);
     let mut call = Call::new(OP, &format!("attention_forward_{}", plan.width), &out)?;
@@ -280,6 +288,18 @@ pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>
     call = call.tensor(&out)?.tensor_as(&lse, Dtype::F32)?.size(tiles)?;
     call.launch(row_grid(entries(args) * args.heads * tiles, 1)?, plan.threads, plan.shared)?;
     Ok(Forward { out, lse })
+}
+
+/// Step `step` of [`LADDER`](crate::ops::attention::LADDER), whose conditions hold but for device and dtype.
+///
+/// # Errors
+/// No such step, an operand on the host or not bf16, a device that does not have it.
+pub fn ladder_step(step: usize, args: &Attention, qkv: [&Tensor; 3]) -> Result<Forward> {
+    let operands = Operands::new(args, qkv, None)?;
+    match step {
+        1 => every_device(args, &operands),
+        _ => warpgroup::step(step, args, &operands),
+    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,11 @@
 //! Launcher of `kernels-cu/attention/warpgroup_backward.cuh`, the backward pass of Hopper.
 
-use super::{OP, Operand, Operands, Source, Tables, boxes::Map, entries, integers, score_factor};
+use super::{OP, Operand, Operands, entries, integers, score_factor, warpgroup};
 use crate::{
-    Error, Result, Tensor,
-    cuda::{Call, blocks, call::on_gpu, hopper},
+    Result, Tensor,
+    cuda::{Call, blocks, call::on_gpu},
     ops::attention::Attention,
 };
-use hywu_core::Dtype;
 
 /// Keys of a block.
 const KEYS: usize = 128;
@@ -56,34 +55,6 @@ impl Plan {
     }
 }
 
-/// Can gradients be computed here? What decides it is the same for all entries of a batch, and the number of tokens has no say: so it does
-/// not show in a row's bits.
-///
-/// # Errors
-/// A tensor on the host.
-fn fits(args: &Attention, like: &Tensor) -> Result<bool> {
-    let fits = like.dtype() == Dtype::Bf16 && args.head_dim <= 128;
-    Ok(fits && hopper::on() && hopper::there(on_gpu(OP, like)?.gpu()))
-}
-
-/// An operand with its boxes of `lines` rows: where it is if the engine takes it so, or packed.
-fn mapped(
-    args: &Attention,
-    operand: &Operand<'_>,
-    tables: &Tables,
-    width: usize,
-    lines: usize,
-) -> Result<(Source, Map)> {
-    let source = operand.source(args, tables, width)?;
-    if let Some(map) = Map::new(&source.data, &source.rows, args.batch[0], lines)? {
-        return Ok((source, map));
-    }
-    let source = operand.packed(args, tables, width)?;
-    let map = Map::new(&source.data, &source.rows, args.batch[0], lines)?;
-    let map = map.ok_or_else(|| Error::invalid(OP, "packed rows that can't be copied by the engine"))?;
-    Ok((source, map))
-}
-
 /// Gradients of rows in f32; those of queries and keys have yet to be multiplied by 1 / sqrt(head_dim).
 pub(super) struct Gradients {
     /// Of queries: in pieces, see rows.cuh, with `room` for so many rows in a head.
@@ -107,7 +78,7 @@ pub(super) fn gradients(
     lse: &Tensor,
     delta: &Tensor,
 ) -> Result<Option<Gradients>> {
-    if !fits(args, grad.data)? {
+    if !warpgroup::fits(args, grad.data)? {
         return Ok(None);
     }
     let tables = &operands.tables;
@@ -120,7 +91,7 @@ pub(super) fn gradients(
     // Integers: their bits are those of zeros in f32 too.
     let counters = lse.zeros_like(&[1 + heads * plan.tiles * PIECES])?;
 
-    let mapped = |operand, lines| mapped(args, operand, tables, plan.width, lines);
+    let mapped = |operand, lines| warpgroup::mapped(operand, args, tables, lines);
     let operands = [
         mapped(&operands.q, plan.rows)?,
         mapped(&operands.k, KEYS)?,
@@ -140,7 +111,7 @@ pub(super) fn gradients(
     let [heads, kv_heads] = [args.heads, args.kv_heads];
     let [queries, keys] = [args.queries, args.keys];
     sizes.extend(integers(&[args.batch[1], heads, kv_heads, queries, keys, plan.tiles, plan.blocks])?);
-    let kernel = format!("attention_warpgroup_backward_{}", plan.width);
+    let kernel = format!("warpgroup_backward_{}", plan.width);
     let mut call = Call::named(OP, &kernel, grad.data)?;
     for (_, map) in &operands {
         call = call.boxes(&map.boxes)?;

@@ -16,6 +16,10 @@ pub struct Ragged {
 
 /// A query sees the keys up to its own position, and where that is in a span, all keys of the span: text is causal, a picture in it is
 /// not. The last query stands where the last key does.
+///
+/// What a query does not see has weight zero. It may still be multiplied: a value (or in the backward pass a query, a key or a gradient)
+/// that is infinite or NaN also reaches rows that do not see it, where they share a tile with rows that do. Keys that no query of an
+/// entry may see reach nothing, and scores of unseen keys neither.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Causal {
     /// Spans of key positions, ascending and apart: one list for all entries of the first batch axis, or one for each.
@@ -201,6 +205,7 @@ impl Attention {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of spans")]
 mod tests {
     use super::*;
     use crate::ops::attention::Layout;
