@@ -149,6 +149,25 @@ static bool store_is_right(int wait) {
     }
     return right;
 }
+/// Whether blocks add to the same place one after the other: in another order sums are others.
+static bool turns_of_blocks_are_right(int wait) {
+    std::vector<float> values;
+    for (int i = 0; i < 20; i++) values.push_back(i % 3 == 0 ? 1e8f : i % 3 == 1 ? 1.5f : -1e8f);
+    Array<float> v(values), out{1024};
+    Array<uint32_t> counters(std::vector<uint32_t>(2));
+    EXPECT(launch("test_turns_of_blocks", 20, 64, 4096 + 4 + 1024, v.address, out.address, counters.address, wait) == 0);
+    auto got = out.get();
+    bool right = counters.get() == std::vector<uint32_t>{20, 20};
+    for (int i = 0; i < 1024; i++) {
+        float sum = values[0] + float(i);
+        for (size_t j = 1; j < values.size(); j++) sum += values[j] + float(i);
+        right &= got[size_t(i)] == sum;
+    }
+    return right;
+}
+static void turns_of_blocks() { EXPECT(turns_of_blocks_are_right(1)); }
+static void early_turns() { EXPECT(!turns_of_blocks_are_right(0)); }
+
 static void stores() { EXPECT(store_is_right(1)); }
 static void early_store() { EXPECT(!store_is_right(0)); }
 
@@ -337,13 +356,14 @@ static void too_large() {
 static void no_map() { load({}, 64 * 128, 0, 0, 0); }
 
 static void hopper() {
-    for (auto test : {loads, five, early_load, stores, products, early_products, registers, turns, pipelines, encode}) test();
+    for (auto test : {loads, five, early_load, stores, turns_of_blocks, products, early_products, registers, turns, pipelines, encode}) test();
 }
 
 const Cases HOPPER_CASES = {
     {"hopper", hopper},
     {"hopper_speed", speed},
     {"early_store", early_store},
+    {"early_turns", early_turns},
     {"freed", freed},
     {"too_large", too_large},
     {"no_map", no_map},

@@ -74,6 +74,32 @@ extern "C" __global__ void test_store(MAP map, int x, int y, int wait) {
     if (threadIdx.x == 0) store_wait<0>();
 }
 
+// Every block adds values[number] to 1024 floats, in the order in which they have started; the first stores them. Without a wait what is
+// added is overwritten too early.
+extern "C" __global__ void test_turns_of_blocks(const float* values, float* out, uint32_t* counters, int wait) {
+    float* shared = reinterpret_cast<float*>(shared_memory());
+    uint32_t* drawn = reinterpret_cast<uint32_t*>(shared + 1024);
+    if (threadIdx.x == 0) *drawn = counter_next(counters);
+    __syncthreads();
+    uint32_t number = *drawn;
+    for (int i = threadIdx.x; i < 1024; i += blockDim.x) shared[i] = values[number] + float(i);
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        counter_wait(counters + 1, number);
+        if (number == 0) store_linear(out, shared, 4096);
+        else add_linear(out, shared, 4096);
+        store_commit();
+        if (wait) store_wait_read<0>();
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 1024; i += blockDim.x) shared[i] = -1.0f;
+    if (threadIdx.x == 0) {
+        store_wait<0>();
+        counter_add(counters + 1);
+    }
+}
+
 // out (64 x N) = a b by a warpgroup, over 128 of k in two steps. Sides along k have lines of 64 k, others of 64 rows.
 // `mistake` 1: no wait.
 template <int N, bool A_ALONG_K, bool B_ALONG_K>

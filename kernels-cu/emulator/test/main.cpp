@@ -422,7 +422,7 @@ static void hopper() {
         // Wrong numbers.
         EXPECT(run("pipeline_products", {seed}) == 3);
     }
-    EXPECT(run("early_store", {}) == 0 && run("pipeline_store", {}) == 3);
+    EXPECT(run("early_store", {}) == 0 && run("early_turns", {}) == 0 && run("pipeline_store", {}) == 3);
     EXPECT(run("pipeline_store", {"HYWU_EMULATOR_SEED=2"}) == 3);
 }
 
