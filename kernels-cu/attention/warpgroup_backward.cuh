@@ -26,14 +26,24 @@ constexpr int PIECE = 64 * 64 * 4;  // bytes of dQ that a warpgroup computes at 
 // Queries are read in two steps, by the scores of the one and the products of the other.
 constexpr int QUERY_STAGES = 3, GRAD_STAGES = 2;
 
+// Where gradients of keys or of values go, times `factor`: to `rows` in bf16, or if that is null, as they are, to packed rows of the width,
+// [entry][key head][key], or [batch1][key head][key] where entries are ragged.
+struct Target {
+    float* packed;
+    bf16* rows;
+    Rows layout;
+    float factor;
+    int none;
+};
+
 // What a launch is about, as the launcher builds it (no padding).
 struct Sizes {
     // Per row of queries: [entry][head][query], or [batch1][head][query] where entries are ragged.
     const float *lse, *delta;
     Extents extents;
-    // Pieces of the gradient of queries: [entry][head][tile][piece], see rows.cuh. Gradients of keys and of values, in rows of the width:
-    // [entry][key head][key]. Ragged as above.
-    float *d_q, *d_k, *d_v;
+    // Pieces of the gradient of queries: [entry][head][tile][piece], see rows.cuh; ragged as above.
+    float* d_q;
+    Target d_k, d_v;
     // Zeros: how many blocks have started, and per piece how many have added to it.
     uint32_t* counters;
     // Of the scores: log2(e) / sqrt(channels).
@@ -213,18 +223,24 @@ __device__ __forceinline__ void rows_by_rows(float (&d)[N / 2], const unsigned c
     wgmma_commit();
 }
 
-// Gradients of this warpgroup's rows of keys from registers.
+// Gradients of a warpgroup's keys from registers: this warp's begin with `key` of the block's `count`.
 template <int D>
-__device__ __forceinline__ void write_rows(const float (&d)[D / 2], float* to, int row, int rows) {
-    int lane = threadIdx.x % WARP;
+__device__ __forceinline__ void write_rows(const float (&d)[D / 2], const Target& to, const Sizes& s, const Work& w, int key, int count) {
+    int lane = threadIdx.x % WARP, t2 = lane % 4 * 2;
+    int64_t packed = (place(s, w) * s.key_heads + w.head) * s.keys + w.tokens.key + w.key;
+    int64_t start = to.rows ? to.layout.start(w.entry, w.head) : 0;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        int line = row + lane / 4 + 8 * r;
-        if (line >= rows) continue;
+        int line = key + lane / 4 + 8 * r;
+        if (line >= count) continue;
+        bf16* row = to.rows + start + (w.tokens.key + w.key + line) * to.layout.token + t2;
+        float* packed_row = to.packed + (packed + line) * D + t2;
 #pragma unroll
-        for (int j = 0; j < D / 8; j++)
-            *reinterpret_cast<float2*>(to + int64_t(line) * D + 8 * j + lane % 4 * 2) =
-                make_float2(d[4 * j + 2 * r], d[4 * j + 2 * r + 1]);
+        for (int j = 0; j < D / 8; j++) {
+            float low = d[4 * j + 2 * r], high = d[4 * j + 2 * r + 1];
+            if (!to.rows) *reinterpret_cast<float2*>(packed_row + 8 * j) = make_float2(low, high);
+            else if (8 * j < to.layout.channels) *reinterpret_cast<uint32_t*>(row + 8 * j) = narrow(to.factor * low, to.factor * high);
+        }
     }
 }
 
@@ -378,10 +394,9 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
     wgmma_wait<0>();
     add_piece(~i & 1);
 
-    int64_t row = (place(s, w) * s.key_heads + w.head) * s.keys + w.tokens.key + w.key;
     int own = group * 64 + threadIdx.x % 128 / WARP * 16;
-    write_rows<C::D>(d_keys, s.d_k + row * C::D, own, own_rows);
-    write_rows<C::D>(d_values, s.d_v + row * C::D, own, own_rows);
+    write_rows<C::D>(d_keys, s.d_k, s, w, own, own_rows);
+    write_rows<C::D>(d_values, s.d_v, s, w, own, own_rows);
 }
 
 template <class C>

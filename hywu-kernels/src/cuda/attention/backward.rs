@@ -265,9 +265,10 @@ pub fn backward(
     let [q_slot, k_slot, v_slot] = slots.wanted.slots;
     let wants = |slot: Option<usize>| slot.is_some() || norm_weights.is_some();
     let wanted = [wants(q_slot), wants(k_slot), v_slot.is_some()];
-    let found = warpgroup_backward::gradients(args, &operands, &gradients, &saved.lse, &delta)?;
+    let outs = [k_slot, v_slot].map(|slot| slot.filter(|_| !sums).map(|s| &tensors[s]));
+    let found = warpgroup_backward::gradients(args, &operands, &gradients, &saved.lse, &delta, outs)?;
     let ([d_q, d_k, d_v], width, room) = match found {
-        Some(found) => ([Some(found.q), Some(found.k), Some(found.v)], found.width, found.room),
+        Some(found) => ([Some(found.q), found.k, found.v], found.width, found.room),
         None => {
             let [q, k, v] = operands.sources(args, width)?;
             let grad = gradients.source(args, &operands.tables, width)?;

@@ -1,11 +1,12 @@
 //! Launcher of `kernels-cu/attention/warpgroup_backward.cuh`, the backward pass of Hopper.
 
-use super::{OP, Operand, Operands, entries, integers, score_factor, warpgroup};
+use super::{OP, Operand, Operands, Rows, Tables, entries, integers, score_factor, warpgroup};
 use crate::{
     Result, Tensor,
-    cuda::{Call, blocks, call::on_gpu},
+    cuda::{Call, blocks, call::on_gpu, pack},
     ops::attention::Attention,
 };
+use hywu_core::Dtype;
 
 /// Keys of a block.
 const KEYS: usize = 128;
@@ -55,19 +56,66 @@ impl Plan {
     }
 }
 
-/// Gradients of rows in f32; those of queries and keys have yet to be multiplied by 1 / sqrt(head_dim).
+/// Gradients of rows, in f32 and packed but where they went to their operands' tensors; those of queries and keys have yet to be multiplied by 1 / sqrt(head_dim).
 pub(super) struct Gradients {
     /// Of queries: in pieces, see rows.cuh, with `room` for so many rows in a head.
     pub q: Tensor,
     pub room: usize,
     /// Of keys: `[rows, width]`.
-    pub k: Tensor,
+    pub k: Option<Tensor>,
     /// Of values, the same.
-    pub v: Tensor,
+    pub v: Option<Tensor>,
     pub width: usize,
 }
 
-/// The gradients, where they can be computed here. `grad` are the rows of the output's gradient, `delta` its products with the output.
+/// Where gradients of keys or values go.
+enum Target<'a> {
+    /// To packed rows in f32.
+    Packed(Tensor),
+    /// To the operand's rows in its gradient, whole.
+    Rows { out: &'a Tensor, rows: Rows, factor: f32 },
+}
+
+impl<'a> Target<'a> {
+    /// `out`: the gradient of the operand's tensor if rows may be written, and the factor that rows take on the way there.
+    fn new(
+        args: &Attention,
+        operand: &Operand<'_>,
+        tables: &Tables,
+        width: usize,
+        (out, factor): (Option<&'a Tensor>, f32),
+    ) -> Result<Self> {
+        // Where all entries are alike every key has a gradient, so that its row is written.
+        let plain = operand.norm.is_none() && operand.rotary.is_none() && tables.extents.entries.is_empty();
+        match out.filter(|_| plain && operand.rows.aligned(pack(Dtype::Bf16))) {
+            Some(out) => Ok(Self::Rows { out, rows: operand.rows, factor }),
+            None => Ok(Self::Packed(operand.data.empty_as(&[operand.rows.count(args), width], Dtype::F32)?)),
+        }
+    }
+    /// The struct `Target` of the kernel.
+    fn bytes(&self) -> Result<Vec<u8>> {
+        let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
+        let null = [0; 8];
+        let (addresses, rows, factor) = match self {
+            Self::Packed(packed) => ([address(packed)?, null], vec![0; 56], 0.0),
+            Self::Rows { out, rows, factor } => ([null, address(out)?], rows.bytes()?, *factor),
+        };
+        let mut bytes = addresses.concat();
+        bytes.extend(rows);
+        bytes.extend(factor.to_le_bytes());
+        bytes.extend([0; 4]);
+        Ok(bytes)
+    }
+    fn packed(self) -> Option<Tensor> {
+        match self {
+            Self::Packed(packed) => Some(packed),
+            Self::Rows { .. } => None,
+        }
+    }
+}
+
+/// The gradients, where they can be computed here. `grad` are the rows of the output's gradient, `delta` its products with the output;
+/// `outs`: the gradients of keys' and of values' tensors, where rows may be written.
 ///
 /// # Errors
 /// Sizes beyond 2^31, those of the device.
@@ -77,6 +125,7 @@ pub(super) fn gradients(
     grad: &Operand<'_>,
     lse: &Tensor,
     delta: &Tensor,
+    outs: [Option<&Tensor>; 2],
 ) -> Result<Option<Gradients>> {
     if !warpgroup::fits(args, grad.data)? {
         return Ok(None);
@@ -86,8 +135,10 @@ pub(super) fn gradients(
     let plan = Plan::new(args.head_dim, args.queries, ragged, tables.extents.most_keys());
     let heads = operands.q.rows.count(args) / args.queries;
     let d_q = lse.empty_like(&[heads, plan.room(), plan.width])?;
-    let d_k = lse.empty_like(&[operands.k.rows.count(args), plan.width])?;
-    let d_v = lse.empty_like(d_k.shape())?;
+    let target = |operand, out, factor| Target::new(args, operand, tables, plan.width, (out, factor));
+    let scale = 1.0 / (args.head_dim as f32).sqrt();
+    let d_k = target(&operands.k, outs[0], scale)?;
+    let d_v = target(&operands.v, outs[1], 1.0)?;
     // Integers: their bits are those of zeros in f32 too.
     let counters = lse.zeros_like(&[1 + heads * plan.tiles * PIECES])?;
 
@@ -98,15 +149,16 @@ pub(super) fn gradients(
         mapped(&operands.v, KEYS)?,
         mapped(grad, plan.rows)?,
     ];
-    let mut sizes = Vec::with_capacity(192);
+    let mut sizes = Vec::with_capacity(328);
     let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
     for tensor in [lse, delta] {
         sizes.extend(address(tensor)?);
     }
     sizes.extend(tables.bytes()?);
-    for tensor in [&d_q, &d_k, &d_v, &counters] {
-        sizes.extend(address(tensor)?);
-    }
+    sizes.extend(address(&d_q)?);
+    sizes.extend(d_k.bytes()?);
+    sizes.extend(d_v.bytes()?);
+    sizes.extend(address(&counters)?);
     sizes.extend(score_factor(args.head_dim).to_le_bytes());
     let [heads, kv_heads] = [args.heads, args.kv_heads];
     let [queries, keys] = [args.queries, args.keys];
@@ -119,7 +171,7 @@ pub(super) fn gradients(
     }
     let grid = blocks(entries(args) * args.kv_heads * plan.blocks, 1)?;
     call.bytes(&sizes).launch([grid, 1, 1], THREADS, plan.shared())?;
-    Ok(Some(Gradients { q: d_q, room: plan.room(), k: d_k, v: d_v, width: plan.width }))
+    Ok(Some(Gradients { q: d_q, room: plan.room(), k: d_k.packed(), v: d_v.packed(), width: plan.width }))
 }
 
 #[cfg(test)]
