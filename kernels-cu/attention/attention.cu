@@ -1,5 +1,5 @@
 // softmax(Q K^T / sqrt(d)) V and its gradients: rows.cuh packs and unpacks rows, tiles.cuh multiplies tiles, forward.cuh and
-// backward.cuh go over them. Kernels of tiles end in the width of a packed row: head_dim, padded.
+// backward.cuh go over them; warpgroup.cuh is the forward pass on Hopper. Kernels of tiles end in the width of a packed row: head_dim, padded.
 #ifndef Element
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
@@ -8,15 +8,17 @@
 
 // Hopper's, in bf16 alone; elsewhere they are empty, and not launched.
 #ifdef HOPPER
-#define ON_HOPPER(...) __VA_ARGS__
+#define WARPGROUP_FORWARD(...) warpgroup::forward<warpgroup::Config<__VA_ARGS__>>({q, k, v, out}, sizes)
+#define WARPGROUP_GRADIENTS(WIDTH) warpgroup_backward::gradients<warpgroup_backward::Config<WIDTH>>(q, k, v, grad, sizes)
 #else
-#define ON_HOPPER(...)
+#define WARPGROUP_FORWARD(...)
+#define WARPGROUP_GRADIENTS(WIDTH)
 #endif
 #define WARPGROUP(NAME, ...)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(warpgroup::Config<__VA_ARGS__>::THREADS, 1)                                    \
         NAME(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v, \
              const __grid_constant__ CUtensorMap out, const __grid_constant__ warpgroup::Sizes sizes) {                         \
-        ON_HOPPER(warpgroup::forward<warpgroup::Config<__VA_ARGS__>>({q, k, v, out}, sizes);)                                   \
+        WARPGROUP_FORWARD(__VA_ARGS__);                                                                                         \
     }
 WARPGROUP(warpgroup_64_128, 64, 128, 3, 4)
 WARPGROUP(warpgroup_96_128, 96, 128, 2, 3)
@@ -28,16 +30,18 @@ WARPGROUP(attention_ladder_2, 128, 128, 2, 2, false, false)
 WARPGROUP(attention_ladder_3, 128, 128, 2, 2, true, false)
 WARPGROUP(attention_ladder_4, 128, 128, 2, 2, true, true)
 #undef WARPGROUP
+#undef WARPGROUP_FORWARD
 
 #define WARPGROUP_BACKWARD(WIDTH)                                                                                               \
     extern "C" __global__ void __launch_bounds__(warpgroup_backward::THREADS, 1) warpgroup_backward_##WIDTH(                    \
         const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,    \
         const __grid_constant__ CUtensorMap grad, const __grid_constant__ warpgroup_backward::Sizes sizes) {                    \
-        ON_HOPPER(warpgroup_backward::gradients<warpgroup_backward::Config<WIDTH>>(q, k, v, grad, sizes));                      \
+        WARPGROUP_GRADIENTS(WIDTH);                                                                                             \
     }
 WARPGROUP_BACKWARD(64)
 WARPGROUP_BACKWARD(128)
 #undef WARPGROUP_BACKWARD
+#undef WARPGROUP_GRADIENTS
 
 #define KERNELS "attention/attention.cu"
 #include "instantiate.cuh"

@@ -268,7 +268,7 @@ mod tests {
             (96, [300, 900], None),
             (80, [300, 300], causal(vec![])),
             (128, [400, 1000], None),
-            (128, [520, 800], causal(vec![200..333])),
+            (128, [520, 800], causal(vec![200..333, 500..501])),
         ] {
             let args = Attention { causal, ..dense(sizes[0], sizes[1], 4, head_dim) };
             run(&args, device).expect("the device works");
