@@ -1,5 +1,6 @@
-// softmax(Q K^T / sqrt(d)) V and its gradients: rows.cuh packs and unpacks rows, tiles.cuh multiplies tiles, forward.cuh and
-// backward.cuh go over them; warpgroup.cuh is the forward pass on Hopper. Kernels of tiles end in the width of a packed row: head_dim, padded.
+// softmax(Q K^T / sqrt(d)) V and its gradients: extents.cuh says which tokens there are and who sees whom, rows.cuh packs and unpacks
+// rows, tiles.cuh multiplies tiles, forward.cuh and backward.cuh go over them; warpgroup.cuh and warpgroup_backward.cuh are the passes on
+// Hopper. Kernels of tiles end in the width of a packed row: head_dim, padded.
 #ifndef Element
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"

@@ -230,7 +230,7 @@ fn entries_of_different_lengths_in_strided_tensors() {
     let qkv = random(60, &[2, total, 4 * d]);
     check(&args, [&qkv, &qkv, &qkv], Some(&norm_weights(d)));
     check_backward(&args, vec![qkv], [0, 0, 0], true, 60);
-    // Queries of all entries stand before the same keys, which are one row for all heads.
+    // Values that both heads read.
     let mut args = ragged(&[5, 7], &[4, 9], 2, 8);
     args.v = Layout { token: 8, head: 0, ..args.v };
     check_backward(
