@@ -24,7 +24,7 @@ COUNTED = {
     "UTMALDG": r"UTMALDG\b",
 }
 # What the machine code of some kernels must show, by their names: without it they would be on a slower path.
-REQUIRED = [("90a", r"warpgroup_|ladder_[3-9]", ["HGMMA", "UTMALDG"])]
+REQUIRED = [("90a", r"warpgroup_|ladder_[3-9]|attention_ladder_", ["HGMMA", "UTMALDG"])]
 FUNCTION = re.compile(r"ptxas info\s*: Function properties for (\S+)")
 ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '(\S+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -1,10 +1,12 @@
 // softmax(Q K^T / sqrt(d)) V and its gradients: extents.cuh says which tokens there are and who sees whom, rows.cuh packs and unpacks
-// rows, tiles.cuh multiplies tiles, forward.cuh and backward.cuh go over them. short.cuh is for few keys. Kernels of tiles end in the
-// width of a row: head_dim, padded.
+// rows, tiles.cuh multiplies tiles, forward.cuh and backward.cuh go over them; warpgroup.cuh and warpgroup_backward.cuh are the passes on
+// Hopper, short.cuh is for few keys. Kernels of tiles end in the width of a row: head_dim, padded.
 #ifndef Element
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
 #include "attention/short.cuh"
+#include "attention/warpgroup.cuh"
+#include "attention/warpgroup_backward.cuh"
 
 // D: the width of a row; KEYS: rows of a tile of keys.
 #define FEW_KEYS(D, KEYS)                                                                                                       \
@@ -26,6 +28,43 @@ FEW_KEYS(128, 32)
 FEW_KEYS(128, 64)
 #undef FEW_KEYS
 
+// Hopper's, in bf16 alone; elsewhere they are empty, and not launched.
+#ifdef HOPPER
+#define WARPGROUP_FORWARD(...) warpgroup::forward<warpgroup::Config<__VA_ARGS__>>({q, k, v, out}, sizes)
+#define WARPGROUP_GRADIENTS(WIDTH) warpgroup_backward::gradients<warpgroup_backward::Config<WIDTH>>(q, k, v, grad, sizes)
+#else
+#define WARPGROUP_FORWARD(...)
+#define WARPGROUP_GRADIENTS(WIDTH)
+#endif
+#define WARPGROUP(NAME, ...)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(warpgroup::Config<__VA_ARGS__>::THREADS, 1)                                    \
+        NAME(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v, \
+             const __grid_constant__ CUtensorMap out, const __grid_constant__ warpgroup::Sizes sizes) {                         \
+        WARPGROUP_FORWARD(__VA_ARGS__);                                                                                         \
+    }
+WARPGROUP(warpgroup_64_128, 64, 128, 3, 4)
+WARPGROUP(warpgroup_96_128, 96, 128, 2, 3)
+WARPGROUP(warpgroup_96_176, 96, 176, 2, 2)
+WARPGROUP(warpgroup_128_128, 128, 128, 2, 3)
+WARPGROUP(warpgroup_128_176, 128, 176, 2, 2)
+// Steps of the ladder (README.md): neither turns nor overlap, turns, both.
+WARPGROUP(attention_ladder_2, 128, 128, 2, 2, false, false)
+WARPGROUP(attention_ladder_3, 128, 128, 2, 2, true, false)
+WARPGROUP(attention_ladder_4, 128, 128, 2, 2, true, true)
+#undef WARPGROUP
+#undef WARPGROUP_FORWARD
+
+#define WARPGROUP_BACKWARD(WIDTH)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(warpgroup_backward::THREADS, 1) warpgroup_backward_##WIDTH(                    \
+        const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,    \
+        const __grid_constant__ CUtensorMap grad, const __grid_constant__ warpgroup_backward::Sizes sizes) {                    \
+        WARPGROUP_GRADIENTS(WIDTH);                                                                                             \
+    }
+WARPGROUP_BACKWARD(64)
+WARPGROUP_BACKWARD(128)
+#undef WARPGROUP_BACKWARD
+#undef WARPGROUP_GRADIENTS
+
 #define KERNELS "attention/attention.cu"
 #include "instantiate.cuh"
 
@@ -44,8 +83,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
     KERNEL(attention_unpack)(const Element* x, Rows rows, Change change, const float* grad, float factor, Element* out, float* sum,
-                             float* partial, Extents extents, int keys, Walk walk, int width, int per_group) {
-    unpack_rows(x, rows, change, grad, factor, out, sum, partial, extents, keys != 0, walk, width, per_group);
+                             float* partial, Extents extents, int keys, Walk walk, int width, int room,
+                             int per_group) {
+    unpack_rows(x, rows, change, grad, factor, out, sum, partial, extents, keys != 0, walk, width, room, per_group);
 }
 
 #define FORWARD(D)                                                                                                              \

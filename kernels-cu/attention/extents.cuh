@@ -19,8 +19,8 @@ struct Extents {
 
     __device__ __forceinline__ Entry entry(int i) const { return entries ? entries[i] : alike; }
     __device__ __forceinline__ int limit(const Entry& e, int query) const { return limits ? limits[e.limits + query] : e.keys; }
-    // The entry of the token of a ragged tensor. `keys`: it counts keys, not queries.
-    __device__ Entry find(int token, int b1, int size1, bool keys) const {
+    // The number of the entry of the token of a ragged tensor. `keys`: it counts keys, not queries.
+    __device__ int place(int token, int b1, int size1, bool keys) const {
         // The last entry that does not start behind the token: those before it at the same place are empty.
         int low = 0, high = ragged;
         while (high - low > 1) {
@@ -30,6 +30,7 @@ struct Extents {
             else
                 high = middle;
         }
-        return entries[low * size1 + b1];
+        return low * size1 + b1;
     }
+    __device__ Entry find(int token, int b1, int size1, bool keys) const { return entries[place(token, b1, size1, keys)]; }
 };

@@ -191,14 +191,40 @@ struct Walk {
     int parallel[4], loops[4], base[4];
 };
 
+// Gradients of queries that come in pieces (warpgroup_backward.cuh): a tile is of 8192 / width rows, and is [rows / 64][width / 64] pieces
+// of 64 rows and 64 channels; row r of a piece has its groups of 8 channels in the order of their number ^ r % 8. An entry starts with
+// a tile.
+__device__ __forceinline__ int piece_rows(int width) { return 8192 / width; }
+
+// The tile that an entry starts with, of those of a head: of ragged entries, one more may be begun than their queries fill.
+__device__ __forceinline__ int first_tile(const Extents& extents, const Entry& e, int b0, int width) {
+    return extents.ragged ? e.query / piece_rows(width) + b0 : 0;
+}
+
+// A row of gradients of packed rows: [row][width], or in pieces.
+struct GradRow {
+    const float* start;
+    int piece, turn;
+
+    __device__ GradRow(const float* grad, int64_t row, int width, bool pieces)
+        : start(grad + (pieces ? row / 64 * 64 * width + row % 64 * 64 : row * width)), piece(pieces ? 64 * 64 : 64),
+          turn(pieces ? int(row % 8) * 8 : 0) {}
+    // Four channels.
+    __device__ float4 load(int column) const {
+        return *reinterpret_cast<const float4*>(start + column / 64 * piece + (column % 64 ^ turn));
+    }
+};
+
 // Takes the gradient of packed rows, times `factor`, back through rotation and norm.
 //  out: the operand's gradient, overwritten; or sum: the same in float, added to; both may be null
 //  partial: [block][channels], sums of the gradients of the norm's weight over the block's rows; or null
+//  room: rows that a unit of a gradient in pieces has room for; 0: it is not in pieces
 // A row without a gradient counts as zero, whatever its elements: a key that may not be seen or has no query (`keys`: these are keys),
 // a query without a key.
 template <class T>
 __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, const float* grad, float factor, T* out, float* sum,
-                            float* partial, const Extents& extents, bool keys, const Walk& walk, int width, int per_group) {
+                            float* partial, const Extents& extents, bool keys, const Walk& walk, int width, int room,
+                            int per_group) {
     __shared__ float tile[BLOCK * PACKS<T> * PACK<T>];
     Lanes<T> lanes(width, rows.channels);
     Packs<T> w = {}, dw = {};
@@ -226,17 +252,20 @@ __device__ void unpack_rows(const T* x, const Rows& rows, const Change& change, 
             int b1 = at[1] + j % walk.loops[1], b0 = at[0] + j / walk.loops[1];
             int entry = b0 * rows.size1 + b1;
             place = rows.offset + b0 * rows.batch0 + b1 * rows.batch1 + token * rows.token + head * rows.head;
-            Entry e = extents.ragged ? extents.find(token, b1, rows.size1, keys) : extents.entry(entry);
+            int number = extents.ragged ? extents.place(token, b1, rows.size1, keys) : entry;
+            Entry e = extents.entry(number);
             int own = token - (keys ? e.key : e.query);
             bool some = inside && (keys ? own < e.keys && e.queries > 0 : e.keys > 0);
-            const float* g_row = grad + ((int64_t(entry) * rows.heads + head) * rows.tokens + token) * width;
+            int64_t unit = int64_t(entry) * rows.heads + head;
+            int first = room ? first_tile(extents, e, number / rows.size1, width) * piece_rows(width) : 0;
+            GradRow g_row(grad, room ? unit * room + first + own : unit * rows.tokens + token, width, room > 0);
             Packs<T> g = {};
 #pragma unroll
             for (int p = 0; p < PACKS<T>; p++) {
                 if (lanes.present(p, some) > 0) {
 #pragma unroll
                     for (int i = 0; i < PACK<T>; i += 4) {
-                        float4 q = *reinterpret_cast<const float4*>(g_row + lanes.column(p) + i);
+                        float4 q = g_row.load(lanes.column(p) + i);
                         g[p][i] = factor * q.x, g[p][i + 1] = factor * q.y;
                         g[p][i + 2] = factor * q.z, g[p][i + 3] = factor * q.w;
                     }

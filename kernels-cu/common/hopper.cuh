@@ -65,6 +65,11 @@ HYWU_PTX void named_barrier(uint32_t number, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+/// An arrival at such a barrier without a wait; who waits has seen what this thread wrote before.
+HYWU_PTX void named_barrier_arrive(uint32_t number, uint32_t threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Clusters
 
 /// The block's number in its cluster.
@@ -91,6 +96,13 @@ HYWU_PTX void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int 
         "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
+HYWU_PTX void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, int u, int v) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+            shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
+        : "memory");
+}
 /// To the same place in every block of the cluster that `blocks` has a bit for, each with its own barrier.
 HYWU_PTX void load_box_multicast(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, uint16_t blocks) {
     asm volatile(
@@ -103,6 +115,22 @@ HYWU_PTX void load_box_multicast(void* to, const CUtensorMap* map, uint64_t* bar
 HYWU_PTX void store_box(const CUtensorMap* map, const void* from, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                  "r"(shared_address(from)), "r"(x), "r"(y)
+                 : "memory");
+}
+HYWU_PTX void store_box(const CUtensorMap* map, const void* from, int x, int y, int z, int u, int v) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+                 "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
+                 : "memory");
+}
+/// `bytes` of neighbours, a multiple of 16 at multiples of 16.
+HYWU_PTX void store_linear(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+/// The same, added to what is there.
+HYWU_PTX void add_linear(float* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
                  : "memory");
 }
 HYWU_PTX void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -119,6 +147,26 @@ HYWU_PTX void store_wait() {
 /// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and of wgmma; a barrier makes that hold
 /// for other threads.
 HYWU_PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Counters in global memory, by which blocks wait for each other: for those that have started before alone, or it may be for ever.
+
+/// The counter before this call, which adds 1.
+HYWU_PTX uint32_t counter_next(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+/// Adds 1; who has waited for it sees what this thread did before, stores of the copy engine that it has waited for included.
+HYWU_PTX void counter_add(uint32_t* counter) {
+    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+/// Until the counter is `value`.
+HYWU_PTX void counter_wait(uint32_t* counter, uint32_t value) {
+    uint32_t now;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    while (now != value);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
 // Products
 
@@ -140,52 +188,92 @@ HYWU_PTX void wgmma_wait() {
 
 #define HYWU_D8(d, i)                                                                                                         \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define HYWU_D32(d, i) HYWU_D8(d, i), HYWU_D8(d, i + 8), HYWU_D8(d, i + 16), HYWU_D8(d, i + 24)
+#define HYWU_D16(d, i) HYWU_D8(d, i), HYWU_D8(d, i + 8)
+#define HYWU_D32(d) HYWU_D16(d, 0), HYWU_D16(d, 16)
+#define HYWU_D64(d) HYWU_D32(d), HYWU_D16(d, 32), HYWU_D16(d, 48)
+#define HYWU_D88(d) HYWU_D64(d), HYWU_D16(d, 64), HYWU_D8(d, 80)
+#define HYWU_D128(d) HYWU_D88(d), HYWU_D8(d, 88), HYWU_D16(d, 96), HYWU_D16(d, 112)
 #define HYWU_R32                                                                                                              \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "      \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "     \
     "%25, %26, %27, %28, %29, %30, %31"
 #define HYWU_R64                                                                                                              \
-    HYWU_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "     \
-             "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+    HYWU_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HYWU_R88                                                                                                              \
+    HYWU_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "    \
+    "%85, %86, %87"
 #define HYWU_R128                                                                                                             \
-    HYWU_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "     \
-             "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, " \
-             "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "    \
-             "%124, %125, %126, %127"
+    HYWU_R88 ", %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "       \
+    "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "      \
+    "%126, %127"
+
+// A product whose accumulators are N / 2 registers; its other operands are numbered from there on. SS: A by a descriptor, RS: by registers.
+#define HYWU_WGMMA(N, REGISTERS, ACCUMULATORS, ADD, SIDES, TRANSPOSED, ...)                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, " SIDES ", p, 1, 1, " TRANSPOSED  \
+                 ";\n}"                                                                                                       \
+                 : ACCUMULATORS                                                                                               \
+                 : __VA_ARGS__)
+#define HYWU_SS(N, H, A, B, ADD, TA, TB)                                                                                      \
+    HYWU_WGMMA(N, HYWU_R##H, HYWU_D##H(d), "%" #ADD, "%" #A ", %" #B, "%" #TA ", %" #TB, "l"(a), "l"(b), "r"(int(add)),        \
+               "n"(int(!A_ALONG_K)), "n"(int(!B_ALONG_K)))
+#define HYWU_RS(N, H, A0, A1, A2, A3, B, ADD, TB)                                                                             \
+    HYWU_WGMMA(N, HYWU_R##H, HYWU_D##H(d), "%" #ADD, "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B, "%" #TB, "r"(a[0]),     \
+               "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(!B_ALONG_K)))
 
 /// d = a b, or d += a b where `add`: 64 x 16 by 16 x N of bf16, sums in float, by the 128 threads of a warpgroup, asynchronously. Warp w
 /// of the group has rows 16 w ..; with g == lane / 4 and t == lane % 4, d[4 j], d[4 j + 1] are row g, columns 8 j + 2 t, + 1, and
 /// d[4 j + 2], d[4 j + 3] those of row g + 8.
 template <int N, bool A_ALONG_K, bool B_ALONG_K>
 HYWU_PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-    static_assert(N == 64 || N == 128 || N == 256, "these widths are used");
+    static_assert(N == 64 || N == 128 || N == 176 || N == 256, "these widths are used");
 #ifdef HOPPER
-    if constexpr (N == 64)
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HYWU_R32 "}, %32, %33, p, 1, 1, %35, %36;\n}"
-            : HYWU_D32(d, 0)
-            : "l"(a), "l"(b), "r"(int(add)), "n"(int(!A_ALONG_K)), "n"(int(!B_ALONG_K)));
-    else if constexpr (N == 128)
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HYWU_R64 "}, %64, %65, p, 1, 1, %67, %68;\n}"
-            : HYWU_D32(d, 0), HYWU_D32(d, 32)
-            : "l"(a), "l"(b), "r"(int(add)), "n"(int(!A_ALONG_K)), "n"(int(!B_ALONG_K)));
-    else
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" HYWU_R128 "}, %128, %129, p, 1, 1, %131, %132;\n}"
-            : HYWU_D32(d, 0), HYWU_D32(d, 32), HYWU_D32(d, 64), HYWU_D32(d, 96)
-            : "l"(a), "l"(b), "r"(int(add)), "n"(int(!A_ALONG_K)), "n"(int(!B_ALONG_K)));
+    if constexpr (N == 64) HYWU_SS(64, 32, 32, 33, 34, 35, 36);
+    else if constexpr (N == 128) HYWU_SS(128, 64, 64, 65, 66, 67, 68);
+    else if constexpr (N == 176) HYWU_SS(176, 88, 88, 89, 90, 91, 92);
+    else HYWU_SS(256, 128, 128, 129, 130, 131, 132);
+#endif
+}
+
+/// The same with A from registers, two bf16 in each: a[0] is row g, k 2 t and 2 t + 1, a[1] the same of row g + 8, a[2] and a[3] those
+/// rows' k 2 t + 8 and 2 t + 9. So d[8 i] .. d[8 i + 7] of a product, narrowed, are A of another's step i. They must stay as they are until
+/// the product is waited for.
+template <int N, bool B_ALONG_K>
+HYWU_PTX void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+    static_assert(N == 64 || N == 128, "these widths are used");
+#ifdef HOPPER
+    if constexpr (N == 64) HYWU_RS(64, 32, 32, 33, 34, 35, 36, 37, 38);
+    else HYWU_RS(128, 64, 64, 65, 66, 67, 68, 69, 70);
 #endif
 }
 
 #undef HYWU_D8
+#undef HYWU_D16
 #undef HYWU_D32
+#undef HYWU_D64
+#undef HYWU_D88
+#undef HYWU_D128
 #undef HYWU_R32
 #undef HYWU_R64
+#undef HYWU_R88
 #undef HYWU_R128
+#undef HYWU_WGMMA
+#undef HYWU_SS
+#undef HYWU_RS
+
+/// What is done with these registers before and after is not moved across this: the waits above don't name them.
+template <int N>
+HYWU_PTX void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/// 2^x with a relative error of 2^-22 at most, zero where that is below the normal numbers: one instruction of the special function unit.
+HYWU_PTX float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 /// The registers of a warpgroup's threads from here on; the kernel's launch bounds say how many they had.
 template <int N>

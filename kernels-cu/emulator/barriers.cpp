@@ -123,33 +123,47 @@ bool barrier_wait(uint64_t* address, uint32_t parity, bool once) {
 
 // Named
 
-void named_barrier(uint32_t number, uint32_t threads) {
+/// True for the last one that the barrier is for.
+static bool arrive(uint32_t number, uint32_t threads) {
     Thread& t = self();
-    Running& block = running(t);
-    Pending& p = pending();
+    pending();
     if (number < 1 || number > 15) fail("named barriers have the numbers 1 to 15");
     if (!threads || threads % WARP || threads > t.worker->block_threads) fail("a named barrier is of whole warps of the block");
-    NamedBarrier& b = block.named[number];
-    if (b.arrived && b.threads != threads) fail("a named barrier is told different numbers of threads");
+    NamedBarrier& b = running(t).named[number];
+    if (!b.arrived.empty() && b.threads != threads) fail("a named barrier is told different numbers of threads");
     b.threads = threads;
-    p.number = number;
-    if (++b.arrived < threads) {
-        b.waiting.push_back(&t);
-        t.state = State::Named;
-        yield(t);
-        return;
-    }
+    b.arrived.push_back(&t);
+    if (b.arrived.size() < threads) return false;
     // Warps arrive as a whole.
     unsigned here[MAX_THREADS / WARP] = {};
-    b.waiting.push_back(&t);
-    for (const Thread* other : b.waiting) here[other->number / WARP]++;
+    for (const Thread* other : b.arrived) here[other->number / WARP]++;
     for (unsigned i : here) {
         if (i != 0 && i != WARP) fail("a named barrier is met by a part of a warp");
     }
-    b.arrived = 0;
+    b.arrived.clear();
     for (Thread* other : b.waiting) wake(*other);
     b.waiting.clear();
-    if (seed()) yield(t);
+    return true;
+}
+
+void named_barrier(uint32_t number, uint32_t threads) {
+    Thread& t = self();
+    if (arrive(number, threads)) {
+        if (seed()) {
+            wake(t);
+            yield(t);
+        }
+        return;
+    }
+    pending().number = number;
+    running(t).named[number].waiting.push_back(&t);
+    t.state = State::Named;
+    yield(t);
+}
+
+void named_barrier_arrive(uint32_t number, uint32_t threads) {
+    arrive(number, threads);
+    maybe_yield();
 }
 
 // Clusters

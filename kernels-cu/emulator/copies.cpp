@@ -4,7 +4,9 @@
 #include "worker.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 namespace emu {
 
@@ -101,11 +103,29 @@ static void deliver(Load& l) {
 /// Takes what the store's box in shared memory holds.
 static void read(Store& s) {
     s.read = true;
+    if (s.linear) {
+        memcpy(s.bytes.data(), s.from, s.bytes.size());
+        return;
+    }
     s.bytes.resize(s.map.box_bytes());
     for (size_t i = 0; i < s.bytes.size(); i += 16) memcpy(&s.bytes[i], swizzled(s.map, s.from + i), 16);
 }
 
 static void write(Store& s) {
+    if (s.linear && s.adds) {
+        for (size_t i = 0; i < s.bytes.size(); i += 4) {
+            float sum, term;
+            memcpy(&sum, s.linear + i, 4);
+            memcpy(&term, &s.bytes[i], 4);
+            sum += term;
+            memcpy(s.linear + i, &sum, 4);
+        }
+        return;
+    }
+    if (s.linear) {
+        memcpy(s.linear, s.bytes.data(), s.bytes.size());
+        return;
+    }
     for_each_line(s.map, s.at, [&](const Line& to, size_t start) {
         if (to.tensor) memcpy(to.tensor, &s.bytes[start + to.begin], to.end - to.begin);
     });
@@ -113,29 +133,44 @@ static void write(Store& s) {
 
 // By threads
 
-void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, uint32_t blocks) {
+void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at, uint32_t blocks) {
     Thread& t = self();
     Worker& w = *t.worker;
     pending();
-    TensorMap m = check(map, 3, to);
+    TensorMap m = check(map, unsigned(at.size()), to);
     if (!blocks) fail("a copy to no block");
     for (unsigned rank = 0; blocks >> rank; rank++) {
         if (!(blocks >> rank & 1)) continue;
         Running& block = peer(rank, "a copy to a block that the cluster does not have");
         if (!block.live) fail("a copy to a block that has exited");
         unsigned char* there = in_block(block, to);
-        w.loads.push_back({m, {x, y, z}, &t, &block, there, &find_barrier(block, barrier)});
+        w.loads.push_back({m, {}, &t, &block, there, &find_barrier(block, barrier)});
+        std::copy(at.begin(), at.end(), w.loads.back().at);
         // What is there from now on, until the barrier is passed, is anything.
         memset(there, 0xff, m.box_bytes());
     }
     maybe_yield();
 }
 
-void store_box(const CUtensorMap* map, const void* from, int x, int y) {
+void store_box(const CUtensorMap* map, const void* from, std::initializer_list<int> at) {
     Thread& t = self();
-    TensorMap m = check(map, 2, from);
+    TensorMap m = check(map, unsigned(at.size()), from);
     unsigned group = pending().store_group;
-    t.worker->stores.push_back({m, {x, y}, &t, static_cast<const unsigned char*>(from), group, false, false, {}});
+    auto& stores = t.worker->stores;
+    stores.push_back({m, nullptr, false, {}, &t, static_cast<const unsigned char*>(from), group, false, false, {}});
+    std::copy(at.begin(), at.end(), stores.back().at);
+    maybe_yield();
+}
+
+void store_linear(void* to, const void* from, uint32_t bytes, bool adds) {
+    Thread& t = self();
+    auto address = reinterpret_cast<uintptr_t>(to);
+    if (bytes % 16 || address % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of neighbours is not of multiples of 16 bytes");
+    if (!is_shared(from, bytes)) fail("a copy of neighbours is not from the dynamic shared memory");
+    if (!is_device_memory(address, bytes)) fail("a copy of neighbours is not to within an allocation");
+    unsigned group = pending().store_group;
+    t.worker->stores.push_back({{}, static_cast<unsigned char*>(to), adds, {}, &t, static_cast<const unsigned char*>(from), group, false,
+                                false, std::vector<unsigned char>(bytes)});
     maybe_yield();
 }
 
@@ -157,6 +192,34 @@ void store_wait(unsigned left, bool done) {
         s.waited = true;
     }
     stores.erase(std::remove_if(stores.begin(), stores.end(), [](const Store& s) { return !s.thread; }), stores.end());
+}
+
+// Counters
+
+uint32_t counter_next(uint32_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+
+static bool reached(const Pending& p) { return __atomic_load_n(p.counter, __ATOMIC_ACQUIRE) == p.value; }
+
+void counter_wait(uint32_t* counter, uint32_t value) {
+    Thread& t = self();
+    Pending& p = pending();
+    p.counter = counter;
+    p.value = value;
+    maybe_yield();
+    if (reached(p)) return;
+    t.state = State::Counter;
+    yield(t);
+}
+
+/// Wakes those whose counters other blocks have brought where they should be; false where nobody waits for any.
+static bool poll_counters(Worker& w) {
+    bool waits = false;
+    for (size_t i = 0; i < w.thread.size(); i++) {
+        if (w.thread[i].state != State::Counter) continue;
+        waits = true;
+        if (reached(w.pending[i])) wake(w.thread[i]);
+    }
+    return waits;
 }
 
 // By the scheduler
@@ -191,6 +254,13 @@ bool advance(Worker& w) {
         deliver(first);
     }
     if (w.woken) return true;
+    // Other blocks run on other threads of the host. Where nothing moves for long, it is a deadlock.
+    constexpr unsigned POLLS = 600'000;
+    if (poll_counters(w)) {
+        if (w.woken) return true;
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        return ++w.idle < POLLS;
+    }
     // Those that only look whether a phase is over go on; for ever would be a deadlock too.
     constexpr unsigned PATIENCE = 1000;
     if (++w.idle > PATIENCE) return false;
@@ -230,7 +300,7 @@ void finish_asynchronous(Worker& w) {
         Running& block = w.block[i];
         block.mbarriers.clear();
         for (Warpgroup& g : block.warpgroups) g.clear();
-        for (NamedBarrier& b : block.named) b.arrived = 0, b.waiting.clear();
+        for (NamedBarrier& b : block.named) b.arrived.clear(), b.waiting.clear();
     }
     w.asynchronous = false;
     w.idle = 0;

@@ -43,24 +43,27 @@ struct Mbarrier {
 };
 
 struct NamedBarrier {
-    unsigned threads = 0, arrived = 0;
-    std::vector<Thread*> waiting;
+    unsigned threads = 0;
+    /// Those that have come, and which of them wait.
+    std::vector<Thread*> arrived, waiting;
 };
 
 /// A box on its way to shared memory of one block.
 struct Load {
     TensorMap map;
-    int at[3];
+    int at[5];
     Thread* thread;
     Running* block;
     unsigned char* to;
     Mbarrier* barrier;
 };
 
-/// A box on its way to the tensor: it is read from shared memory, and then written.
+/// A box on its way to the tensor, or neighbours to `linear`: read from shared memory, and then written or added.
 struct Store {
     TensorMap map;
-    int at[2];
+    unsigned char* linear;
+    bool adds;
+    int at[5];
     Thread* thread;
     const unsigned char* from;
     unsigned group;
@@ -84,6 +87,16 @@ struct Product {
     /// Threads that have come to it.
     unsigned issued;
     Tile* tile;
+    /// A where it comes from registers: 64 rows of 16 k; empty where it is in shared memory.
+    std::vector<float> rows;
+};
+
+/// Registers of A that a product under way reads.
+struct Reading {
+    const uint32_t* at;
+    uint32_t words[4];
+    /// The product's number.
+    uint64_t product;
 };
 
 struct Warpgroup {
@@ -102,11 +115,14 @@ struct Pending {
     std::vector<uint64_t> product_groups;
     /// The products it waits for.
     uint64_t wanted = 0;
+    std::vector<Reading> readings;
     /// The open group of stores.
     unsigned store_group = 0;
     /// What it waits for.
     Mbarrier* barrier = nullptr;
     unsigned phase = 0, number = 0;
+    const uint32_t* counter = nullptr;
+    uint32_t value = 0;
     /// Whether it goes on without it at last.
     bool once = false;
 };

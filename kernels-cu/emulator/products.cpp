@@ -105,9 +105,11 @@ HYWU_SUM(sum_128, , 4)
 #undef HYWU_SUM
 
 static void run(const Running& block, const Product& p) {
-    static const auto best = __builtin_cpu_supports("avx512f") ? sum_512 : __builtin_cpu_supports("avx2") ? sum_256 : sum_128;
+    static const bool has_512 = __builtin_cpu_supports("avx512f"), has_256 = __builtin_cpu_supports("avx2");
+    const auto best = has_512 && p.columns % 32 == 0 ? sum_512 : has_256 && p.columns % 16 == 0 ? sum_256 : sum_128;
     alignas(64) float a[64 * 16], b[16 * 256];
-    read_side<true>(block, Side(p.a, p.a_along_k, 64), a);
+    if (p.rows.empty()) read_side<true>(block, Side(p.a, p.a_along_k, 64), a);
+    else std::copy(p.rows.begin(), p.rows.end(), a);
     read_side<false>(block, Side(p.b, p.b_along_k, p.columns), b);
     float* d = p.tile->values;
     if (!p.add) std::fill_n(d, 64 * p.columns, 0.0f);
@@ -193,7 +195,18 @@ static Warpgroup& warpgroup(unsigned& thread) {
     return block.warpgroups[number];
 }
 
-void multiply(float* d, unsigned columns, bool a_along_k, bool b_along_k, uint64_t a, uint64_t b, bool add) {
+/// Puts a thread's registers of A among the rows: those of mma_m16n8k16, in the warp's 16 rows.
+static void put_rows(Product& product, unsigned thread, const uint32_t* words) {
+    unsigned row = thread / 32 * 16 + thread % 32 / 4, k = thread % 4 * 2;
+    for (unsigned i = 0; i < 4; i++) {
+        float* to = &product.rows[(row + i % 2 * 8) * 16 + k + i / 2 * 8];
+        uint32_t low = words[i] << 16, high = words[i] & 0xffff0000;
+        memcpy(to, &low, 4), memcpy(to + 1, &high, 4);
+    }
+}
+
+/// `words`: A where it is in registers, in place of `a`.
+static void issue(float* d, unsigned columns, bool a_along_k, bool b_along_k, uint64_t a, const uint32_t* words, uint64_t b, bool add) {
     Pending& p = pending();
     unsigned thread;
     Warpgroup& g = warpgroup(thread);
@@ -201,12 +214,16 @@ void multiply(float* d, unsigned columns, bool a_along_k, bool b_along_k, uint64
     if (number - g.done == g.products.size()) {
         Tile* tile = find_tile(g, thread, d);
         if (!tile->holders) tile->columns = columns;
-        g.products.push_back({a, b, columns, a_along_k, b_along_k, add, 0, tile});
+        g.products.push_back({a, b, columns, a_along_k, b_along_k, add, 0, tile, std::vector<float>(words ? 64 * 16 : 0)});
     }
     Product& product = g.products[number - g.done];
     if (product.a != a || product.b != b || product.columns != columns || product.a_along_k != a_along_k ||
-        product.b_along_k != b_along_k || product.add != add) {
+        product.b_along_k != b_along_k || product.add != add || product.rows.empty() != !words) {
         fail("threads of a warpgroup give different operands of a product");
+    }
+    if (words) {
+        put_rows(product, thread, words);
+        p.readings.push_back({words, {words[0], words[1], words[2], words[3]}, number});
     }
     Tile& tile = *product.tile;
     if (!tile.d[thread]) take(tile, thread, d, add);
@@ -224,6 +241,14 @@ void multiply(float* d, unsigned columns, bool a_along_k, bool b_along_k, uint64
         g.waiting.pop_back();
     }
     if (chance(*self().worker, 4)) run_until(running(self()), g, number + 1);
+}
+
+void multiply(float* d, unsigned columns, bool a_along_k, bool b_along_k, uint64_t a, uint64_t b, bool add) {
+    issue(d, columns, a_along_k, b_along_k, a, nullptr, b, add);
+}
+
+void multiply(float* d, unsigned columns, bool b_along_k, const uint32_t* a, uint64_t b, bool add) {
+    issue(d, columns, true, b_along_k, 0, a, b, add);
 }
 
 void multiply_commit() {
@@ -251,6 +276,12 @@ void multiply_wait(unsigned left) {
     for (auto& tile : g.tiles) {
         if (tile->d[thread] && tile->last[thread] <= p.wanted) give_back(*tile, thread);
     }
+    auto& r = p.readings;
+    auto end = std::find_if(r.begin(), r.end(), [&](const Reading& x) { return x.product >= p.wanted; });
+    for (auto i = r.begin(); i != end; ++i) {
+        if (memcmp(i->at, i->words, sizeof i->words) != 0) fail("registers of A were written while products read them");
+    }
+    r.erase(r.begin(), end);
 }
 
 } // namespace emu

@@ -200,6 +200,7 @@ static const char* describe(State state) {
     case State::Named: return "waits at a named barrier";
     case State::Cluster: return "waits at a barrier of the cluster";
     case State::Products: return "waits for products that not all of its warpgroup have issued";
+    case State::Counter: return "waits for a counter in global memory";
     case State::Done: return "has exited";
     }
     return "?";
@@ -251,7 +252,7 @@ void fail(const char* what) {
         }
         if (t.state == State::Named) {
             const NamedBarrier& b = running(t).named[k.number];
-            fprintf(stderr, ", number %u: %u of %u threads are here", k.number, b.arrived, b.threads);
+            fprintf(stderr, ", number %u: %u of %u threads are here", k.number, unsigned(b.arrived.size()), b.threads);
         }
         if (const Mbarrier* b = k.barrier) {
             const auto* from = reinterpret_cast<const unsigned char*>(b->address);

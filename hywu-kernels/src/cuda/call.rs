@@ -32,7 +32,7 @@ pub(crate) fn in_grid(op: &'static str, n: usize, what: &str) -> Result<u32> {
     }
 }
 
-/// A tensor of two or three axes in device memory, and the boxes of it that Hopper's copy engine moves. Axes from the innermost on.
+/// A tensor of two to five axes in device memory, and the boxes of it that Hopper's copy engine moves. Axes from the innermost on.
 #[derive(Debug)]
 pub(crate) struct Boxes {
     pub address: u64,
@@ -51,6 +51,7 @@ impl Boxes {
         let counts = self.dims.len() == self.size.len() && self.dims.len() == self.pitches.len() + 1;
         whole
             && counts
+            && self.dims.len() <= 5
             && self.dims.iter().all(|n| (1..1 << 32).contains(n))
             && self.size.iter().all(|n| *n <= 256)
     }

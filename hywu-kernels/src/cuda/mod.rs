@@ -13,6 +13,7 @@ mod call;
 mod driver;
 pub mod elementwise;
 pub mod embedding;
+mod hopper;
 pub mod local_filter;
 pub mod loss;
 pub mod low_rank_linear;

@@ -302,6 +302,49 @@ fn two_runs_give_the_same_bits_whatever_the_number_of_threads() {
 }
 
 #[test]
+fn gradients_of_many_tiles_and_blocks_of_keys() {
+    for d in [64, 128] {
+        let args = grouped(dense(1, 321, 257, 2, d), 1);
+        check_all(&args, 67, false);
+        check_all(&causal(grouped(dense(1, 260, 321, 2, d), 1), &[40..200]), 68, false);
+    }
+}
+
+#[test]
+fn gradients_of_weights_that_are_one_or_equal() {
+    for d in [64, 128] {
+        let args = dense(1, 130, 129, 1, d);
+        let [mut q, mut k, v] = operands(&args, 69);
+        let equal = Tensor::new(k.shape(), k.data()[..d].repeat(129)).unwrap();
+        for_each_place(|place| check_all_at(place, &args, &[q.clone(), equal.clone(), v.clone()], false));
+        // Scores of some tens.
+        for x in [&mut q, &mut k] {
+            x.data_mut().iter_mut().for_each(|x| *x *= 4.0);
+        }
+        for_each_place(|place| check_all_at(place, &args, &[q.clone(), k.clone(), v.clone()], false));
+    }
+}
+
+#[test]
+fn what_is_not_a_number_reaches_the_gradients() {
+    let (tokens, d) = (200, 64);
+    let args = dense(1, tokens, tokens, 1, d);
+    let (inputs, grad) = (operands(&args, 70), random(0x77, &args.out_shape));
+    for_each_place(|place| {
+        let mut bad = grad.clone();
+        bad.data_mut()[150 * d] = f32::NAN;
+        let [_, q, k, v] = gradients(place, &args, &inputs, &bad);
+        for (query, row) in q.data().chunks_exact(d).enumerate() {
+            assert!(row.iter().all(|x| x.is_nan() == (query == 150)));
+        }
+        assert!(k.data().iter().all(|x| x.is_nan()));
+        assert!(
+            v.data().chunks_exact(d).all(|row| row[0].is_nan() && row[1..].iter().all(|x| x.is_finite()))
+        );
+    });
+}
+
+#[test]
 fn what_a_query_does_not_see_does_not_reach_it() {
     let (tokens, d) = (300, 32);
     let args = causal(dense(1, tokens, tokens, 2, d), &[100..150]);

@@ -29,7 +29,7 @@ struct Block {
 };
 
 /// What a thread does; those between Ready and Done say what it waits for.
-enum class State : unsigned char { Fresh, Ready, Barrier, Collective, Mbarrier, Named, Cluster, Products, Done };
+enum class State : unsigned char { Fresh, Ready, Barrier, Collective, Mbarrier, Named, Cluster, Products, Counter, Done };
 
 /// A cp.async that has not happened yet.
 struct Copy {

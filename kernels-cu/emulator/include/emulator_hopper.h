@@ -4,7 +4,9 @@
 #include "cuda.h"
 #include "emulator_core.h"
 
+#include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 #define HOPPER 1
 
@@ -19,20 +21,28 @@ bool barrier_wait(uint64_t* barrier, uint32_t parity, bool once);
 
 // Other barriers
 void named_barrier(uint32_t number, uint32_t threads);
+void named_barrier_arrive(uint32_t number, uint32_t threads);
 uint32_t cluster_rank();
 void cluster_sync();
 
-// Copies; `blocks`: a bit for every rank of the cluster
+// Copies; `at`: coordinates from the innermost on, `blocks`: a bit for every rank of the cluster
 void prefetch(const CUtensorMap* map);
-void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, uint32_t blocks);
-void store_box(const CUtensorMap* map, const void* from, int x, int y);
+void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at, uint32_t blocks);
+void store_box(const CUtensorMap* map, const void* from, std::initializer_list<int> at);
+void store_linear(void* to, const void* from, uint32_t bytes, bool adds);
 void store_commit();
 /// Until at most `left` groups of this thread's stores still read, or are not `done`.
 void store_wait(unsigned left, bool done);
 
+// Counters in global memory
+uint32_t counter_next(uint32_t* counter);
+void counter_wait(uint32_t* counter, uint32_t value);
+
 // Products
 uint32_t shared_address(const void* p);
 void multiply(float* d, unsigned columns, bool a_along_k, bool b_along_k, uint64_t a, uint64_t b, bool add);
+/// With A from the threads' registers.
+void multiply(float* d, unsigned columns, bool b_along_k, const uint32_t* a, uint64_t b, bool add);
 void multiply_commit();
 void multiply_wait(unsigned left);
 
@@ -40,8 +50,8 @@ void multiply_wait(unsigned left);
 
 namespace hopper {
 
-using emu::barrier_init, emu::cluster_rank, emu::cluster_sync, emu::named_barrier, emu::prefetch, emu::shared_address,
-    emu::store_box, emu::store_commit;
+using emu::barrier_init, emu::cluster_rank, emu::counter_next, emu::counter_wait, emu::cluster_sync, emu::named_barrier, emu::named_barrier_arrive, emu::prefetch,
+    emu::shared_address, emu::store_commit;
 
 // Barriers
 
@@ -57,12 +67,21 @@ static inline void barrier_wait(uint64_t* barrier, uint32_t parity) { emu::barri
 // Copies
 
 static inline void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
-    emu::load_box(to, map, barrier, x, y, z, 1u << cluster_rank());
+    emu::load_box(to, map, barrier, {x, y, z}, 1u << cluster_rank());
+}
+static inline void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, int u, int v) {
+    emu::load_box(to, map, barrier, {x, y, z, u, v}, 1u << cluster_rank());
 }
 static inline void load_box_multicast(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z,
                                       uint16_t blocks) {
-    emu::load_box(to, map, barrier, x, y, z, blocks);
+    emu::load_box(to, map, barrier, {x, y, z}, blocks);
 }
+static inline void store_box(const CUtensorMap* map, const void* from, int x, int y) { emu::store_box(map, from, {x, y}); }
+static inline void store_box(const CUtensorMap* map, const void* from, int x, int y, int z, int u, int v) {
+    emu::store_box(map, from, {x, y, z, u, v});
+}
+static inline void store_linear(void* to, const void* from, uint32_t bytes) { emu::store_linear(to, from, bytes, false); }
+static inline void add_linear(float* to, const void* from, uint32_t bytes) { emu::store_linear(to, from, bytes, true); }
 template <int N>
 inline void store_wait_read() {
     emu::store_wait(N, false);
@@ -72,6 +91,7 @@ inline void store_wait() {
     emu::store_wait(N, true);
 }
 static inline void fence_async() {}
+static inline void counter_add(uint32_t* counter) { emu::counter_next(counter); }
 
 // Products
 
@@ -87,9 +107,15 @@ inline void wgmma_wait() {
 }
 template <int N, bool A_ALONG_K, bool B_ALONG_K>
 inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-    static_assert(N == 64 || N == 128 || N == 256, "these widths are used");
     emu::multiply(d, N, A_ALONG_K, B_ALONG_K, a, b, add);
 }
+template <int N, bool B_ALONG_K>
+inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+    emu::multiply(d, N, B_ALONG_K, a, b, add);
+}
+template <int N>
+inline void wgmma_hold(float (&)[N]) {}
+static inline float exp2_approximate(float x) { return exp2f(x); }
 
 template <int N>
 inline void fewer_registers() {}

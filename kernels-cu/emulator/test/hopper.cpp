@@ -95,6 +95,32 @@ static void loads() {
     for (int c = 0; c < 8; c++) EXPECT(chunk(7, c) == 7 - c);
 }
 
+/// Boxes of tensors of 3 x 2 x 20 x 4 x 72 numbers, copied from one to another.
+static void five() {
+    constexpr int SIZE[] = {72, 4, 20, 2, 3};
+    std::vector<uint16_t> x(72 * 4 * 20 * 2 * 3);
+    for (size_t i = 0; i < x.size(); i++) x[i] = uint16_t(i + 1);
+    for (auto at : {std::array<int, 5>{0, 0, 0, 0, 0}, {64, 3, 16, 1, 2}, {0, 2, -3, 1, 1}, {64, 1, 5, 0, 2}, {0, 4, 0, 0, 0}}) {
+        Array<uint16_t> a(x), b(std::vector<uint16_t>(x.size(), 0));
+        Encode e{a.address, {72, 4, 20, 2, 3}, {144, 144 * 4, 144 * 80, 144 * 160}, {64, 1, 8, 1, 1}}, to = e;
+        to.address = b.address;
+        EXPECT(launch("test_five", 1, 32, 64 * 8 * 2 + 1024 + 8, e.map(), to.map(), 64 * 8 * 2, at[0], at[1], at[2], at[3], at[4]) == 0);
+        auto got = b.get();
+        bool right = true;
+        for (size_t i = 0; i < x.size(); i++) {
+            bool in = true;
+            size_t rest = i;
+            for (size_t d = 0; d < 5; d++) {
+                int place = int(rest % size_t(SIZE[d])) - at[d], box = d == 0 ? 64 : d == 2 ? 8 : 1;
+                rest /= size_t(SIZE[d]);
+                in &= place >= 0 && place < box;
+            }
+            right &= got[i] == (in ? x[i] : 0);
+        }
+        EXPECT(right);
+    }
+}
+
 /// What is read before the barrier is NaN, at least in part.
 static void early_load() {
     Array<uint16_t> a(std::vector<uint16_t>(64 * 64, 0));
@@ -123,6 +149,25 @@ static bool store_is_right(int wait) {
     }
     return right;
 }
+/// Whether blocks add to the same place one after the other: in another order sums are others.
+static bool turns_of_blocks_are_right(int wait) {
+    std::vector<float> values;
+    for (int i = 0; i < 20; i++) values.push_back(i % 3 == 0 ? 1e8f : i % 3 == 1 ? 1.5f : -1e8f);
+    Array<float> v(values), out{1024};
+    Array<uint32_t> counters(std::vector<uint32_t>(2));
+    EXPECT(launch("test_turns_of_blocks", 20, 64, 4096 + 4 + 1024, v.address, out.address, counters.address, wait) == 0);
+    auto got = out.get();
+    bool right = counters.get() == std::vector<uint32_t>{20, 20};
+    for (int i = 0; i < 1024; i++) {
+        float sum = values[0] + float(i);
+        for (size_t j = 1; j < values.size(); j++) sum += values[j] + float(i);
+        right &= got[size_t(i)] == sum;
+    }
+    return right;
+}
+static void turns_of_blocks() { EXPECT(turns_of_blocks_are_right(1)); }
+static void early_turns() { EXPECT(!turns_of_blocks_are_right(0)); }
+
 static void stores() { EXPECT(store_is_right(1)); }
 static void early_store() { EXPECT(!store_is_right(0)); }
 
@@ -155,10 +200,46 @@ static bool products_are_right(const char* name, int n, bool a_along_k, bool b_a
 static void products() {
     EXPECT(products_are_right("test_products_64", 64, true, true));
     EXPECT(products_are_right("test_products_128", 128, true, false));
+    EXPECT(products_are_right("test_products_176", 176, true, true));
     EXPECT(products_are_right("test_products_256", 256, false, true));
     EXPECT(products_are_right("test_products_across", 256, false, false));
 }
 static void early_products() { EXPECT(!products_are_right("test_products_64", 64, true, true, 1)); }
+
+/// Whether out = a b with a from registers; 64 of k.
+static bool registers_are_right(const char* name, int n, bool b_along_k, int mistake = 0) {
+    auto a = bf16s(64 * 64), b = bf16s(size_t(n * 64), 0.25f);
+    Array<uint16_t> da(a), db(b);
+    Array<float> out{size_t(64 * n)};
+    Map mb = (b_along_k ? matrix(db, uint64_t(n), 64, unsigned(n)) : matrix(db, 64, uint64_t(n), 64)).map();
+    EXPECT(launch_large(name, 1, 128, unsigned(n * 128 + 1024 + 8), da.address, mb, out.address, mistake) == 0);
+    auto c = out.get();
+    for (int i = 0; i < 64; i++) {
+        for (int j = 0; j < n; j++) {
+            float sum = 0;
+            for (int k = 0; k < 64; k++) {
+                float product = from_bf16(a[size_t(i * 64 + k)]) * from_bf16(b[size_t(b_along_k ? j * 64 + k : k * n + j)]);
+                sum += product;
+            }
+            if (c[size_t(i * n + j)] != sum) return false;
+        }
+    }
+    return true;
+}
+
+static void registers() {
+    EXPECT(registers_are_right("test_registers_64", 64, true));
+    EXPECT(registers_are_right("test_registers_128", 128, false));
+}
+static void registers_written() { registers_are_right("test_registers_64", 64, true, 2); }
+
+static void turns() {
+    constexpr int ROUNDS = 5;
+    Array<int> out{2 * ROUNDS};
+    EXPECT(launch("test_turns", 1, 256, 1024 + 16, out.address, ROUNDS) == 0);
+    auto got = out.get();
+    for (int i = 0; i < 2 * ROUNDS; i++) EXPECT(got[size_t(i)] == i % 2);
+}
 
 /// Whether c = a b' by the pipeline, of 128 x 128 tiles, with ragged sizes.
 static bool pipeline_is_right(const char* name, unsigned grid, int mistake = 0) {
@@ -275,13 +356,14 @@ static void too_large() {
 static void no_map() { load({}, 64 * 128, 0, 0, 0); }
 
 static void hopper() {
-    for (auto test : {loads, early_load, stores, products, early_products, pipelines, encode}) test();
+    for (auto test : {loads, five, early_load, stores, turns_of_blocks, products, early_products, registers, turns, pipelines, encode}) test();
 }
 
 const Cases HOPPER_CASES = {
     {"hopper", hopper},
     {"hopper_speed", speed},
     {"early_store", early_store},
+    {"early_turns", early_turns},
     {"freed", freed},
     {"too_large", too_large},
     {"no_map", no_map},
@@ -296,6 +378,7 @@ const Cases HOPPER_CASES = {
     {"pair_exit", pair_mistake<7>},
     {"no_arrival", no_arrival<0>},
     {"no_named", no_arrival<1>},
+    {"registers_written", registers_written},
     {"no_init", no_arrival<2>},
     {"init_twice", no_arrival<3>},
     {"overwritten", no_arrival<4>},

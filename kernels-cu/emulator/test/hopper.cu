@@ -43,6 +43,21 @@ extern "C" __global__ void test_load(MAP map, unsigned char* out, int bytes, int
     }
 }
 
+// A box of five dimensions, by a tensor's coordinates, to another tensor at the same place.
+extern "C" __global__ void test_five(MAP from, MAP to, int bytes, int x, int y, int z, int u, int v) {
+    unsigned char* box = shared_memory();
+    uint64_t* full = reinterpret_cast<uint64_t*>(box + bytes);
+    if (threadIdx.x != 0) return;
+    barrier_init(full, 1);
+    barrier_init_fence();
+    barrier_expect(full, bytes);
+    load_box(box, &from, full, x, y, z, u, v);
+    barrier_wait(full, 0);
+    store_box(&to, box, x, y, z, u, v);
+    store_commit();
+    store_wait<0>();
+}
+
 // A box of 64 x 8, with the numbers 0, 1 ...; without a wait the box is overwritten too early.
 extern "C" __global__ void test_store(MAP map, int x, int y, int wait) {
     bf16* box = reinterpret_cast<bf16*>(shared_memory());
@@ -57,6 +72,32 @@ extern "C" __global__ void test_store(MAP map, int x, int y, int wait) {
     __syncthreads();
     for (int i = threadIdx.x; i < 64 * 8; i += blockDim.x) box[i] = __float2bfloat16(-1.0f);
     if (threadIdx.x == 0) store_wait<0>();
+}
+
+// Every block adds values[number] to 1024 floats, in the order in which they have started; the first stores them. Without a wait what is
+// added is overwritten too early.
+extern "C" __global__ void test_turns_of_blocks(const float* values, float* out, uint32_t* counters, int wait) {
+    float* shared = reinterpret_cast<float*>(shared_memory());
+    uint32_t* drawn = reinterpret_cast<uint32_t*>(shared + 1024);
+    if (threadIdx.x == 0) *drawn = counter_next(counters);
+    __syncthreads();
+    uint32_t number = *drawn;
+    for (int i = threadIdx.x; i < 1024; i += blockDim.x) shared[i] = values[number] + float(i);
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        counter_wait(counters + 1, number);
+        if (number == 0) store_linear(out, shared, 4096);
+        else add_linear(out, shared, 4096);
+        store_commit();
+        if (wait) store_wait_read<0>();
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 1024; i += blockDim.x) shared[i] = -1.0f;
+    if (threadIdx.x == 0) {
+        store_wait<0>();
+        counter_add(counters + 1);
+    }
 }
 
 // out (64 x N) = a b by a warpgroup, over 128 of k in two steps. Sides along k have lines of 64 k, others of 64 rows.
@@ -110,6 +151,61 @@ PRODUCTS(test_products_64, 64, true, true)
 PRODUCTS(test_products_128, 128, true, false)
 PRODUCTS(test_products_256, 256, false, true)
 PRODUCTS(test_products_across, 256, false, false)
+PRODUCTS(test_products_176, 176, true, true)
+
+// The same with a (64 x 64 in memory) from registers, b in a step of 64 of k. `mistake` 2: registers of a are written too early.
+template <int N, bool B_ALONG_K>
+static __device__ void products_of_registers(const bf16* a, const CUtensorMap& b, float* out, int mistake) {
+    unsigned char* right = shared_memory();
+    uint64_t* full = reinterpret_cast<uint64_t*>(right + N * 128);
+    if (threadIdx.x == 0) {
+        barrier_init(full, 1);
+        barrier_init_fence();
+        barrier_expect(full, N * 128);
+        if (B_ALONG_K) load_box(right, &b, full, 0, 0, 0);
+        else
+            for (int n = 0; n < N; n += 64) load_box(right + n * 128, &b, full, n, 0, 0);
+    }
+    __syncthreads();
+    barrier_wait(full, 0);
+    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    uint32_t words[4][4];
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < 4; i++)
+            words[k][i] = *reinterpret_cast<const uint32_t*>(a + (row + i % 2 * 8) * 64 + k * 16 + column + i / 2 * 8);
+    float d[N / 2];
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint64_t db = B_ALONG_K ? descriptor(right + k * 32, 0, 1024) : descriptor(right + k * 2048, 64 * 128, 1024);
+        wgmma<N, B_ALONG_K>(d, words[k], db, k > 0);
+    }
+    wgmma_commit();
+    if (mistake == 2) words[3][3] = 0;
+    wgmma_wait<0>();
+    for (int i = 0; i < N / 2; i++) out[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + column + i % 2] = d[i];
+}
+#define REGISTERS(name, ...)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128) name(const bf16* a, MAP b, float* out, int mistake) {    \
+        products_of_registers<__VA_ARGS__>(a, b, out, mistake);                                                \
+    }
+REGISTERS(test_registers_64, 64, true)
+REGISTERS(test_registers_128, 128, false)
+
+// Two warpgroups take turns, `rounds` each: out[i] says whose the i-th turn was.
+extern "C" __global__ void __launch_bounds__(256) test_turns(int* out, int rounds) {
+    int* count = reinterpret_cast<int*>(shared_memory());
+    int group = threadIdx.x / 128;
+    if (threadIdx.x == 0) *count = 0;
+    __syncthreads();
+    if (group == 1) named_barrier_arrive(1, 256);
+    for (int i = 0; i < rounds; i++) {
+        named_barrier(1 + group, 256);
+        if (threadIdx.x % 128 == 0) out[(*count)++] = group;
+        named_barrier_arrive(2 - group, 256);
+    }
+    if (group == 0) named_barrier(1, 256);
+}
 
 // c (rows x columns) = a b': a warpgroup copies, two multiply; persistent, with a ring of stages. Of a PAIR of blocks,
 // one above the other, each loads a half of b's tile for both. Grid: any number of (pairs of) blocks.

@@ -416,13 +416,13 @@ static void hopper() {
         // What the emulator ends the process for.
         for (const char* mistake : {"freed", "too_large", "no_map", "pipeline_full", "pipeline_empty", "pipeline_bytes",
                                     "pipeline_arrivals", "pair_full", "pair_empty", "pair_exit", "no_arrival", "no_named",
-                                    "no_init", "init_twice", "overwritten", "no_arrival_poll"}) {
+                                    "no_init", "init_twice", "overwritten", "no_arrival_poll", "registers_written"}) {
             if (run(mistake, {seed}, true) != -SIGABRT) expect(false, mistake, __FILE__, __LINE__);
         }
         // Wrong numbers.
         EXPECT(run("pipeline_products", {seed}) == 3);
     }
-    EXPECT(run("early_store", {}) == 0 && run("pipeline_store", {}) == 3);
+    EXPECT(run("early_store", {}) == 0 && run("early_turns", {}) == 0 && run("pipeline_store", {}) == 3);
     EXPECT(run("pipeline_store", {"HYWU_EMULATOR_SEED=2"}) == 3);
 }
 

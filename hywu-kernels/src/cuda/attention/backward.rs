@@ -2,7 +2,7 @@
 
 use super::{
     OP, Operand, Operands, Plan, Source, WARP, WARP_ROWS, entries, integers, row_grid, row_groups,
-    score_factor, scratch_bytes, short, tile_bytes, width,
+    score_factor, scratch_bytes, short, tile_bytes, warpgroup_backward, width,
 };
 use crate::{
     Result, Tensor,
@@ -97,6 +97,9 @@ struct Packed<'a> {
     operand: &'a Operand<'a>,
     /// One after the other, in f32.
     grad: &'a Tensor,
+    width: usize,
+    /// Tokens that a unit of a gradient in pieces has room for; 0: it is not in pieces.
+    room: usize,
     factor: f32,
 }
 
@@ -104,7 +107,7 @@ impl Packed<'_> {
     /// Launches one walk and returns, when asked to, the gradient of the norm's weight.
     fn launch(&self, walk: &Walk, sink: Option<Sink<'_>>, norm: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (x, d) = (self.operand.data, self.args.head_dim);
-        let width = width(d);
+        let width = self.width;
         let (rows, groups) = (walk.rows(), row_groups(width, x.dtype()));
         let per_group = rows.div_ceil(groups * ENOUGH_BLOCKS).max(1);
         let grid = row_grid(rows, groups * per_group)?;
@@ -119,7 +122,7 @@ impl Packed<'_> {
         let call =
             call.optional(out)?.optional_as(sum, Dtype::F32)?.optional_as(partial.as_ref(), Dtype::F32)?;
         let call = call.bytes(&self.operands.tables.bytes()?).size(usize::from(self.operand.keys))?;
-        call.bytes(&walk.bytes()?).size(width)?.size(per_group)?.launch(grid, BLOCK, 0)?;
+        call.bytes(&walk.bytes()?).size(width)?.size(self.room)?.size(per_group)?.launch(grid, BLOCK, 0)?;
         let (Some(partial), Some(norm)) = (partial, norm) else { return Ok(None) };
         let sum = elementwise::column_sums(&partial, d)?.cast(x.dtype())?;
         Ok(Some(sum.reshape(norm.shape())?))
@@ -267,25 +270,34 @@ pub fn backward(
         call.bytes(&gradients.rows.bytes()?).tensor_as(&delta, Dtype::F32)?.size(width)?.size(count)?;
     call.launch(row_grid(count, row_groups(width, grad.dtype()))?, BLOCK, 0)?;
 
-    let [q, k, v] = operands.sources(args, width)?;
-    let grad_source = gradients.source(args, &operands.tables, width)?;
-    let tiles = Tiles { args, operands: &operands, q, k, v, grad: grad_source, lse: &saved.lse, delta };
     let wants = |slot: Option<usize>| slot.is_some() || norm_weights.is_some();
-    let d_q = if wants(q_slot) { tiles.query_gradient()? } else { None };
-    let [d_k, d_v] = tiles.key_value_gradients([wants(k_slot), v_slot.is_some()])?;
+    let wanted = [wants(q_slot), wants(k_slot), v_slot.is_some()];
+    let outs = [k_slot, v_slot].map(|slot| slot.filter(|_| !sums).map(|s| &tensors[s]));
+    let found = warpgroup_backward::gradients(args, &operands, &gradients, &saved.lse, &delta, outs)?;
+    let ([d_q, d_k, d_v], width, room) = match found {
+        Some(found) => ([Some(found.q), found.k, found.v], found.width, found.room),
+        None => {
+            let [q, k, v] = operands.sources(args, width)?;
+            let grad = gradients.source(args, &operands.tables, width)?;
+            let tiles = Tiles { args, operands: &operands, q, k, v, grad, lse: &saved.lse, delta };
+            let d_q = if wanted[0] { tiles.query_gradient()? } else { None };
+            let [d_k, d_v] = tiles.key_value_gradients([wanted[1], wanted[2]])?;
+            ([d_q, d_k, d_v], width, 0)
+        }
+    };
 
-    let unpack = |operand, grad: Option<Tensor>, factor, slot: Option<usize>, norm: Option<&Tensor>| {
+    let unpack = |operand, grad: Option<Tensor>, factor, slot: Option<usize>, norm: Option<&Tensor>, room| {
         let Some(grad) = &grad else { return Ok(None) };
         let sink = slot.map(|s| if sums { Sink::Add(&tensors[s]) } else { Sink::Write(&tensors[s]) });
         if sink.is_none() && norm.is_none() {
             return Ok(None);
         }
-        Packed { args, operands: &operands, operand, grad, factor }.unpack(sink, norm)
+        Packed { args, operands: &operands, operand, grad, width, room, factor }.unpack(sink, norm)
     };
     let factor = 1.0 / (args.head_dim as f32).sqrt();
-    let weight_q = unpack(&operands.q, d_q, factor, q_slot, norm_weights.map(|n| n.q))?;
-    let weight_k = unpack(&operands.k, d_k, factor, k_slot, norm_weights.map(|n| n.k))?;
-    unpack(&operands.v, d_v, 1.0, v_slot, None)?;
+    let weight_q = unpack(&operands.q, d_q, factor, q_slot, norm_weights.map(|n| n.q), room)?;
+    let weight_k = unpack(&operands.k, d_k, factor, k_slot, norm_weights.map(|n| n.k), 0)?;
+    unpack(&operands.v, d_v, 1.0, v_slot, None, 0)?;
     let slots = tensors.iter().map(|t| t.cast(grad.dtype())).collect::<Result<_>>()?;
     Ok(Backward { slots, norm: weight_q.zip(weight_k) })
 }

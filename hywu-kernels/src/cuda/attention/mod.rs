@@ -1,7 +1,10 @@
 //! Launchers of `kernels-cu/attention`: packing of the operands and the forward pass; see `cpu/attention.rs` for what is computed.
 
 mod backward;
+mod boxes;
 mod short;
+mod warpgroup;
+mod warpgroup_backward;
 
 pub use backward::backward;
 
@@ -60,7 +63,7 @@ pub(super) struct Rows {
     pub layout: Layout,
     /// Size of the second batch axis.
     size1: usize,
-    pub heads: usize,
+    heads: usize,
     /// Of an entry; where entries are ragged, of all.
     pub tokens: usize,
     channels: usize,
@@ -197,6 +200,10 @@ impl<'a> Operand<'a> {
         if plain && self.rows.aligned(pack(self.data.dtype())) {
             return Ok(Source { data: self.data.clone(), rows: self.rows, keys: self.keys });
         }
+        self.packed(args, tables, width)
+    }
+    /// The rows one after the other, `width` elements each.
+    pub fn packed(&self, args: &Attention, tables: &Tables, width: usize) -> Result<Source> {
         let (count, rows) = (self.rows.count(args), self.rows.packed(args, width));
         let data = self.data.empty_like(&[count, width])?;
         let call = Call::new(OP, "attention_pack", self.data)?.tensor(self.data)?.bytes(&self.rows.bytes()?);
@@ -259,13 +266,20 @@ impl<'a> Operands<'a> {
 }
 
 pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>>) -> Result<Forward> {
-    let out = qkv[0].empty_like(&args.out_shape)?;
-    let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
     let operands = Operands::new(args, qkv, norm)?;
-    if let Some(plan) = short::plan(args, out.dtype(), short::Pass::Forward) {
-        short::forward(&plan, args, &operands, [&out, &lse])?;
-        return Ok(Forward { out, lse });
+    if let Some(plan) = short::plan(args, qkv[0].dtype(), short::Pass::Forward) {
+        return short::forward(&plan, args, &operands);
     }
+    if warpgroup::fits(args, qkv[0])? {
+        return warpgroup::forward(args, &operands);
+    }
+    every_device(args, &operands)
+}
+
+/// The forward pass by the kernels that every device has.
+fn every_device(args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
+    let out = operands.q.data.empty_like(&args.out_shape)?;
+    let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
     let plan = plan(args.head_dim, out.dtype());
     let [q, k, v] = operands.sources(args, plan.width)?;
     let tiles = operands.tables.extents.most_queries().div_ceil(plan.rows);
@@ -278,6 +292,18 @@ pub fn forward(args: &Attention, qkv: [&Tensor; 3], norm: Option<NormWeights<'_>
     call = call.tensor(&out)?.tensor_as(&lse, Dtype::F32)?.size(tiles)?;
     call.launch(row_grid(entries(args) * args.heads * tiles, 1)?, plan.threads, plan.shared)?;
     Ok(Forward { out, lse })
+}
+
+/// Step `step` of [`LADDER`](crate::ops::attention::LADDER), whose conditions hold but for device and dtype.
+///
+/// # Errors
+/// No such step, an operand on the host or not bf16, a device that does not have it.
+pub fn ladder_step(step: usize, args: &Attention, qkv: [&Tensor; 3]) -> Result<Forward> {
+    let operands = Operands::new(args, qkv, None)?;
+    match step {
+        1 => every_device(args, &operands),
+        _ => warpgroup::step(step, args, &operands),
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::{
 use crate::{
     Result, Tensor,
     cuda::elementwise,
-    ops::attention::{Attention, NormWeights},
+    ops::attention::{Attention, Forward, NormWeights},
 };
 use hywu_core::Dtype;
 
@@ -110,16 +110,14 @@ impl Plan {
     }
 }
 
-/// Fills the output and the logarithms of the row sums.
-pub(super) fn forward(
-    plan: &Plan,
-    args: &Attention,
-    operands: &Operands<'_>,
-    [out, lse]: [&Tensor; 2],
-) -> Result<()> {
+/// The forward pass.
+pub(super) fn forward(plan: &Plan, args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
+    let out = operands.q.data.empty_like(&args.out_shape)?;
+    let lse = out.empty_as(&args.lse_shape(), Dtype::F32)?;
     let call = plan.call("attention_few_keys", args, operands, None)?;
-    let call = call.tensor(out)?.tensor_as(lse, Dtype::F32)?.bytes(&plan.bytes(args)?);
-    call.launch(plan.grid(args)?, plan.threads() as u32, plan.shared)
+    let call = call.tensor(&out)?.tensor_as(&lse, Dtype::F32)?.bytes(&plan.bytes(args)?);
+    call.launch(plan.grid(args)?, plan.threads() as u32, plan.shared)?;
+    Ok(Forward { out, lse })
 }
 
 /// Overwrites the gradients of q, k and v, those that are wanted, and returns those of the norm's weights `norm`. No two rows of the

@@ -9,8 +9,8 @@ impl Gpu {
     pub fn tensor_map(&self, boxes: &Boxes) -> Result<[u64; 16]> {
         let mut map = sys::CUtensorMap_st { opaque: [0; 16] };
         let rank = boxes.dims.len() as u32;
-        let steps = [1; 3];
-        // SAFETY: every array has `rank` elements, the strides one less; the map outlives the call. Nothing is read at the address.
+        let steps = [1; 5];
+        // SAFETY: every array has `rank` elements or more, the strides one less; the map outlives the call. Nothing is read at the address.
         let done = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map,

@@ -4,11 +4,11 @@ use super::{
     Layout, OP,
     product::Operand,
     rows::Rows,
-    warpgroup::{LowRank, Product, there},
+    warpgroup::{LowRank, Product},
 };
 use crate::{
     Error, Result, Tensor,
-    cuda::{Call, blocks, call::on_gpu},
+    cuda::{Call, blocks, call::on_gpu, hopper},
 };
 use hywu_core::Dtype;
 
@@ -40,7 +40,7 @@ pub fn step(step: usize, x: &Tensor, weight: &Tensor, s: &Tensor, b: &Tensor) ->
         3..=8 => {}
         _ => return Err(Error::invalid(OP, format!("there is no step {step} of the ladder"))),
     }
-    if !there(on_gpu(OP, x)?.gpu()) {
+    if !hopper::there(on_gpu(OP, x)?.gpu()) {
         return Err(Error::invalid(OP, format!("step {step} of the ladder needs compute capability 9.0")));
     }
     let low_rank = Some(LowRank { s, b, adapters, ranks, parts: 1 });

@@ -4,14 +4,13 @@ use super::{Layout, OP, int, rows::Rows};
 use crate::{
     Result, Tensor,
     cuda::{
-        Call, Gpu, blocks,
+        Call, blocks,
         call::{Boxes, on_gpu},
-        pack,
+        hopper, pack,
     },
     ops::low_rank_linear::Segments,
 };
 use hywu_core::Dtype;
-use std::sync::OnceLock;
 
 /// Rows of a block's tile.
 const TILE_ROWS: usize = 128;
@@ -150,17 +149,6 @@ pub(super) struct LowRank<'a> {
     pub parts: usize,
 }
 
-/// Has the device these kernels? They are machine code for 9.0 alone.
-pub(super) fn there(gpu: &Gpu) -> bool {
-    gpu.properties().capability == (9, 0)
-}
-
-/// Are they to be used?
-fn on() -> bool {
-    static ON: OnceLock<bool> = OnceLock::new();
-    *ON.get_or_init(|| std::env::var_os("HYWU_CUDA_HOPPER").is_none_or(|v| v != "0"))
-}
-
 impl Product<'_> {
     /// Can it be computed here? The number of rows has no say, so that it does not show in a row's bits.
     ///
@@ -177,8 +165,8 @@ impl Product<'_> {
         let bf16 = self.a.dtype() == Dtype::Bf16;
         Ok(bf16
             && lines.iter().all(|l| l.is_multiple_of(pack(Dtype::Bf16)))
-            && on()
-            && there(on_gpu(OP, self.a)?.gpu()))
+            && hopper::on()
+            && hopper::there(on_gpu(OP, self.a)?.gpu()))
     }
 
     /// Are there tiles for most of the multiprocessors?

@@ -1,11 +1,13 @@
 //! softmax(Q K^T / sqrt(d)) V with online softmax, any length, strided operands.
 
 mod extents;
+mod ladder;
 mod layout;
 mod rotary;
 
 pub use extents::{Causal, Ragged};
 pub(crate) use extents::{Entry, Extents};
+pub use ladder::{LADDER, ladder_step};
 pub use layout::Layout;
 pub use rotary::{Rotary, rotary_table};
 

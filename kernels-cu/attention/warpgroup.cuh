@@ -1,0 +1,395 @@
+// The forward pass on Hopper, after FlashAttention-3 (arXiv 2407.08608): tiles by the copy engine (TMA), products of warpgroups (wgmma)
+// with the running softmax between them in registers.
+//
+// A block is a producer, one thread that copies keys and values ahead into two rings, and warpgroups of 64 queries each that share them.
+// Warpgroups issue their products in turns (ping-pong): while one takes exponentials, the tensor cores belong to another. Within a
+// warpgroup the scores of the next tile are multiplied under the exponentials of this one, and so are its values (overlap). Blocks stay
+// (persistent) and take tile after tile of queries.
+//
+// A row's bits depend on that row, its keys and the kernel alone: tiles start at multiples of KEYS whatever a row sees of them, and what
+// it does not see adds zeros. README.md beside this has the floors and the steps that led here.
+#pragma once
+
+#include "attention/boxes.cuh"
+#include "attention/queries.cuh"
+#include "attention/rows.cuh"
+#include "attention/softmax.cuh"
+
+namespace warpgroup {
+
+using namespace hopper;
+
+constexpr int GROUP_ROWS = 64;    // queries of a warpgroup
+constexpr int GROUP_THREADS = 128;
+
+// Channels of a row, padded; keys of a tile; warpgroups that multiply; slots of each ring; see above for the rest.
+template <int CHANNELS, int TILE_KEYS, int GROUPS, int SLOTS, bool TURNS = true, bool AHEAD = true>
+struct Config {
+    static constexpr int WIDTH = CHANNELS, KEYS = TILE_KEYS, CONSUMERS = GROUPS, STAGES = SLOTS;
+    static constexpr bool PING_PONG = TURNS, OVERLAP = AHEAD;
+    static constexpr int THREADS = GROUP_THREADS * (CONSUMERS + 1), ROWS = GROUP_ROWS * CONSUMERS;
+    // The output's product takes whole lines: a side across k is not divided within one.
+    static constexpr int LINES = (WIDTH + LINE_CHANNELS - 1) / LINE_CHANNELS, COLUMNS = LINES * LINE_CHANNELS;
+    static constexpr int QUERY_BOX = GROUP_ROWS * LINE, KEY_BOX = KEYS * LINE;
+    static constexpr int QUERIES = LINES * QUERY_BOX, STAGE = LINES * KEY_BOX;
+    // Registers of a thread: 64 K divided, in steps of 8.
+    static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+};
+
+// What a launch is about, as the launcher builds it (no padding).
+struct Sizes {
+    Extents extents;
+    Rows out_rows;
+    Axes q, k, v, out;
+    Change change;
+    bf16* out_data;
+    float* lse;
+    // log2(e) / sqrt(channels).
+    float scale;
+    // (batch0, batch1, head); query heads that share a key head; tiles of queries of the longest entry; units whose tiles are taken
+    // together; tiles in all; does the engine store the output?
+    int units, shared_heads, tiles, chunk, count, engine_stores;
+};
+
+// Keys that a query sees; those behind the last one see what that does.
+__device__ __forceinline__ int limit(const Extents& extents, const Entry& entry, int query) {
+    return entry.queries > 0 ? extents.limit(entry, min(query, entry.queries - 1)) : 0;
+}
+
+// A tile of queries of a unit, from `row` of its entry on, which has the number `index`; `most`: keys that its last row sees, the largest
+// number.
+struct Item {
+    Entry entry;
+    int index, head, row, most;
+
+    // Of a token of an operand's tensor that has `size1` entries along the second axis.
+    __device__ __forceinline__ Coordinates at(int size1, int token, int of_head) const {
+        int batch0 = index / size1;
+        return {batch0, index - batch0 * size1, token, of_head};
+    }
+};
+
+// The tiles of a block, one of each round of the grid; every other round goes backwards, so that where tiles get shorter and shorter
+// nobody gets the longer one each time.
+template <class C>
+struct Items {
+    const Sizes& s;
+    int round = -1;
+
+    // Chunk by chunk; within, tile by tile, the last first where there are limits, as it sees the most; then unit by unit. It is found
+    // again wherever it is needed: kept, it would take registers of the products.
+    __device__ __forceinline__ Item item() const {
+        int now = round;
+        asm volatile("" : "+r"(now));
+        int i = now * gridDim.x + (now % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+        int chunk = i / (s.chunk * s.tiles), rest = i - chunk * s.chunk * s.tiles, first = chunk * s.chunk;
+        int size = min(s.chunk, s.units - first), tile = rest / size, unit = first + rest - tile * size;
+        if (s.extents.limits) tile = s.tiles - 1 - tile;
+        Item item;
+        item.index = unit / s.out_rows.heads;
+        item.head = unit - item.index * s.out_rows.heads;
+        item.entry = s.extents.entry(item.index);
+        item.row = tile * C::ROWS;
+        item.most = limit(s.extents, item.entry, item.row + C::ROWS - 1);
+        return item;
+    }
+    __device__ __forceinline__ bool next() {
+        while ((++round) * int(gridDim.x) < s.count) {
+            // The last round may have none for this block, and an entry shorter than others has fewer.
+            if (round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x) >= unsigned(s.count)) continue;
+            Item i = item();
+            if (i.row < i.entry.queries) return true;
+        }
+        return false;
+    }
+};
+
+// A ring's place: a slot, and the parity of the phase in which it is filled and emptied.
+template <int STAGES>
+struct Place {
+    int slot = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+// A ring of tiles with its barriers.
+struct Ring {
+    unsigned char* tiles;
+    uint64_t *full, *empty;
+};
+
+struct Maps {
+    const CUtensorMap &q, &k, &v, &out;
+};
+
+template <class C>
+__device__ __forceinline__ void fill(const Ring& ring, Place<C::STAGES>& at, const CUtensorMap* map, const Axes& axes,
+                                     const Coordinates& from) {
+    // Nobody reads this slot any more.
+    barrier_wait(ring.empty + at.slot, at.parity ^ 1);
+    barrier_expect(ring.full + at.slot, C::STAGE);
+    load_rows<C::LINES>(ring.tiles + at.slot * C::STAGE, map, ring.full + at.slot, axes, from, C::KEY_BOX);
+    at.next();
+}
+
+// In the order in which the tiles are used: a tile's values come after the next tile's keys.
+template <class C>
+__device__ __forceinline__ void produce(const Maps& maps, const Sizes& s, const Ring& keys, const Ring& values) {
+    Place<C::STAGES> k, v;
+    Items<C> items{s};
+    while (items.next()) {
+        Item i = items.item();
+        Coordinates key = i.at(s.out_rows.size1, i.entry.key, i.head / s.shared_heads), value = key;
+        int tiles = (i.most + C::KEYS - 1) / C::KEYS;
+        for (int j = 0; j <= tiles; j++) {
+            if (j < tiles) fill<C>(keys, k, &maps.k, s.k, key), key.token += C::KEYS;
+            if (j > 0) fill<C>(values, v, &maps.v, s.v, value), value.token += C::KEYS;
+        }
+    }
+}
+
+// A warpgroup with its queries, which are also where its output is put together.
+template <class C>
+struct Consumer {
+    const Maps& maps;
+    const Sizes& s;
+    Ring keys, values;
+    unsigned char* queries;
+    uint64_t* arrived;
+    int group;
+    Place<C::STAGES> k, v;
+    // Scores of a tile, then their weights; weights narrowed; the output.
+    float scores[C::KEYS / 2], sums[C::COLUMNS / 2];
+    uint32_t weights[C::KEYS / 16][4];
+
+    __device__ __forceinline__ Consumer(const Maps& maps, const Sizes& s, Ring keys, Ring values, unsigned char* queries, uint64_t* arrived,
+                                        int group)
+        : maps(maps), s(s), keys(keys), values(values), queries(queries), arrived(arrived), group(group) {}
+
+    __device__ __forceinline__ int thread() const { return threadIdx.x % GROUP_THREADS; }
+    __device__ __forceinline__ bool leader() const { return thread() == 0; }
+    // A barrier of this warpgroup; those before are the turns of each.
+    __device__ __forceinline__ void together() const { named_barrier(1 + C::CONSUMERS + group, GROUP_THREADS); }
+    // Of C::CONSUMERS warpgroups one after the other: waits for this one's turn, and gives the next one its turn.
+    __device__ __forceinline__ void take_turn() const {
+        if (C::PING_PONG) named_barrier(1 + group, 2 * GROUP_THREADS);
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        if (C::PING_PONG) named_barrier_arrive(1 + (group + 1) % C::CONSUMERS, 2 * GROUP_THREADS);
+    }
+    __device__ __forceinline__ void release(const Ring& ring, Place<C::STAGES>& at) const {
+        if (leader()) barrier_arrive(ring.empty + at.slot);
+        at.next();
+    }
+
+    __device__ __forceinline__ Coordinates queries_of(const Item& item) const {
+        return item.at(s.out_rows.size1, item.entry.query + item.row + group * GROUP_ROWS, item.head);
+    }
+    __device__ __forceinline__ void load_queries(const Items<C>& items) const {
+        if (!leader()) return;
+        Item item = items.item();
+        barrier_expect(arrived, C::QUERIES);
+        load_rows<C::LINES>(queries, &maps.q, arrived, s.q, queries_of(item), C::QUERY_BOX);
+    }
+
+    __device__ __forceinline__ void await_keys() const { barrier_wait(keys.full + k.slot, k.parity); }
+    // scores = Q K^T of keys that are there, issued.
+    __device__ __forceinline__ void multiply_keys() {
+        uint64_t q = descriptor(queries, 16, 8 * LINE), tile = descriptor(keys.tiles + k.slot * C::STAGE, 16, 8 * LINE);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < C::WIDTH / 16; i++)
+            wgmma<C::KEYS, true, true>(scores, q + ((i / 4 * C::QUERY_BOX + i % 4 * 32) >> 4),
+                                       tile + ((i / 4 * C::KEY_BOX + i % 4 * 32) >> 4),
+                                       i > 0);
+        wgmma_commit();
+    }
+    // sums += P V, issued; sums = P V where not `add`. `keep`: rows of the tile that are anybody's; the others count as zeros, whatever
+    // they hold.
+    __device__ __forceinline__ void multiply_values(bool add, int keep) {
+        barrier_wait(values.full + v.slot, v.parity);
+        unsigned char* from = values.tiles + v.slot * C::STAGE;
+        if (keep < C::KEYS) {
+            // Every warpgroup writes the same zeros.
+            for (int i = thread(); i < (C::KEYS - keep) * (LINE / 16) * C::LINES; i += GROUP_THREADS)
+                *reinterpret_cast<uint4*>(from + chunk_place(keep + i / (LINE / 16 * C::LINES), i % (LINE / 16 * C::LINES), C::KEY_BOX)) =
+                    uint4{};
+            fence_async();
+            together();
+        }
+        uint64_t tile = descriptor(from, C::KEY_BOX, 8 * LINE);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < C::KEYS / 16; i++) wgmma<C::COLUMNS, false>(sums, weights[i], tile + (i * 16 * LINE >> 4), add || i > 0);
+        wgmma_commit();
+    }
+    __device__ __forceinline__ void narrow_weights() {
+#pragma unroll
+        for (int i = 0; i < C::KEYS / 16; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) weights[i][r] = narrow(scores[8 * i + 2 * r], scores[8 * i + 2 * r + 1]);
+    }
+
+    // The rows of a tile of queries against all their tiles of keys.
+    __device__ __forceinline__ void attend(const Item& item, Softmax& softmax) {
+        int first = item.row + group * GROUP_ROWS, row = first + threadIdx.x % GROUP_THREADS / WARP * 16 + threadIdx.x % WARP / 4;
+        int limits[2] = {limit(s.extents, item.entry, row), limit(s.extents, item.entry, row + 8)};
+        // Tiles that every row sees whole are not masked.
+        int most = item.most, tiles = (most + C::KEYS - 1) / C::KEYS, whole = limit(s.extents, item.entry, first) / C::KEYS;
+        auto weigh = [&](int j) {
+            if (j >= whole) mask(scores, j * C::KEYS, limits);
+            softmax.weigh(scores, s.scale);
+        };
+        if (C::OVERLAP) {
+            await_keys();
+            multiply_keys();
+            wgmma_wait<0>();
+            wgmma_hold(scores);
+            release(keys, k);
+            weigh(0);
+            if (tiles > 1) await_keys();
+            narrow_weights();
+            for (int j = 1; j < tiles; j++) {
+                take_turn();
+                multiply_keys();
+                multiply_values(j > 1, C::KEYS);
+                pass_turn();
+                wgmma_wait<1>();
+                wgmma_hold(scores);
+                release(keys, k);
+                weigh(j);
+                // The next keys are waited for here, since this keeps the assembler from moving the exponentials behind the wait
+                // for the product that they are to run beside.
+                if (j + 1 < tiles) await_keys();
+                wgmma_wait<0>();
+                wgmma_hold(sums);
+                release(values, v);
+                softmax.rescale(sums);
+                narrow_weights();
+            }
+            multiply_values(tiles > 1, most - (tiles - 1) * C::KEYS);
+            wgmma_wait<0>();
+            wgmma_hold(sums);
+            release(values, v);
+        } else {
+            for (int j = 0; j < tiles; j++) {
+                take_turn();
+                await_keys();
+                multiply_keys();
+                wgmma_wait<0>();
+                wgmma_hold(scores);
+                pass_turn();
+                release(keys, k);
+                weigh(j);
+                if (j > 0) softmax.rescale(sums);
+                narrow_weights();
+                multiply_values(j > 0, most - j * C::KEYS);
+                wgmma_wait<0>();
+                wgmma_hold(sums);
+                release(values, v);
+            }
+        }
+    }
+
+    // The output's rows through shared memory; where the engine can't leave out what is not this entry's, a thread stores 16 bytes.
+    __device__ __forceinline__ void store(const Item& item, Softmax& softmax) {
+        int first = item.row + group * GROUP_ROWS, line = thread() / WARP * 16 + threadIdx.x % WARP / 4;
+        const Rows& rows = s.out_rows;
+        softmax.finish();
+        // All warps have read the queries.
+        together();
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = line + 8 * r;
+            // Where no key is seen there are no sums.
+            float inverse = 1.0f / softmax.sum[r];
+#pragma unroll
+            for (int j = 0; j < C::WIDTH / 8; j++)
+                *reinterpret_cast<uint32_t*>(queries + chunk_place(row, j, C::QUERY_BOX) + threadIdx.x % 4 * 4) =
+                    item.most > 0 ? narrow(sums[4 * j + 2 * r] * inverse, sums[4 * j + 2 * r + 1] * inverse) : 0;
+            if (threadIdx.x % 4 == 0 && first + row < item.entry.queries)
+                s.lse[rows.number(s.extents, item.index, item.head, item.entry.query + first + row)] = softmax.lse(r, s.scale);
+        }
+        bool by_engine = s.engine_stores && (first + GROUP_ROWS <= item.entry.queries || item.entry.queries == rows.tokens);
+        if (by_engine) fence_async();
+        together();
+        if (by_engine) {
+            if (!leader()) return;
+            if (first < item.entry.queries) store_rows<C::LINES>(&maps.out, queries, s.out, queries_of(item), C::QUERY_BOX);
+            store_commit();
+            store_wait_read<0>();
+        } else {
+            bf16* out = s.out_data + rows.start(item.index, item.head);
+            for (int i = thread(); i < GROUP_ROWS * (C::WIDTH / 8); i += GROUP_THREADS) {
+                int row = i / (C::WIDTH / 8), chunk = i % (C::WIDTH / 8), there = min(rows.channels - 8 * chunk, 8);
+                if (first + row >= item.entry.queries || there <= 0) continue;
+                float x[8];
+                widen(*reinterpret_cast<const uint4*>(queries + chunk_place(row, chunk, C::QUERY_BOX)), x);
+                ::store(out + int64_t(item.entry.query + first + row) * rows.token + 8 * chunk, x, there);
+            }
+            together();
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        Items<C> items{s};
+        bool more = items.next();
+        if (more) load_queries(items);
+        // The first turn is the first warpgroup's.
+        if (group == C::CONSUMERS - 1) pass_turn();
+        for (uint32_t parity = 0; more; parity ^= 1) {
+            Softmax softmax;
+            barrier_wait(arrived, parity);
+            Item item = items.item();
+            if (s.change.weight || s.change.cos) {
+                change_queries<C::WIDTH, C::QUERY_BOX>(queries, s.change, s.out_rows.channels, item.row + group * GROUP_ROWS,
+                                                       item.entry.queries);
+                fence_async();
+                together();
+            }
+            if (item.most > 0) attend(item, softmax);
+            store(items.item(), softmax);
+            more = items.next();
+            if (more) load_queries(items);
+        }
+        if (group == 0) take_turn();
+        // Shared memory stays until the engine has read it, and so does the device's until it has written it.
+        if (leader()) store_wait<0>();
+    }
+};
+
+template <class C>
+__device__ __forceinline__ void forward(const Maps& maps, const Sizes& s) {
+    DYNAMIC_SHARED(unsigned char, shared);
+    unsigned char* queries = shared + (-reinterpret_cast<uintptr_t>(shared) & 1023);
+    unsigned char *keys = queries + C::CONSUMERS * C::QUERIES, *values = keys + C::STAGES * C::STAGE;
+    uint64_t* words = reinterpret_cast<uint64_t*>(values + C::STAGES * C::STAGE);
+    Ring k = {keys, words, words + C::STAGES}, v = {values, words + 2 * C::STAGES, words + 3 * C::STAGES};
+    uint64_t* arrived = words + 4 * C::STAGES;
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < C::STAGES; i++) {
+            barrier_init(k.full + i, 1), barrier_init(v.full + i, 1);
+            barrier_init(k.empty + i, C::CONSUMERS), barrier_init(v.empty + i, C::CONSUMERS);
+        }
+#pragma unroll
+        for (int i = 0; i < C::CONSUMERS; i++) barrier_init(arrived + i, 1);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < GROUP_THREADS) {
+        fewer_registers<C::PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            prefetch(&maps.k), prefetch(&maps.v);
+            produce<C>(maps, s, k, v);
+        }
+    } else {
+        more_registers<C::CONSUMER_REGISTERS>();
+        int group = int(threadIdx.x) / GROUP_THREADS - 1;
+        Consumer<C>(maps, s, k, v, queries + group * C::QUERIES, arrived + group, group).run();
+    }
+}
+
+} // namespace warpgroup

@@ -1,0 +1,439 @@
+// The backward pass on Hopper: boxes by the copy engine (TMA), products of warpgroups (wgmma), five of them for a pair of tiles.
+//     S' = K Q',  P' = 2^(factor S' - lse),  dP' = V dO',  dS' = P' (dP' - delta)          (' transposes: rows are keys)
+//     dV += P' dO,  dK += dS' Q,  dQ += dS K
+//
+// A block owns 128 keys of a head, two warpgroups 64 each, with dK and dV in their registers. The queries that see them come through two
+// rings, those of all heads of the group one after the other. P' and dS' are A of the next products as they are, from registers; for
+// dQ, dS' goes through shared memory too, and each warpgroup computes a piece of 64 x 64 of the tile.
+//
+// Pieces of dQ are added up in global memory by the copy engine, in the order of the key blocks: a counter for every piece says whose turn
+// it is. A block waits for blocks of smaller numbers alone, and draws its number when it starts, so that those run already. All take
+// the tiles from the last one down: where queries see keys up to a limit, blocks begin together and end one after the other.
+// README.md beside this has the counting.
+#pragma once
+
+#include "attention/boxes.cuh"
+#include "attention/rows.cuh"
+
+namespace warpgroup_backward {
+
+using namespace hopper;
+
+constexpr int KEYS = 128;           // of a block
+constexpr int GROUPS = 2;           // warpgroups that compute
+constexpr int THREADS = 128 * (GROUPS + 1);
+constexpr int PIECE = 64 * 64 * 4;  // bytes of dQ that a warpgroup computes at a time
+// Queries are read in two steps, by the scores of the one and the products of the other.
+constexpr int QUERY_STAGES = 3, GRAD_STAGES = 2;
+
+// Where gradients of keys or of values go, times `factor`: to `rows` in bf16, or if that is null, as they are, to packed rows of the width,
+// [entry][key head][key], or [batch1][key head][key] where entries are ragged.
+struct Target {
+    float* packed;
+    bf16* rows;
+    Rows layout;
+    float factor;
+    int none;
+};
+
+// What a launch is about, as the launcher builds it (no padding).
+struct Sizes {
+    // Per row of queries: [entry][head][query], or [batch1][head][query] where entries are ragged.
+    const float *lse, *delta;
+    Extents extents;
+    // Pieces of the gradient of queries: [entry][head][tile][piece], see rows.cuh; ragged as above.
+    float* d_q;
+    Target d_k, d_v;
+    // Zeros: how many blocks have started, and per piece how many have added to it.
+    uint32_t* counters;
+    // Of the scores: log2(e) / sqrt(channels).
+    float factor;
+    // Size of the second batch axis; heads of queries, and of keys; rows of queries and of keys in a head, tiles that a head has room for,
+    // and key blocks of the longest entry.
+    int size1, heads, key_heads, queries, keys, tiles, blocks;
+    Axes q, k, v, grad;
+};
+
+// A tile of queries is 16 KB whatever the width; then what lies where in shared memory: keys, values, the two rings, dS of two steps, the
+// pieces of dQ, and what comes with the rings' rows: logarithms and limits, deltas.
+template <int WIDTH>
+struct Config {
+    static constexpr int D = WIDTH, QUERIES = D == 64 ? 128 : 64, BOXES = D / 64;
+    static constexpr int OWN = KEYS * D * 2, ROWS = QUERIES * D * 2, SCORES = KEYS * QUERIES * 2, NUMBERS = QUERIES * 4;
+    static constexpr int VALUES = OWN, RING = 2 * OWN, GRADS = RING + QUERY_STAGES * ROWS, D_SCORES = GRADS + GRAD_STAGES * ROWS;
+    static constexpr int PIECES = D_SCORES + 2 * SCORES, LSE = PIECES + GROUPS * PIECE, LIMITS = LSE + QUERY_STAGES * NUMBERS;
+    static constexpr int DELTA = LIMITS + QUERY_STAGES * NUMBERS, BARRIERS = DELTA + GRAD_STAGES * NUMBERS;
+};
+
+// A slot of a ring, and the parity of the phase in which it is filled and emptied.
+template <int STAGES>
+struct Place {
+    int slot = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+struct Barriers {
+    uint64_t own, full[QUERY_STAGES], empty[QUERY_STAGES], grad_full[GRAD_STAGES], grad_empty[GRAD_STAGES];
+    uint64_t piece_full[GROUPS], piece_empty[GROUPS];
+    uint32_t number;
+};
+
+// The work of a block: 128 keys of a head from `key` on, and the tiles of queries that see them, `last` down to `first`, of every head of
+// the group.
+struct Work {
+    Entry tokens;
+    int entry, head, block, key, first, last, steps;
+};
+
+template <class C>
+__device__ __forceinline__ Work find_work(const Sizes& s, int number) {
+    Work w;
+    int unit = number / s.blocks;
+    w.entry = unit / s.key_heads, w.head = unit - w.entry * s.key_heads, w.block = number - unit * s.blocks;
+    w.key = w.block * KEYS;
+    w.tokens = s.extents.entry(w.entry);
+    int tiles = (w.tokens.queries + C::QUERIES - 1) / C::QUERIES;
+    w.last = tiles - 1, w.first = 0;
+    // Limits do not fall, so tiles that don't see the keys come first.
+    for (int from = 0; s.extents.limits && from < tiles; from += THREADS) {
+        int tile = from + threadIdx.x;
+        w.first += __syncthreads_count(
+            tile < tiles && s.extents.limit(w.tokens, min((tile + 1) * C::QUERIES, w.tokens.queries) - 1) <= w.key);
+    }
+    w.steps = w.key < w.tokens.keys ? max(tiles - w.first, 0) * (s.heads / s.key_heads) : 0;
+    return w;
+}
+
+// The entry's place among those that have heads of their own.
+__device__ __forceinline__ int64_t place(const Sizes& s, const Work& w) { return s.extents.ragged ? w.entry % s.size1 : w.entry; }
+
+// The query head and the tile of a step.
+struct Step {
+    int head, tile;
+    __device__ __forceinline__ Step(const Sizes& s, const Work& w) : head(w.head * (s.heads / s.key_heads)), tile(w.last) {}
+    __device__ __forceinline__ void next(const Work& w) {
+        if (--tile < w.first) tile = w.last, head++;
+    }
+};
+
+// One thread copies the block's own rows, and a warp for each ring copies ahead: rows of queries with their logarithms and limits, rows of
+// gradients (GRADS) with their deltas.
+template <class C>
+__device__ __forceinline__ void copy_own(const CUtensorMap& k, const CUtensorMap& v, const Sizes& s, const Work& w, unsigned char* shared,
+                                         uint64_t* own) {
+    int b0 = w.entry / s.size1;
+    Coordinates from = {b0, w.entry - b0 * s.size1, w.tokens.key + w.key, w.head};
+    barrier_expect(own, 2 * C::OWN);
+    load_rows<C::BOXES>(shared, &k, own, s.k, from, KEYS * LINE);
+    load_rows<C::BOXES>(shared + C::VALUES, &v, own, s.v, from, KEYS * LINE);
+}
+
+template <class C, bool GRADS>
+__device__ __forceinline__ void produce(const CUtensorMap& map, const Axes& axes, const Sizes& s, const Work& w, unsigned char* shared,
+                                        uint64_t* full, uint64_t* empty) {
+    int lane = threadIdx.x % WARP, b0 = w.entry / s.size1, b1 = w.entry - b0 * s.size1;
+    Place<GRADS ? GRAD_STAGES : QUERY_STAGES> at;
+    Step step(s, w);
+    for (int i = 0; i < w.steps; i++, at.next(), step.next(w)) {
+        int first = step.tile * C::QUERIES, rest = w.tokens.queries - first, token = w.tokens.query + first;
+        barrier_wait(empty + at.slot, at.parity ^ 1);
+        if (lane == 0) {
+            barrier_expect(full + at.slot, C::ROWS);
+            load_rows<C::BOXES>(shared + (GRADS ? C::GRADS : C::RING) + at.slot * C::ROWS, &map, full + at.slot, axes,
+                                {b0, b1, token, step.head}, C::QUERIES * LINE);
+        }
+        const float* from = (GRADS ? s.delta : s.lse) + (place(s, w) * s.heads + step.head) * s.queries + token;
+        float* to = reinterpret_cast<float*>(shared + (GRADS ? C::DELTA : C::LSE) + at.slot * C::NUMBERS);
+        int* limits = reinterpret_cast<int*>(shared + C::LIMITS + at.slot * C::NUMBERS);
+#pragma unroll
+        for (int j = lane; j < C::QUERIES; j += WARP) {
+            // Weights of queries that are not there are 2^-infinity.
+            to[j] = j < rest ? from[j] : GRADS ? 0.0f : INFINITY;
+            if (!GRADS) limits[j] = s.extents.limit(w.tokens, first + min(j, rest - 1));
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full + at.slot);
+    }
+}
+
+// One thread adds a warpgroup's pieces to the gradient of queries, after those of the key blocks before this one.
+template <class C>
+__device__ __forceinline__ void add_pieces(const Sizes& s, const Work& w, const unsigned char* from, int piece, Barriers& bars) {
+    uint32_t parity = 0;
+    Step step(s, w);
+    for (int i = 0; i < w.steps; i++, parity ^= 1, step.next(w)) {
+        int tile = first_tile(s.extents, w.tokens, w.entry / s.size1, C::D) + step.tile;
+        int64_t number = ((place(s, w) * s.heads + step.head) * s.tiles + tile) * GROUPS + piece;
+        float* to = s.d_q + number * (PIECE / 4);
+        // After the number of the next block.
+        uint32_t* counter = s.counters + 1 + number;
+        barrier_wait(bars.piece_full + piece, parity);
+        if (w.block == 0) {
+            store_linear(to, from, PIECE);
+        } else {
+            counter_wait(counter, w.block);
+            add_linear(to, from, PIECE);
+        }
+        store_commit();
+        store_wait_read<0>();
+        barrier_arrive(bars.piece_empty + piece);
+        store_wait<0>();
+        counter_add(counter);
+    }
+}
+
+// Makes lines from `first` on of a tile zero, by the threads of the warpgroups that compute.
+template <int BOXES>
+__device__ __forceinline__ void clear_lines(unsigned char* tile, int lines, int first) {
+    int thread = threadIdx.x - 128, chunks = (lines - first) * 8;
+    for (int i = thread; i < chunks * BOXES; i += 128 * GROUPS) {
+        int box = i / chunks, chunk = i - box * chunks;
+        *reinterpret_cast<uint4*>(tile + box * lines * LINE + first * LINE + chunk * 16) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+// The barrier of the threads that compute.
+__device__ __forceinline__ void meet() { named_barrier(1, 128 * GROUPS); }
+
+// d = or += A B over 16 STEPS of k; a side's step is in bytes / 16. Of A in registers, a[i] is that of step i.
+template <int N, bool A_ALONG_K, bool B_ALONG_K, int STEPS>
+__device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+        wgmma<N, A_ALONG_K, B_ALONG_K>(d, a + i * ((A_ALONG_K ? 32 : 16 * LINE) >> 4), b + i * ((B_ALONG_K ? 32 : 16 * LINE) >> 4),
+                                       add || i > 0);
+}
+template <int N, int STEPS>
+__device__ __forceinline__ void multiply(float (&d)[N / 2], const uint32_t (&a)[STEPS][4], uint64_t b, bool add) {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) wgmma<N, false>(d, a[i], b + i * (16 * LINE >> 4), add || i > 0);
+}
+
+// d = rows of `own` times N rows of `other`, over all channels: both lie along k, in boxes of 64 channels.
+template <class C, int N>
+__device__ __forceinline__ void rows_by_rows(float (&d)[N / 2], const unsigned char* own, const unsigned char* other) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C::BOXES; i++)
+        multiply<N, true, true, 4>(d, descriptor(own + i * KEYS * LINE, 16, 8 * LINE),
+                                   descriptor(other + i * C::QUERIES * LINE, 16, 8 * LINE), i > 0);
+    wgmma_commit();
+}
+
+// Gradients of a warpgroup's keys from registers: this warp's begin with `key` of the block's `count`.
+template <int D>
+__device__ __forceinline__ void write_rows(const float (&d)[D / 2], const Target& to, const Sizes& s, const Work& w, int key, int count) {
+    int lane = threadIdx.x % WARP, t2 = lane % 4 * 2;
+    int64_t packed = (place(s, w) * s.key_heads + w.head) * s.keys + w.tokens.key + w.key;
+    int64_t start = to.rows ? to.layout.start(w.entry, w.head) : 0;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int line = key + lane / 4 + 8 * r;
+        if (line >= count) continue;
+        bf16* row = to.rows + start + (w.tokens.key + w.key + line) * to.layout.token + t2;
+        float* packed_row = to.packed + (packed + line) * D + t2;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            float low = d[4 * j + 2 * r], high = d[4 * j + 2 * r + 1];
+            if (!to.rows) *reinterpret_cast<float2*>(packed_row + 8 * j) = make_float2(low, high);
+            else if (8 * j < to.layout.channels) *reinterpret_cast<uint32_t*>(row + 8 * j) = narrow(to.factor * low, to.factor * high);
+        }
+    }
+}
+
+// Weights of scores: 2^(factor score - lse), and zero for queries that don't see this thread's keys `key` and key + 8.
+template <bool MASKED, int N>
+__device__ __forceinline__ void weigh(float (&weights)[N], const float (&scores)[N], const float* lse, const int* limits, float factor,
+                                      int key) {
+    int t2 = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+        float2 sums = *reinterpret_cast<const float2*>(lse + 8 * j + t2);
+        int2 limit = MASKED ? *reinterpret_cast<const int2*>(limits + 8 * j + t2) : make_int2(0, 0);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float low = exp2_approximate(fmaf(scores[4 * j + 2 * r], factor, -sums.x));
+            float high = exp2_approximate(fmaf(scores[4 * j + 2 * r + 1], factor, -sums.y));
+            if (MASKED) low = key + 8 * r < limit.x ? low : 0.0f, high = key + 8 * r < limit.y ? high : 0.0f;
+            weights[4 * j + 2 * r] = low, weights[4 * j + 2 * r + 1] = high;
+        }
+    }
+}
+
+// Gradients of scores for 64 queries, as a box in shared memory: a line for each key.
+__device__ __forceinline__ void differentiate(const float* weights, const float (&d_weights)[32], const float* delta, unsigned char* box,
+                                              int line) {
+    int t2 = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float2 deltas = *reinterpret_cast<const float2*>(delta + 8 * j + t2);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int i = 4 * j + 2 * r;
+            *reinterpret_cast<uint32_t*>(box + (line + 8 * r) * LINE + ((j ^ line % 8) << 4) + t2 * 2) =
+                narrow(weights[i] * (d_weights[i] - deltas.x), weights[i + 1] * (d_weights[i + 1] - deltas.y));
+        }
+    }
+}
+
+// The order of the products is such that the tensor cores have work meanwhile: the gradients of queries and keys while the next weights are
+// computed and the piece is stored, those of values during the gradients of scores, and the next scores while the warpgroups wait
+// for each other.
+template <class C>
+__device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned char* shared, Barriers& bars) {
+    constexpr int N = C::QUERIES;
+    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % WARP, line = threadIdx.x % 128 / WARP * 16 + lane / 4, t2 = lane % 4 * 2;
+    int own_rows = min(w.tokens.keys - w.key, KEYS);
+    const unsigned char *own_keys = shared + group * 64 * LINE, *own_values = own_keys + C::VALUES;
+    unsigned char* piece = shared + C::PIECES + group * PIECE;
+
+    float d_keys[C::D / 2], d_values[C::D / 2], scores[N / 2], weights[N / 2], d_weights[32], d_queries[32];
+    uint32_t rounded[N / 64][4][4];
+    Place<QUERY_STAGES> at;
+    Place<GRAD_STAGES> grad_at;
+    Step step(s, w);
+
+    // Rows of the step's tile, with zeros in place of those of others.
+    auto wait_rows = [&](unsigned char* tile, uint64_t* full, uint32_t parity) {
+        barrier_wait(full, parity);
+        if ((step.tile + 1) * N > w.tokens.queries) {
+            clear_lines<C::BOXES>(tile, N, w.tokens.queries - step.tile * N);
+            fence_async();
+            meet();
+        }
+    };
+    auto queries = [&](int slot) { return shared + C::RING + slot * C::ROWS; };
+    auto begin_scores = [&]() {
+        wait_rows(queries(at.slot), bars.full + at.slot, at.parity);
+        rows_by_rows<C, N>(scores, own_keys, queries(at.slot));
+    };
+    auto weigh_scores = [&]() {
+        const float* lse = reinterpret_cast<const float*>(shared + C::LSE + at.slot * C::NUMBERS);
+        const int* limits = reinterpret_cast<const int*>(shared + C::LIMITS + at.slot * C::NUMBERS);
+        if (limits[0] < w.key + KEYS) weigh<true>(weights, scores, lse, limits, s.factor, w.key + group * 64 + line);
+        else weigh<false>(weights, scores, lse, limits, s.factor, 0);
+    };
+    // 64 queries of the step: gradients of weights and, left under way, of values; then those of scores. What was before has ended.
+    auto take_weights = [&](int part, unsigned char* d_scores, bool add) {
+        const unsigned char* grads = shared + C::GRADS + grad_at.slot * C::ROWS + part * 64 * LINE;
+        const float* delta = reinterpret_cast<const float*>(shared + C::DELTA + grad_at.slot * C::NUMBERS) + part * 64;
+        rows_by_rows<C, 64>(d_weights, own_values, grads);
+#pragma unroll
+        for (int i = 0; i < 16; i++) rounded[part][i / 4][i % 4] = narrow(weights[part * 32 + 2 * i], weights[part * 32 + 2 * i + 1]);
+        wgmma_fence();
+        multiply<C::D>(d_values, rounded[part], descriptor(grads, N * LINE, 8 * LINE), add);
+        wgmma_commit();
+        wgmma_wait<1>();
+        differentiate(weights + part * 32, d_weights, delta, d_scores + part * KEYS * LINE, group * 64 + line);
+    };
+    auto begin_queries_and_keys = [&](const unsigned char* d_scores, int slot, bool add) {
+        meet();
+        wgmma_fence();
+        multiply<64, false, false, KEYS / 16>(d_queries,
+                                              descriptor(d_scores + (C::D == 64 ? group * KEYS * LINE : 0), 64 * LINE, 8 * LINE),
+                                              descriptor(shared + (C::D == 64 ? 0 : group * KEYS * LINE), 64 * LINE, 8 * LINE), false);
+        wgmma_commit();
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < N / 64; i++)
+            multiply<C::D, true, false, 4>(d_keys, descriptor(d_scores + i * KEYS * LINE + group * 64 * LINE, 16, 8 * LINE),
+                                           descriptor(queries(slot) + i * 64 * LINE, N * LINE, 8 * LINE), add || i > 0);
+        wgmma_commit();
+    };
+    auto add_piece = [&](uint32_t parity) {
+        barrier_wait(bars.piece_empty + group, parity);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                *reinterpret_cast<float2*>(piece + (line + 8 * r) * 256 + ((j ^ line % 8) << 5) + t2 * 4) =
+                    make_float2(d_queries[4 * j + 2 * r], d_queries[4 * j + 2 * r + 1]);
+        fence_async();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(bars.piece_full + group);
+    };
+
+    barrier_wait(&bars.own, 0);
+    if (own_rows < KEYS) {
+        clear_lines<C::BOXES>(shared, KEYS, own_rows);
+        clear_lines<C::BOXES>(shared + C::VALUES, KEYS, own_rows);
+        fence_async();
+        meet();
+    }
+    begin_scores();
+    wgmma_wait<0>();
+    weigh_scores();
+    unsigned char* d_scores = shared + C::D_SCORES;
+    int i = 0, slot = 0;
+    for (;; i++) {
+        wait_rows(shared + C::GRADS + grad_at.slot * C::ROWS, bars.grad_full + grad_at.slot, grad_at.parity);
+#pragma unroll
+        for (int part = 0; part < N / 64; part++) {
+            take_weights(part, d_scores, i > 0 || part > 0);
+            // The gradients of keys of the step before have been waited for.
+            if (part == 0 && i > 0 && lane == 0) barrier_arrive(bars.empty + slot);
+        }
+        fence_async();
+        if (i + 1 == w.steps) break;
+        slot = at.slot;
+        uint64_t* grad_empty = bars.grad_empty + grad_at.slot;
+        at.next(), grad_at.next(), step.next(w);
+        begin_scores();
+        begin_queries_and_keys(d_scores, slot, i > 0);
+        wgmma_wait<2>();  // Gradients of values, and scores.
+        if (lane == 0) barrier_arrive(grad_empty);
+        weigh_scores();
+        wgmma_wait<1>();  // The gradient of queries.
+        add_piece(~i & 1);
+        d_scores = shared + C::D_SCORES + (~i & 1) * C::SCORES;
+    }
+    begin_queries_and_keys(d_scores, at.slot, i > 0);
+    wgmma_wait<0>();
+    add_piece(~i & 1);
+
+    int own = group * 64 + threadIdx.x % 128 / WARP * 16;
+    write_rows<C::D>(d_keys, s.d_k, s, w, own, own_rows);
+    write_rows<C::D>(d_values, s.d_v, s, w, own, own_rows);
+}
+
+template <class C>
+__device__ __forceinline__ void gradients(const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v, const CUtensorMap& grad,
+                                          const Sizes& s) {
+    DYNAMIC_SHARED(unsigned char, dynamic);
+    unsigned char* shared = dynamic + (-shared_address(dynamic) & 1023);
+    Barriers& bars = *reinterpret_cast<Barriers*>(shared + C::BARRIERS);
+    if (threadIdx.x == 0) {
+        bars.number = counter_next(s.counters);
+        barrier_init(&bars.own, 1);
+        // The boxes, and the numbers that come with them; a lane of each warp that reads them.
+        for (int i = 0; i < QUERY_STAGES; i++) barrier_init(bars.full + i, 2), barrier_init(bars.empty + i, 4 * GROUPS);
+        for (int i = 0; i < GRAD_STAGES; i++) barrier_init(bars.grad_full + i, 2), barrier_init(bars.grad_empty + i, 4 * GROUPS);
+        for (int i = 0; i < GROUPS; i++) barrier_init(bars.piece_full + i, 4), barrier_init(bars.piece_empty + i, 1);
+        barrier_init_fence();
+    }
+    __syncthreads();
+    Work w = find_work<C>(s, bars.number);
+    // Nothing reads the gradients of keys that nobody sees.
+    if (w.steps == 0) return;
+    if (threadIdx.x < 128) {
+        fewer_registers<32>();
+        int warp = threadIdx.x / WARP;
+        if (warp == 0) {
+            if (threadIdx.x == 0) copy_own<C>(k, v, s, w, shared, &bars.own);
+            produce<C, false>(q, s.q, s, w, shared, bars.full, bars.empty);
+        } else if (warp == 1) {
+            produce<C, true>(grad, s.grad, s, w, shared, bars.grad_full, bars.grad_empty);
+        } else if (threadIdx.x % WARP == 0) {
+            add_pieces<C>(s, w, shared + C::PIECES + (warp - 2) * PIECE, warp - 2, bars);
+        }
+        __syncwarp();
+    } else {
+        more_registers<240>();
+        consume<C>(s, w, shared, bars);
+    }
+}
+
+} // namespace warpgroup_backward
