@@ -34,6 +34,7 @@ struct Config {
     static constexpr int QUERIES = LINES * QUERY_BOX, STAGE = LINES * KEY_BOX;
     // Registers of a thread: 64 K divided, in steps of 8.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+    static_assert(registers_suffice(CONSUMERS, PRODUCER_REGISTERS, CONSUMER_REGISTERS), "setmaxnreg would wait for ever");
 };
 
 // What a launch is about, as the launcher builds it (no padding).

@@ -62,6 +62,8 @@ struct Config {
     static constexpr int OWN = KEYS * D * 2, ROWS = QUERIES * D * 2, SCORES = KEYS * QUERIES * 2, NUMBERS = QUERIES * 4;
     static constexpr int VALUES = OWN, RING = 2 * OWN, GRADS = RING + QUERY_STAGES * ROWS, D_SCORES = GRADS + GRAD_STAGES * ROWS;
     static constexpr int PIECES = D_SCORES + 2 * SCORES, LSE = PIECES + GROUPS * PIECE, LIMITS = LSE + QUERY_STAGES * NUMBERS;
+    static constexpr int PRODUCER_REGISTERS = D == 64 ? 40 : 24, CONSUMER_REGISTERS = D == 64 ? 232 : 240;
+    static_assert(registers_suffice(GROUPS, PRODUCER_REGISTERS, CONSUMER_REGISTERS), "setmaxnreg would wait for ever");
     static constexpr int DELTA = LIMITS + QUERY_STAGES * NUMBERS, BARRIERS = DELTA + GRAD_STAGES * NUMBERS;
 };
 
@@ -75,17 +77,21 @@ struct Place {
     }
 };
 
-struct Barriers {
-    uint64_t own, full[QUERY_STAGES], empty[QUERY_STAGES], grad_full[GRAD_STAGES], grad_empty[GRAD_STAGES];
-    uint64_t piece_full[GROUPS], piece_empty[GROUPS];
-    uint32_t number;
-};
-
 // The work of a block: 128 keys of a head from `key` on, and the tiles of queries that see them, `last` down to `first`, of every head of
 // the group.
 struct Work {
     Entry tokens;
     int entry, head, block, key, first, last, steps;
+};
+
+// Behind the tiles in shared memory. The work is there too, since the warpgroups that compute have no registers to spare for it.
+struct Barriers {
+    uint64_t own, full[QUERY_STAGES], empty[QUERY_STAGES], grad_full[GRAD_STAGES], grad_empty[GRAD_STAGES];
+    uint64_t piece_full[GROUPS], piece_empty[GROUPS];
+    Work work;
+    // Rows of a tile in its slot that are there.
+    int rows[QUERY_STAGES], grad_rows[GRAD_STAGES];
+    uint32_t number;
 };
 
 template <class C>
@@ -133,7 +139,7 @@ __device__ __forceinline__ void copy_own(const CUtensorMap& k, const CUtensorMap
 
 template <class C, bool GRADS>
 __device__ __forceinline__ void produce(const CUtensorMap& map, const Axes& axes, const Sizes& s, const Work& w, unsigned char* shared,
-                                        uint64_t* full, uint64_t* empty) {
+                                        uint64_t* full, uint64_t* empty, int* rows) {
     int lane = threadIdx.x % WARP, b0 = w.entry / s.size1, b1 = w.entry - b0 * s.size1;
     Place<GRADS ? GRAD_STAGES : QUERY_STAGES> at;
     Step step(s, w);
@@ -155,7 +161,10 @@ __device__ __forceinline__ void produce(const CUtensorMap& map, const Axes& axes
             if (!GRADS) limits[j] = s.extents.limit(w.tokens, first + min(j, rest - 1));
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(full + at.slot);
+        if (lane == 0) {
+            rows[at.slot] = min(rest, C::QUERIES);
+            barrier_arrive(full + at.slot);
+        }
     }
 }
 
@@ -189,6 +198,8 @@ __device__ __forceinline__ void add_pieces(const Sizes& s, const Work& w, const 
 template <int BOXES>
 __device__ __forceinline__ void clear_lines(unsigned char* tile, int lines, int first) {
     int thread = threadIdx.x - 128, chunks = (lines - first) * 8;
+    // Rare, and not to take registers.
+#pragma unroll 1
     for (int i = thread; i < chunks * BOXES; i += 128 * GROUPS) {
         int box = i / chunks, chunk = i - box * chunks;
         *reinterpret_cast<uint4*>(tile + box * lines * LINE + first * LINE + chunk * 16) = make_uint4(0, 0, 0, 0);
@@ -244,36 +255,53 @@ __device__ __forceinline__ void write_rows(const float (&d)[D / 2], const Target
     }
 }
 
-// Weights of scores: 2^(factor score - lse), and zero for queries that don't see this thread's keys `key` and key + 8.
+// Where a thread's part of an accumulator is: the line of its warpgroup's 64 that d[0] belongs to, and its first column. It is found again
+// wherever it is needed, and with it the addresses that follow: kept, they would take registers of the products.
+struct Part {
+    unsigned line, column;
+    __device__ __forceinline__ Part() {
+        unsigned thread = threadIdx.x;
+        asm volatile("" : "+r"(thread));
+        line = thread % 128 / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
+    }
+    // In a box of lines of `bytes` whose chunk c of 1 << SHIFT bytes lies where c ^ line % 8 would.
+    template <int SHIFT>
+    __device__ __forceinline__ unsigned chunk(unsigned c) const {
+        return (line * (8 << SHIFT) + (line % 8 << SHIFT)) ^ (c << SHIFT);
+    }
+};
+
+// Scores become weights: 2^(factor score - lse), and zero for queries that don't see this thread's two keys; the warpgroup's
+// begin with `key`.
 template <bool MASKED, int N>
-__device__ __forceinline__ void weigh(float (&weights)[N], const float (&scores)[N], const float* lse, const int* limits, float factor,
+__device__ __forceinline__ void weigh(float (&scores)[N], const float* lse, const int* limits, float factor,
                                       int key) {
-    int t2 = threadIdx.x % 4 * 2;
+    Part part;
+    key += part.line;
 #pragma unroll
     for (int j = 0; j < N / 4; j++) {
-        float2 sums = *reinterpret_cast<const float2*>(lse + 8 * j + t2);
-        int2 limit = MASKED ? *reinterpret_cast<const int2*>(limits + 8 * j + t2) : make_int2(0, 0);
+        float2 sums = *reinterpret_cast<const float2*>(lse + 8 * j + part.column);
+        int2 limit = MASKED ? *reinterpret_cast<const int2*>(limits + 8 * j + part.column) : make_int2(0, 0);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float low = exp2_approximate(fmaf(scores[4 * j + 2 * r], factor, -sums.x));
             float high = exp2_approximate(fmaf(scores[4 * j + 2 * r + 1], factor, -sums.y));
             if (MASKED) low = key + 8 * r < limit.x ? low : 0.0f, high = key + 8 * r < limit.y ? high : 0.0f;
-            weights[4 * j + 2 * r] = low, weights[4 * j + 2 * r + 1] = high;
+            scores[4 * j + 2 * r] = low, scores[4 * j + 2 * r + 1] = high;
         }
     }
 }
 
 // Gradients of scores for 64 queries, as a box in shared memory: a line for each key.
-__device__ __forceinline__ void differentiate(const float* weights, const float (&d_weights)[32], const float* delta, unsigned char* box,
-                                              int line) {
-    int t2 = threadIdx.x % 4 * 2;
+__device__ __forceinline__ void differentiate(const float* weights, const float (&d_weights)[32], const float* delta, unsigned char* lines) {
+    Part part;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        float2 deltas = *reinterpret_cast<const float2*>(delta + 8 * j + t2);
+        float2 deltas = *reinterpret_cast<const float2*>(delta + 8 * j + part.column);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int i = 4 * j + 2 * r;
-            *reinterpret_cast<uint32_t*>(box + (line + 8 * r) * LINE + ((j ^ line % 8) << 4) + t2 * 2) =
+            *reinterpret_cast<uint32_t*>(lines + part.chunk<4>(j) + 8 * r * LINE + part.column * 2) =
                 narrow(weights[i] * (d_weights[i] - deltas.x), weights[i + 1] * (d_weights[i + 1] - deltas.y));
         }
     }
@@ -285,75 +313,83 @@ __device__ __forceinline__ void differentiate(const float* weights, const float 
 template <class C>
 __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned char* shared, Barriers& bars) {
     constexpr int N = C::QUERIES;
-    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % WARP, line = threadIdx.x % 128 / WARP * 16 + lane / 4, t2 = lane % 4 * 2;
+    // Taken from one lane, so that the compiler knows it for the same in all, and keeps what follows in registers of the warp.
+    int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
+    auto lane = []() { return threadIdx.x % WARP; };
     int own_rows = min(w.tokens.keys - w.key, KEYS);
     const unsigned char *own_keys = shared + group * 64 * LINE, *own_values = own_keys + C::VALUES;
-    unsigned char* piece = shared + C::PIECES + group * PIECE;
+    unsigned char* pieces = shared + C::PIECES + group * PIECE;
 
-    float d_keys[C::D / 2], d_values[C::D / 2], scores[N / 2], weights[N / 2], d_weights[32], d_queries[32];
+    // Scores, then their weights; gradients of weights, or a piece of the gradient of queries.
+    float d_keys[C::D / 2], d_values[C::D / 2], weights[N / 2], piece[32];
     uint32_t rounded[N / 64][4][4];
-    Place<QUERY_STAGES> at;
-    Place<GRAD_STAGES> grad_at;
-    Step step(s, w);
+    // The step. Slots follow from it, of queries and of gradients of the output, which share theirs with the gradients of scores.
+    int i = 0;
+    auto query_slot = [](int step) { return step % QUERY_STAGES; };
+    auto grad_slot = [&]() { return i % GRAD_STAGES; };
+    auto d_scores = [&]() { return shared + C::D_SCORES + grad_slot() * C::SCORES; };
 
-    // Rows of the step's tile, with zeros in place of those of others.
-    auto wait_rows = [&](unsigned char* tile, uint64_t* full, uint32_t parity) {
+    // Rows of a tile, with zeros in place of those of others.
+    auto wait_rows = [&](unsigned char* tile, uint64_t* full, uint32_t parity, const int* rows) {
         barrier_wait(full, parity);
-        if ((step.tile + 1) * N > w.tokens.queries) {
-            clear_lines<C::BOXES>(tile, N, w.tokens.queries - step.tile * N);
+        if (*rows < N) {
+            clear_lines<C::BOXES>(tile, N, *rows);
             fence_async();
             meet();
         }
     };
     auto queries = [&](int slot) { return shared + C::RING + slot * C::ROWS; };
-    auto begin_scores = [&]() {
-        wait_rows(queries(at.slot), bars.full + at.slot, at.parity);
-        rows_by_rows<C, N>(scores, own_keys, queries(at.slot));
+    auto begin_scores = [&](int step) {
+        int slot = query_slot(step);
+        wait_rows(queries(slot), bars.full + slot, step / QUERY_STAGES & 1, bars.rows + slot);
+        rows_by_rows<C, N>(weights, own_keys, queries(slot));
     };
-    auto weigh_scores = [&]() {
-        const float* lse = reinterpret_cast<const float*>(shared + C::LSE + at.slot * C::NUMBERS);
-        const int* limits = reinterpret_cast<const int*>(shared + C::LIMITS + at.slot * C::NUMBERS);
-        if (limits[0] < w.key + KEYS) weigh<true>(weights, scores, lse, limits, s.factor, w.key + group * 64 + line);
-        else weigh<false>(weights, scores, lse, limits, s.factor, 0);
+    auto weigh_scores = [&](int step) {
+        int slot = query_slot(step);
+        const float* lse = reinterpret_cast<const float*>(shared + C::LSE + slot * C::NUMBERS);
+        const int* limits = reinterpret_cast<const int*>(shared + C::LIMITS + slot * C::NUMBERS);
+        if (limits[0] < w.key + KEYS) weigh<true>(weights, lse, limits, s.factor, w.key + group * 64);
+        else weigh<false>(weights, lse, limits, s.factor, 0);
     };
     // 64 queries of the step: gradients of weights and, left under way, of values; then those of scores. What was before has ended.
-    auto take_weights = [&](int part, unsigned char* d_scores, bool add) {
-        const unsigned char* grads = shared + C::GRADS + grad_at.slot * C::ROWS + part * 64 * LINE;
-        const float* delta = reinterpret_cast<const float*>(shared + C::DELTA + grad_at.slot * C::NUMBERS) + part * 64;
-        rows_by_rows<C, 64>(d_weights, own_values, grads);
+    auto take_weights = [&](int part) {
+        const unsigned char* grads = shared + C::GRADS + grad_slot() * C::ROWS + part * 64 * LINE;
+        const float* delta = reinterpret_cast<const float*>(shared + C::DELTA + grad_slot() * C::NUMBERS) + part * 64;
+        rows_by_rows<C, 64>(piece, own_values, grads);
 #pragma unroll
         for (int i = 0; i < 16; i++) rounded[part][i / 4][i % 4] = narrow(weights[part * 32 + 2 * i], weights[part * 32 + 2 * i + 1]);
         wgmma_fence();
-        multiply<C::D>(d_values, rounded[part], descriptor(grads, N * LINE, 8 * LINE), add);
+        multiply<C::D>(d_values, rounded[part], descriptor(grads, N * LINE, 8 * LINE), true);
         wgmma_commit();
         wgmma_wait<1>();
-        differentiate(weights + part * 32, d_weights, delta, d_scores + part * KEYS * LINE, group * 64 + line);
+        differentiate(weights + part * 32, piece, delta, d_scores() + (part * KEYS + group * 64) * LINE);
     };
-    auto begin_queries_and_keys = [&](const unsigned char* d_scores, int slot, bool add) {
+    auto begin_queries_and_keys = [&]() {
         meet();
         wgmma_fence();
-        multiply<64, false, false, KEYS / 16>(d_queries,
-                                              descriptor(d_scores + (C::D == 64 ? group * KEYS * LINE : 0), 64 * LINE, 8 * LINE),
+        multiply<64, false, false, KEYS / 16>(piece,
+                                              descriptor(d_scores() + (C::D == 64 ? group * KEYS * LINE : 0), 64 * LINE, 8 * LINE),
                                               descriptor(shared + (C::D == 64 ? 0 : group * KEYS * LINE), 64 * LINE, 8 * LINE), false);
         wgmma_commit();
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < N / 64; i++)
-            multiply<C::D, true, false, 4>(d_keys, descriptor(d_scores + i * KEYS * LINE + group * 64 * LINE, 16, 8 * LINE),
-                                           descriptor(queries(slot) + i * 64 * LINE, N * LINE, 8 * LINE), add || i > 0);
+        for (int j = 0; j < N / 64; j++)
+            multiply<C::D, true, false, 4>(d_keys, descriptor(d_scores() + j * KEYS * LINE + group * 64 * LINE, 16, 8 * LINE),
+                                           descriptor(queries(query_slot(i)) + j * 64 * LINE, N * LINE, 8 * LINE), true);
         wgmma_commit();
     };
-    auto add_piece = [&](uint32_t parity) {
-        barrier_wait(bars.piece_empty + group, parity);
+    auto add_piece = [&]() {
+        barrier_wait(bars.piece_empty + group, ~i & 1);
+        Part part;
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int r = 0; r < 2; r++)
-                *reinterpret_cast<float2*>(piece + (line + 8 * r) * 256 + ((j ^ line % 8) << 5) + t2 * 4) =
-                    make_float2(d_queries[4 * j + 2 * r], d_queries[4 * j + 2 * r + 1]);
+                *reinterpret_cast<float2*>(pieces + part.chunk<5>(j) + 8 * r * 256 + part.column * 4) =
+                    make_float2(piece[4 * j + 2 * r], piece[4 * j + 2 * r + 1]);
         fence_async();
         __syncwarp();
-        if (lane == 0) barrier_arrive(bars.piece_full + group);
+        if (lane() == 0) barrier_arrive(bars.piece_full + group);
     };
 
     barrier_wait(&bars.own, 0);
@@ -363,38 +399,35 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
         fence_async();
         meet();
     }
-    begin_scores();
+#pragma unroll
+    for (int j = 0; j < C::D / 2; j++) d_keys[j] = d_values[j] = 0.0f;
+    begin_scores(0);
     wgmma_wait<0>();
-    weigh_scores();
-    unsigned char* d_scores = shared + C::D_SCORES;
-    int i = 0, slot = 0;
+    weigh_scores(0);
     for (;; i++) {
-        wait_rows(shared + C::GRADS + grad_at.slot * C::ROWS, bars.grad_full + grad_at.slot, grad_at.parity);
+        wait_rows(shared + C::GRADS + grad_slot() * C::ROWS, bars.grad_full + grad_slot(), i / GRAD_STAGES & 1,
+                  bars.grad_rows + grad_slot());
 #pragma unroll
         for (int part = 0; part < N / 64; part++) {
-            take_weights(part, d_scores, i > 0 || part > 0);
+            take_weights(part);
             // The gradients of keys of the step before have been waited for.
-            if (part == 0 && i > 0 && lane == 0) barrier_arrive(bars.empty + slot);
+            if (part == 0 && i > 0 && lane() == 0) barrier_arrive(bars.empty + query_slot(i - 1));
         }
         fence_async();
         if (i + 1 == w.steps) break;
-        slot = at.slot;
-        uint64_t* grad_empty = bars.grad_empty + grad_at.slot;
-        at.next(), grad_at.next(), step.next(w);
-        begin_scores();
-        begin_queries_and_keys(d_scores, slot, i > 0);
+        begin_scores(i + 1);
+        begin_queries_and_keys();
         wgmma_wait<2>();  // Gradients of values, and scores.
-        if (lane == 0) barrier_arrive(grad_empty);
-        weigh_scores();
+        if (lane() == 0) barrier_arrive(bars.grad_empty + grad_slot());
+        weigh_scores(i + 1);
         wgmma_wait<1>();  // The gradient of queries.
-        add_piece(~i & 1);
-        d_scores = shared + C::D_SCORES + (~i & 1) * C::SCORES;
+        add_piece();
     }
-    begin_queries_and_keys(d_scores, at.slot, i > 0);
+    begin_queries_and_keys();
     wgmma_wait<0>();
-    add_piece(~i & 1);
+    add_piece();
 
-    int own = group * 64 + threadIdx.x % 128 / WARP * 16;
+    int own = (threadIdx.x - 128) / WARP * 16;
     write_rows<C::D>(d_keys, s.d_k, s, w, own, own_rows);
     write_rows<C::D>(d_values, s.d_v, s, w, own, own_rows);
 }
@@ -402,6 +435,7 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
 template <class C>
 __device__ __forceinline__ void gradients(const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v, const CUtensorMap& grad,
                                           const Sizes& s) {
+    static_assert(sizeof(Barriers) == 192, "the launcher counts on it");
     DYNAMIC_SHARED(unsigned char, dynamic);
     unsigned char* shared = dynamic + (-shared_address(dynamic) & 1023);
     Barriers& bars = *reinterpret_cast<Barriers*>(shared + C::BARRIERS);
@@ -418,21 +452,23 @@ __device__ __forceinline__ void gradients(const CUtensorMap& q, const CUtensorMa
     Work w = find_work<C>(s, bars.number);
     // Nothing reads the gradients of keys that nobody sees.
     if (w.steps == 0) return;
+    if (threadIdx.x == 0) bars.work = w;
+    __syncthreads();
     if (threadIdx.x < 128) {
-        fewer_registers<32>();
+        fewer_registers<C::PRODUCER_REGISTERS>();
         int warp = threadIdx.x / WARP;
         if (warp == 0) {
-            if (threadIdx.x == 0) copy_own<C>(k, v, s, w, shared, &bars.own);
-            produce<C, false>(q, s.q, s, w, shared, bars.full, bars.empty);
+            if (threadIdx.x == 0) copy_own<C>(k, v, s, bars.work, shared, &bars.own);
+            produce<C, false>(q, s.q, s, bars.work, shared, bars.full, bars.empty, bars.rows);
         } else if (warp == 1) {
-            produce<C, true>(grad, s.grad, s, w, shared, bars.grad_full, bars.grad_empty);
+            produce<C, true>(grad, s.grad, s, bars.work, shared, bars.grad_full, bars.grad_empty, bars.grad_rows);
         } else if (threadIdx.x % WARP == 0) {
-            add_pieces<C>(s, w, shared + C::PIECES + (warp - 2) * PIECE, warp - 2, bars);
+            add_pieces<C>(s, bars.work, shared + C::PIECES + (warp - 2) * PIECE, warp - 2, bars);
         }
         __syncwarp();
     } else {
-        more_registers<240>();
-        consume<C>(s, w, shared, bars);
+        more_registers<C::CONSUMER_REGISTERS>();
+        consume<C>(s, bars.work, shared, bars);
     }
 }
 

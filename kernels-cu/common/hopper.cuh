@@ -8,6 +8,17 @@
 // swizzle: the 16-byte chunk c of line i lies where chunk c ^ (i % 8) would. They start at multiples of 1024 bytes.
 #pragma once
 
+namespace hopper {
+
+// A block gets no more registers than it starts with, all threads the same, in steps of 8. Do they suffice for a producer with `few` a
+// thread and `consumers` warpgroups with `more`? If not, more_registers waits for ever.
+constexpr bool registers_suffice(int consumers, int few, int more) {
+    int warpgroups = consumers + 1, at_start = 65536 / (128 * warpgroups) / 8 * 8;
+    return few + consumers * more <= warpgroups * at_start;
+}
+
+} // namespace hopper
+
 #ifdef HYWU_EMULATOR
 #include "emulator_hopper.h"
 #else

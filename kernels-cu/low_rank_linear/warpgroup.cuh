@@ -22,6 +22,8 @@ constexpr int LINE = 128;         // bytes
 constexpr int BOX = 64 * LINE;    // 64 lines
 constexpr int CONSUMERS = 2;      // warpgroups
 constexpr int THREADS = 128 * (CONSUMERS + 1);
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(registers_suffice(CONSUMERS, PRODUCER_REGISTERS, CONSUMER_REGISTERS), "setmaxnreg would wait for ever");
 constexpr int GROUP_ROWS = 2048;  // rows of tiles that are taken together, for the second-level cache's sake
 
 // What a launch is about, as the launcher builds it (no padding).
@@ -297,7 +299,7 @@ __device__ __forceinline__ void product(const CUtensorMap& a, const CUtensorMap&
     int columns = (s.n / s.parts + C::N - 1) / C::N * s.parts, tiles = s.rows.count * columns;
     int first = int(blockIdx.x) / C::CLUSTER, step = int(gridDim.x) / C::CLUSTER;
     if (threadIdx.x < 128) {
-        fewer_registers<40>();
+        fewer_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             prefetch(&a), prefetch(&b);
             if (s.ranks) prefetch(&a2), prefetch(&b2);
@@ -305,7 +307,7 @@ __device__ __forceinline__ void product(const CUtensorMap& a, const CUtensorMap&
         }
         __syncwarp();
     } else {
-        more_registers<232>();
+        more_registers<CONSUMER_REGISTERS>();
         consume<C>(out, s, stages, bars, first, step, tiles, rank, int(threadIdx.x) / 128 - 1);
     }
     // The other block may still copy to this one's shared memory, or arrive at its barriers.

@@ -51,8 +51,10 @@ impl Plan {
         let (own, tile, scores) = (KEYS * self.width * 2, self.rows * self.width * 2, KEYS * self.rows * 2);
         let pieces = PIECES * 64 * 64 * 4;
         let numbers = (2 * STAGES[0] + STAGES[1]) * self.rows * 4;
-        let barriers = 8 * (1 + 2 * (STAGES[0] + STAGES[1] + PIECES)) + 8;
-        2 * own + (STAGES[0] + STAGES[1]) * tile + 2 * scores + pieces + numbers + barriers + 1024
+        // The struct `Barriers`: those, what the block works on, rows of the slots, the block's number.
+        let slots = STAGES[0] + STAGES[1];
+        let barriers = 8 * (1 + 2 * (slots + PIECES)) + 4 * (12 + slots + 1);
+        2 * own + slots * tile + 2 * scores + pieces + numbers + barriers + 1024
     }
 }
 
@@ -214,6 +216,6 @@ mod tests {
             assert!(Plan::new(head_dim, 1, None, 1).shared() <= 227 << 10);
         }
         let numbers = 8 * 64 * 4;
-        assert_eq!(Plan::new(128, 1, None, 1).shared(), (208 << 10) + numbers + 8 * 15 + 8 + 1024);
+        assert_eq!(Plan::new(128, 1, None, 1).shared(), (208 << 10) + numbers + 8 * 15 + 4 * 18 + 1024);
     }
 }
