@@ -4,6 +4,7 @@
 mod call;
 mod check;
 mod hard;
+mod ladder;
 mod shapes;
 
 use super::{Case, Floor};
@@ -16,7 +17,9 @@ use shapes::{Pass, Shape};
 pub fn cases(bench: &Bench, all: bool) -> Vec<Case> {
     let bytes = bench.dtype().size() as f64;
     let case = |(pass, shape, bar): shapes::Timed| case(pass, shape, bytes).wide(!bar);
-    shapes::timed(bench, all).into_iter().map(case).collect()
+    let mut cases: Vec<Case> = shapes::timed(bench, all).into_iter().map(case).collect();
+    cases.extend(ladder::cases(bench, bytes));
+    cases
 }
 
 /// What a pass must move and compute at least.

@@ -60,7 +60,7 @@ impl Shape {
         Self { d, s, h, kv, b, kind }
     }
 
-    const fn plain(d: usize, s: usize, h: usize, b: usize) -> Self {
+    pub(super) const fn plain(d: usize, s: usize, h: usize, b: usize) -> Self {
         Self::new([d, s, h, h, b], Kind::Plain)
     }
 
