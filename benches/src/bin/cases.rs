@@ -39,6 +39,9 @@ struct Args {
     /// Without the cases that are one of many: those that a second round repeats.
     #[arg(long)]
     few: bool,
+    /// A tenth of a second for each case.
+    #[arg(long)]
+    brief: bool,
     /// Only says which cases there are.
     #[arg(long)]
     list: bool,
@@ -76,6 +79,7 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let bench = Bench::new(args.device, args.quick);
+    let bench = if args.brief { bench.shorter() } else { bench };
     let wanted = |case: &Case| {
         let named = args.only.is_empty() || args.only.iter().any(|start| case.name.starts_with(start));
         named && !(args.few && case.is_wide)
