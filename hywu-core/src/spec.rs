@@ -160,7 +160,7 @@ impl AdapterSpec {
         let first =
             |path: &str| self.modules.iter().position(|m| path.contains(m.path.as_str())).unwrap_or(0);
         let mut order: Vec<usize> = (0..self.modules.len()).collect();
-        order.sort_by_key(|&i| first(&self.modules[i].path));
+        order.sort_by_cached_key(|&i| first(&self.modules[i].path));
         let parameter = |&i: &usize, kind| {
             let m = &self.modules[i];
             let matrix = match kind {
