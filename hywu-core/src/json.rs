@@ -1,15 +1,22 @@
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use std::{collections::HashSet, fmt};
 
-/// Parses JSON in which no object has a key twice. Readers differ in which of the two they take, so such a file means nothing certain.
+/// Parses a JSON object in which no object has a key twice: readers differ in which of the two they take, so such a file means nothing
+/// certain.
 ///
 /// # Errors
-/// What is wrong with the text, and where in it.
+/// What is wrong with the text and where in it, with the key.
 pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> serde_json::Result<T> {
     let mut parser = serde_json::Deserializer::from_slice(text);
     NoTwice.deserialize(&mut parser)?;
     parser.end()?;
-    serde_json::from_slice(text)
+    // To serde an array may also be a struct, by the order of its fields.
+    if text.trim_ascii_start().first() != Some(&b'{') {
+        return Err(serde_json::Error::custom("an object is expected"));
+    }
+    let mut parser = serde_json::Deserializer::from_slice(text);
+    serde_path_to_error::deserialize(&mut parser)
+        .map_err(|e| serde_json::Error::custom(format_args!("`{}`: {}", e.path(), e.inner())))
 }
 
 /// Walks over a value of any form and keeps nothing of it.
