@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Builds the fuzz targets and runs each with libFuzzer: fuzz/run.sh [TARGET ...] [-OPTION=VALUE ...], for example
+#   fuzz/run.sh                        all of them, 10 seconds each
+#   fuzz/run.sh adapter -runs=1000000  one of them; options are libFuzzer's (-help=1)
+# Needs a C++ compiler beside Rust (stable). What was found interesting is kept in target/fuzz/corpus and taken up again; an input that
+# breaks a target is left in target/fuzz/TARGET-crash-* and fails the run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+targets=() options=()
+for argument in "$@"; do
+  case $argument in
+    -*) options+=("$argument") ;;
+    *) targets+=("$argument") ;;
+  esac
+done
+[ ${#targets[@]} -gt 0 ] || targets=(index adapter config)
+[ ${#options[@]} -gt 0 ] || options=(-max_total_time=10)
+
+# LLVM's coverage pass, as cargo-fuzz asks for it; the address sanitizer that it adds needs nightly, and this is safe Rust. With
+# --target the flags stay away from build scripts.
+host=$(rustc -vV | sed -n 's/^host: //p')
+coverage=(trace-compares inline-8bit-counters pc-table)
+flags="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4"
+flags+=$(printf ' -Cllvm-args=-sanitizer-coverage-%s' "${coverage[@]}")
+RUSTFLAGS="$flags" cargo build --manifest-path fuzz/Cargo.toml --target-dir target/fuzz --target "$host" --release --locked
+
+for target in "${targets[@]}"; do
+  corpus=target/fuzz/corpus/$target
+  mkdir -p "$corpus"
+  cp fuzz/seeds/"$target"/* "$corpus"
+  if [ "$target" = config ]; then
+    for file in hywu-generator/tests/golden/*/config.json; do
+      cp "$file" "$corpus/$(basename "$(dirname "$file")")"
+    done
+  fi
+  echo "== fuzz $target"
+  "target/fuzz/$host/release/$target" "$corpus" -artifact_prefix="target/fuzz/$target-" -dict=fuzz/json.dict \
+    -max_len=2048 -timeout=10 -rss_limit_mb=2048 "${options[@]}"
+done
