@@ -49,6 +49,8 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
+/// Elements that are read at a time.
+const PIECE: usize = 1 << 16;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -174,23 +176,50 @@ impl Checkpoint {
     pub fn read(&self, name: &str) -> Result<ArrayD<f32>> {
         let (source, entry) = self.entry(name)?;
         let bad = |what: String| Error::checkpoint(&source.path, format!("tensor `{name}` {what}"));
-        let (mut data, size) = (Vec::<f32>::new(), entry.size());
+        let mut data = Vec::<f32>::new();
         data.try_reserve_exact(entry.numel())
             .map_err(|_| bad(format!("of {:?} is more than this machine's memory", entry.shape)))?;
+        data.resize(entry.numel(), 0.0);
+        self.read_into(name, &mut data)?;
+        ArrayD::from_shape_vec(IxDyn(&entry.shape), data).map_err(|e| bad(e.to_string()))
+    }
+    /// As [`Checkpoint::read`], into a slice of its length.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`]; a tensor of another length.
+    pub fn read_into(&self, name: &str, out: &mut [f32]) -> Result<()> {
+        let (source, entry) = self.entry(name)?;
+        if entry.numel() != out.len() {
+            let what = format!("tensor `{name}` has {} numbers, not {}", entry.numel(), out.len());
+            return Err(Error::checkpoint(&source.path, what));
+        }
         // In pieces that stay in the cache, where they are converted and looked at.
-        let mut piece = vec![0; size.min(1 << 18)];
-        for start in (0..size).step_by(piece.len().max(1)) {
-            let bytes = &mut piece[..(size - start).min(1 << 18)];
-            source.read_at(entry.start + start as u64, bytes)?;
-            let done = data.len();
-            convert(bytes, entry.dtype, &mut data);
-            if !all_finite(&data[done..])
-                && let Some(i) = data.iter().position(|x| !x.is_finite())
+        let size = entry.dtype.size();
+        let mut piece = vec![0; entry.size().min(PIECE * size)];
+        for (i, part) in out.chunks_mut(PIECE).enumerate() {
+            let bytes = &mut piece[..part.len() * size];
+            source.read_at(entry.start + (i * PIECE * size) as u64, bytes)?;
+            convert(bytes, entry.dtype, part);
+            if !all_finite(part)
+                && let Some(j) = part.iter().position(|x| !x.is_finite())
             {
-                return Err(bad(format!("holds {} at element {i}", data[i])));
+                return Err(self.not_finite(name, i * PIECE + j, part[j]));
             }
         }
-        ArrayD::from_shape_vec(IxDyn(&entry.shape), data).map_err(|e| bad(e.to_string()))
+        Ok(())
+    }
+    /// The error for a tensor whose element `i` is NaN or infinite.
+    pub fn not_finite(&self, name: &str, i: usize, value: f32) -> Error {
+        let path = self.entries.get(name).map_or(&self.path, |(source, _)| &source.path);
+        Error::checkpoint(path, format!("tensor `{name}` holds {value} at element {i}"))
+    }
+    /// A tensor as it is stored: row-major, little-endian, unchecked. What is in memory is not copied.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`], but for what is not finite.
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let (source, entry) = self.entry(name)?;
+        source.bytes(entry.start, entry.size())
     }
     /// Checks a tensor's shape without reading it.
     ///
@@ -218,15 +247,16 @@ impl Checkpoint {
     }
 }
 
-/// Adds little-endian elements.
-fn convert(bytes: &[u8], dtype: Dtype, to: &mut Vec<f32>) {
-    let halves = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+/// Little-endian elements.
+fn convert(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
+    fn fill<const N: usize>(out: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
+        let (whole, _) = bytes.as_chunks();
+        out.iter_mut().zip(whole).for_each(|(o, b)| *o = widen(*b));
+    }
     match dtype {
-        Dtype::F32 => {
-            to.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
-        }
-        Dtype::F16 => to.extend(halves.map(|b| f16::from_le_bytes(b).to_f32())),
-        Dtype::Bf16 => to.extend(halves.map(|b| bf16::from_le_bytes(b).to_f32())),
+        Dtype::F32 => fill(out, bytes, f32::from_le_bytes),
+        Dtype::F16 => fill(out, bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::Bf16 => fill(out, bytes, |b| bf16::from_le_bytes(b).to_f32()),
     }
 }
 
