@@ -99,6 +99,12 @@ impl GeneratorConfig {
         Ok(config)
     }
 
+    /// The map of a config without one.
+    pub(crate) fn default_mapping() -> Map<String, Value> {
+        // A constant, which the tests of the published config read.
+        serde_json::from_str(DEFAULT_MAPPING).unwrap_or_default()
+    }
+
     /// Checks every number and expands the map.
     ///
     /// # Errors
@@ -132,8 +138,7 @@ impl GeneratorConfig {
         if !d.is_multiple_of(hd) || !hd.is_multiple_of(4) {
             return bad(format!("head_dim {hd} must divide d_model {d} and be a multiple of 4"));
         }
-        let default = || serde_json::from_str(DEFAULT_MAPPING).map_err(|e| Error::Config(e.to_string()));
-        let mapping = self.pg_mapping.clone().map_or_else(default, Ok)?;
+        let mapping = self.pg_mapping.clone().unwrap_or_else(Self::default_mapping);
         let spec =
             AdapterSpec::from_mapping(&self.prefix, self.num_base_model_layers, r, self.alpha, &mapping)?;
         let shape = self.shape(&spec)?;

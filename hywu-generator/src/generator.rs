@@ -68,7 +68,7 @@ impl Generator {
         Ok(this)
     }
 
-    fn with(config: GeneratorConfig, params: ParamSet) -> Result<Self> {
+    pub(crate) fn with(config: GeneratorConfig, params: ParamSet) -> Result<Self> {
         let (spec, shape) = config.sizes()?;
         Ok(Self { config, params, spec, shape })
     }

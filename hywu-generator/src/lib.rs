@@ -7,9 +7,12 @@
 mod config;
 mod error;
 mod generator;
+mod random;
+mod size;
 mod train;
 
 pub use config::GeneratorConfig;
 pub use error::{Error, Result};
 pub use generator::Generator;
+pub use size::Size;
 pub use train::{TrainStats, train_step};
