@@ -63,7 +63,7 @@ run_tests() {
   local program name code
   for program in "$work"/tests/*; do
     name=$(basename "$program")
-    if [ "$(left)" -lt $((seconds * 6 / 10)) ]; then row test "$name" "not run: the time is up"; continue; fi
+    if [ "$(left)" -lt $((seconds * 65 / 100)) ]; then row test "$name" "not run: the time is up"; continue; fi
     code=0
     (cd "$work" && HYWU_REQUIRE_CUDA=1 HYWU_GOLDEN="$work/golden" RUST_BACKTRACE=0 timeout -k 5 90 "$program") >"$run/test-$name.log" 2>&1 || code=$?
     if [ "$code" = 0 ]; then
@@ -91,8 +91,8 @@ run_sanitizer() {
   row smoke "every op, both dtypes" "$(tail -n 1 "$run/smoke.log")"
   [ "$code" = 0 ] || failed=1
   code=0
-  (cd "$work" && timeout -k 5 60 "$cases" --device cuda --check --quick --only attention) >"$run/check.log" 2>&1 || code=$?
-  row check "attention, hard operands" "$(grep -c '^right' "$run/check.log" || true) right, $(grep -c '^WRONG' "$run/check.log" || true) wrong"
+  (cd "$work" && timeout -k 5 60 "$cases" --device cuda --check --quick --only attention,generator) >"$run/check.log" 2>&1 || code=$?
+  row check "attention, generator" "$(grep -c '^right' "$run/check.log" || true) right, $(grep -c '^WRONG' "$run/check.log" || true) wrong"
   [ "$code" = 0 ] || failed=1
   if ! command -v compute-sanitizer >/dev/null; then row sanitizer all "not run: there is no compute-sanitizer"; return; fi
   help=$(compute-sanitizer --help 2>&1 || true)
@@ -105,7 +105,7 @@ run_sanitizer() {
     esac
     log=$run/sanitizer-$tool.log
     # The comparison keeps its part of the time.
-    limit=$(($(left) - seconds * 4 / 10))
+    limit=$(($(left) - seconds * 55 / 100))
     limit=$((limit < 60 ? limit : 60))
     if [ "$limit" -lt 10 ]; then row sanitizer "$tool" "not run: the time is up"; continue; fi
     code=0

@@ -10,6 +10,7 @@ side has, `ceiling/..`, measure what the card can do. Used by compare_cpu.py and
 """
 
 import json
+import signal
 import sys
 
 import torch
@@ -191,13 +192,8 @@ def cases():
     return out
 
 
-def main():
-    torch.set_num_threads(ARGS.threads)
-    torch.manual_seed(0)
-    parameters = sum(p.numel() for p in Mini().parameters())
-    head = {"torch": torch.__version__, "device": DEVICE, "threads": ARGS.threads, "parameters": parameters}
-    print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
-    details, failures = {}, {}
+def run_all(details, failures):
+    """Times the wanted cases, and prints each as soon as it is done."""
     every = cases()
     once = torch_low_rank.WIDE | torch_attention.WIDE | torch_generator_cases.ONCE
     for name, run in every.items():
@@ -218,6 +214,21 @@ def main():
             # Else what is compiled for many shapes falls back to eager after the eighth.
             torch.compiler.reset()
             torch.cuda.empty_cache()
+
+
+def main():
+    torch.set_num_threads(ARGS.threads)
+    torch.manual_seed(0)
+    parameters = sum(p.numel() for p in Mini().parameters())
+    head = {"torch": torch.__version__, "device": DEVICE, "threads": ARGS.threads, "parameters": parameters}
+    print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
+    details, failures = {}, {}
+    # Whoever ends this gets what there is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_all(details, failures)
+    except KeyboardInterrupt:
+        pass
     print(f'\n}}, "details": {json.dumps(details)}, "failures": {json.dumps(failures)}}}')
 
 
