@@ -200,23 +200,62 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] when it is missing or not finite.
     pub fn read(&self, name: &str) -> Result<ArrayD<f32>> {
-        let entry = self.entry(name)?;
-        let bytes = &entry.file.get()[entry.start..entry.end];
-        let data: Vec<f32> = match entry.dtype {
-            Dtype::F32 => {
-                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-            }
-            Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Dtype::Bf16 => {
-                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
-            }
-        };
-        if let Some(i) = data.iter().position(|x| !x.is_finite()) {
-            let what = format!("tensor `{name}` holds {} at element {i}", data[i]);
+        let shape = &self.entry(name)?.shape;
+        let mut data = vec![0.0; shape.iter().product()];
+        self.read_into(name, &mut data)?;
+        ArrayD::from_shape_vec(IxDyn(shape), data)
+            .map_err(|e| Error::checkpoint(&self.path, format!("tensor `{name}`: {e}")))
+    }
+    /// As [`Checkpoint::read`], into a slice of its length.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when it is missing, not finite, or of another length.
+    pub fn read_into(&self, name: &str, out: &mut [f32]) -> Result<()> {
+        let dtype = self.entry(name)?.dtype;
+        let bytes = self.bytes(name)?;
+        if bytes.len() != out.len() * dtype.size() {
+            let what = format!("tensor `{name}` has {} bytes, not {} numbers", bytes.len(), out.len());
             return Err(Error::checkpoint(&self.path, what));
         }
-        ArrayD::from_shape_vec(IxDyn(&entry.shape), data)
-            .map_err(|e| Error::checkpoint(&self.path, format!("tensor `{name}`: {e}")))
+        fn fill<const N: usize>(out: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
+            let (whole, _) = bytes.as_chunks();
+            out.iter_mut().zip(whole).for_each(|(o, b)| *o = widen(*b));
+        }
+        match dtype {
+            Dtype::F32 => fill(out, bytes, f32::from_le_bytes),
+            Dtype::F16 => fill(out, bytes, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::Bf16 => fill(out, bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        }
+        match out.iter().position(|x| !x.is_finite()) {
+            None => Ok(()),
+            Some(i) => Err(self.not_finite(name, i, out[i])),
+        }
+    }
+    /// The error for a tensor whose element `i` is NaN or infinite.
+    pub fn not_finite(&self, name: &str, i: usize, value: f32) -> Error {
+        Error::checkpoint(&self.path, format!("tensor `{name}` holds {value} at element {i}"))
+    }
+    /// A tensor as it is stored: row-major, little-endian, unchecked.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when it is missing.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let entry = self.entry(name)?;
+        Ok(&entry.file.get()[entry.start..entry.end])
+    }
+    /// Gives back the memory that holds a mapped tensor; a later read fetches it from the file again. A tensor that is missing has none.
+    pub fn release(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some(Entry { file, start, end, .. }) = self.entries.get(name)
+            && let Bytes::Mapped(map) = &**file
+        {
+            // SAFETY: the map is of a file, read only: its pages come back as they were.
+            let advised = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, *start, end - start)
+            };
+            // It is advice: refused, the memory stays in use until the system wants it.
+            let _ = advised;
+        }
     }
     /// Checks a tensor's shape without reading it.
     ///

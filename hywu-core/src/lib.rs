@@ -11,10 +11,12 @@ mod checkpoint;
 mod error;
 mod rng;
 mod spec;
+mod tensor_file;
 
 pub use adapter::{Adapter, Lora};
-pub use atomic::write_atomic;
+pub use atomic::{AtomicFile, write_atomic};
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
 pub use error::{Error, Result, check_range};
 pub use rng::{Philox, RandomStream};
 pub use spec::{AdapterSpec, Module, Parameter, ParameterKind};
+pub use tensor_file::TensorFile;

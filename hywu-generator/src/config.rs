@@ -167,6 +167,18 @@ impl GeneratorConfig {
         Ok(Shape { a, t, w, s: t * w, c: self.d_model / acc })
     }
 
+    /// Batch and length of a condition of this shape.
+    pub(crate) fn batch_and_length(&self, condition: &[usize]) -> crate::Result<(usize, usize)> {
+        match *condition {
+            [b, 1, l, i] | [b, l, i] if i == self.input_dim && b > 0 && l > 0 => Ok((b, l)),
+            _ => {
+                let expected = format!("[batch, 1, length, {0}] or [batch, length, {0}]", self.input_dim);
+                let what = format!("shape {condition:?}, expected {expected}");
+                Err(crate::Error::Condition(what))
+            }
+        }
+    }
+
     /// Names and shapes of the weights (FORMAT.md section 2).
     ///
     /// # Errors

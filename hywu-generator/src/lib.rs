@@ -7,6 +7,8 @@
 mod config;
 mod error;
 mod generator;
+mod inference;
+mod mixing;
 mod random;
 mod size;
 mod train;
@@ -14,5 +16,6 @@ mod train;
 pub use config::GeneratorConfig;
 pub use error::{Error, Result};
 pub use generator::Generator;
+pub use inference::{Inference, LayerTokens, Limits, Progress};
 pub use size::Size;
 pub use train::{TrainStats, train_step};
