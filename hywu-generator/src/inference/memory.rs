@@ -21,6 +21,8 @@ const CPU_ROWS: usize = 4096;
 const MOST_ELEMENTS: usize = 1 << 30;
 /// Rows below which products and attention would be by other kernels than above, with other bits.
 const LEAST_ROWS: usize = 256;
+/// Bytes for small things on a device.
+const DEVICE_KEPT: u64 = 64 << 20;
 /// Bytes of freed memory that the CPU keeps for tensors of the same size, and what the program itself takes.
 const CPU_KEPT: u64 = (1 << 30) + (64 << 20);
 
@@ -72,17 +74,18 @@ impl Memory {
             let numel = |shape: &[usize]| shape.iter().product::<usize>() as u64;
             config.weights()?.iter().map(|(_, shape)| numel(shape)).sum::<u64>() * element
         };
-        let kept = if on_device { 0 } else { CPU_KEPT };
+        let kept = if on_device { DEVICE_KEPT } else { CPU_KEPT };
         let rows = if on_device { MOST_ELEMENTS / d } else { CPU_ROWS };
         let demand =
             |fixed, row, least: usize, most: usize| Demand { fixed, row, least, most: most.max(least) };
-        // What is read, queries, keys, values and what is mixed of them; operands that are packed.
+        // What is read, queries, keys, values and what is mixed of them; operands that are packed; sums of weights, one for each head.
         let packed = if on_device && dtype == Dtype::F32 { 3 } else { u64::from(on_device) };
-        let mixing = (5 + packed) * width;
+        let heads = (4 * d / config.head_dim) as u64;
+        let mixing = (5 + packed) * width + heads;
         let sublayers = [
             demand(0, mixing, batch * n, rows),
             demand(0, mixing, s, rows),
-            demand((2 + packed) * (batch * l) as u64 * width, 4 * width, LEAST_ROWS, rows),
+            demand((2 + packed) * (batch * l) as u64 * width, 4 * width + heads, LEAST_ROWS, rows),
             demand(0, 10 * width, LEAST_ROWS, if on_device { rows / 8 } else { rows }),
         ];
         Ok(Self { length: l, fixed: stream + condition + tables + weights + kept, sublayers })

@@ -100,9 +100,6 @@ impl Inference {
             }
             Weights::streamed(&config, checkpoint, device, dtype)?
         };
-        if let (Some(memory), true) = (limits.memory, device != Device::Cpu) {
-            device.limit_memory(memory as usize)?;
-        }
         Self::new(config, weights, Limits { memory: budget, ..limits })
     }
 
