@@ -11,7 +11,7 @@ use hywu_kernels::{
     Device, Tensor,
     testing::{naive_bf16, rounded_to_bf16},
 };
-use std::{cell::RefCell, ops::ControlFlow};
+use std::{cell::RefCell, ops::ControlFlow, rc::Rc};
 
 /// Grouped and plain modules, padded tokens, heads that the CUDA kernels are made for.
 const TINY: &str = r#"{"num_base_model_layers": 3, "rank": 8, "alpha": 16, "token_dim": 64, "output_dim": 64,
@@ -40,15 +40,15 @@ fn rung(size: Size) -> Pass {
     Pass { name: format!("generator/{name} L{length}"), config: GeneratorConfig::scaled(size), length }
 }
 
-/// The ladder on a device; on the CPU its lowest rung.
+/// The ladder on a device, from above, as bars depend on the published size; on the CPU its lowest rung.
 pub fn cases(bench: &Bench) -> Vec<Case> {
     let passes = match (bench.quick, bench.device) {
         (true, _) => vec![tiny()],
         (false, Device::Cpu) => vec![rung(Size::SixtyFourth)],
-        (false, _) => Size::ALL.map(rung).into(),
+        (false, _) => Size::ALL.into_iter().rev().map(rung).collect(),
     };
     let (cuda, bytes) = (bench.device != Device::Cpu, bench.dtype().size() as f64);
-    passes.into_iter().map(|pass| Case { is_once: cuda, ..pass.case(bytes) }).collect()
+    passes.into_iter().map(|pass| Case { is_once: cuda, ..pass.case(bytes, bench.quick) }).collect()
 }
 
 fn tiny() -> Pass {
@@ -67,15 +67,17 @@ impl Pass {
         Ok(Floor { bytes: bytes * moved as f64, flops: self.config.flops(1, self.length)? })
     }
 
-    fn case(self, bytes: f64) -> Case {
+    /// With `is_small` its result is compared with the CPU's, which takes too long otherwise.
+    fn case(self, bytes: f64, is_small: bool) -> Case {
         let floor = self.floor(bytes).unwrap_or_default();
-        let (name, is_tiny) = (self.name.clone(), self.name == tiny().name);
-        let pass = std::rc::Rc::new(self);
-        let timed = pass.clone();
-        let case = Case::new(name, floor, move |bench, floor| timed.run(bench, floor));
-        let check: Option<Box<super::Check>> =
-            is_tiny.then(|| Box::new(move |bench: &Bench| pass.check(bench)) as _);
-        Case { check, ..case }
+        let name = self.name.clone();
+        let pass = Rc::new(self);
+        let checked = pass.clone();
+        let case = Case::new(name, floor, move |bench, floor| pass.run(bench, floor));
+        if !is_small {
+            return case;
+        }
+        Case { check: Some(Box::new(move |bench| checked.check(bench))), ..case }
     }
 
     fn generator(&self, bench: &Bench) -> Result<Generator> {
@@ -180,9 +182,9 @@ mod tests {
             cases(&Bench::new(device, false)).into_iter().map(|case| case.name).collect()
         };
         let ladder =
-            ["1-64 L1000", "1-16 L2000", "1-4 L4000", "full L4000"].map(|n| format!("generator/{n}"));
+            ["full L4000", "1-4 L4000", "1-16 L2000", "1-64 L1000"].map(|n| format!("generator/{n}"));
         assert_eq!(names(Device::Cuda(0)), ladder);
-        assert_eq!(names(Device::Cpu), ladder[..1]);
+        assert_eq!(names(Device::Cpu), ladder[3..]);
     }
 
     /// What is read and written at the published size: 8.1 G weights, 0.72 G results (FORMAT.md section 8).
