@@ -99,13 +99,13 @@ run_sanitizer() {
   row smoke "every op, both dtypes" "$(tail -n 1 "$run/smoke.log")"
   [ "$code" = 0 ] || failed=1
   code=0
-  (cd "$work" && timeout -k 5 60 "$cases" --device cuda --check --quick --only low_rank_linear,attention) >"$run/check.log" 2>&1 || code=$?
+  (cd "$work" && timeout -k 5 60 "$cases" --device cuda --check --quick --only low_rank_linear,attention,generator) >"$run/check.log" 2>&1 || code=$?
   row check "results, hard operands too" "$(grep -c '^right' "$run/check.log" || true) right, $(grep -c '^WRONG' "$run/check.log" || true) wrong"
   [ "$code" = 0 ] || failed=1
   if ! command -v compute-sanitizer >/dev/null; then row sanitizer all "not run: there is no compute-sanitizer"; return; fi
   help=$(compute-sanitizer --help 2>&1 || true)
   # The comparison keeps its part of the time.
-  limit=$(($(left) - seconds * 4 / 10))
+  limit=$(($(left) - seconds * 55 / 100))
   limit=$((limit < 90 ? limit : 90))
   if [ "$limit" -lt 10 ]; then row sanitizer all "not run: the time is up"; return; fi
   for tool in memcheck racecheck synccheck initcheck; do sanitize "$tool" "$limit" & done

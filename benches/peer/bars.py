@@ -9,8 +9,9 @@ import statistics
 LARGE = "m4096 k4096 n4096"
 CPU = "m1024 k4096 n4096"
 EXPERTS = ["e64 top8 m4096 k4096 n6144 r16", "e64 top8 m4096 k3072 n4096 r16"]
-# Each names two times as (side, bench/case, ways of which the fastest counts; none: the case's own); "flops" is no side, but what a
-# case computes, in units that make a quotient with a time TFLOP/s.
+# Each names two times as (side, bench/case, ways of which the fastest counts; none: the case's own). Two are no sides: "flops" is
+# what a case computes, in units that make a quotient with a time TFLOP/s, and "ceiling" the time in which PyTorch's large bf16
+# product computes as much, as measured in the same round.
 ONE, SIXTEEN = ("ours", f"low_rank_linear/{LARGE} r16 b1"), ("ours", f"low_rank_linear/{LARGE} r16 b16")
 PLAIN, PEER_PLAIN = ("ours", f"linear/{LARGE}"), ("peer", f"linear/{LARGE}")
 
@@ -66,10 +67,16 @@ def attention():
 
 
 SMALL = ("ours", "attention/fwd d64 s1024 h4 b1")
+FULL, SIXTY_FOURTH = ("ours", "generator/full L4000"), ("ours", "generator/1-64 L1000")
+GENERATOR = [
+    ("time / that of as many FLOPs in PyTorch's large bf16 product", FULL, ("ceiling", FULL[1]), "<=", 1.3),
+    ("PyTorch / the published size", peer(FULL), FULL, ">=", 1.5),
+]
 # By bench: on a device, on the CPU.
 BARS = {
     "low_rank_linear": (LOW_RANK, LOW_RANK_CPU),
     "attention": (attention(), [("PyTorch / forward, on the CPU", peer(SMALL), SMALL, ">=", 1.0)]),
+    "generator": (GENERATOR, [("PyTorch / a 64th, on the CPU", peer(SIXTY_FOURTH), SIXTY_FOURTH, ">=", 1.0)]),
 }
 # What is in TFLOP/s is of these cards.
 CARDS = ("H100", "H200")
@@ -77,9 +84,12 @@ CARDS = ("H100", "H200")
 
 def amount(said, side, case, *ways):
     """One time of a round in milliseconds, or a case's operations; None where there is none."""
-    if side == "flops":
+    if side in ("flops", "ceiling"):
         flops = said.get("ours", {}).get("details", {}).get(case, {}).get("flops")
-        return flops and flops / 1e9
+        if side == "flops":
+            return flops and flops / 1e9
+        product = said.get("peer", {}).get("details", {}).get("ceiling/matmul")
+        return flops and product and flops / product["flops"] * product["ms"]
     program = said.get(side, {})
     if not ways:
         return program.get("ms", {}).get(case)
@@ -113,6 +123,32 @@ def merge_or_fuse(rounds):
     return next((r["ours"]["merge_or_fuse"] for r in rounds if r.get("ours", {}).get("merge_or_fuse")), [])
 
 
+def cost_model(rounds):
+    """What the generator's ladder costs: time and memory beside operations, and the rate beside that of the largest size measured."""
+    rows = []
+    for case in dict.fromkeys(c for r in rounds for c in r.get("ours", {}).get("ms", {}) if c.startswith("generator/")):
+        row = {"case": case.split("/", 1)[1]}
+        for side, prefix in (("ours", ""), ("peer", "peer_")):
+            said = [r[side] for r in rounds if r.get(side, {}).get("ms", {}).get(case)]
+            details = [s.get("details", {}).get(case, {}) for s in said]
+            if side == "ours":
+                row["flops"] = next((d["flops"] for d in details if d.get("flops")), None)
+            if said and row["flops"]:
+                ms = statistics.median(s["ms"][case] for s in said)
+                row |= {f"{prefix}ms": round(ms, 3), f"{prefix}tflops": round(row["flops"] / ms / 1e9, 3)}
+            memory = [d["device_memory"] for d in details if d.get("device_memory")]
+            if memory:
+                row[f"{prefix}memory_gb"] = round(max(memory) / 1e9, 2)
+        rows.append(row)
+    known = [row for row in rows if "tflops" in row]
+    for prefix in ("", "peer_"):
+        of = [row for row in known if f"{prefix}tflops" in row]
+        most = max(of, key=lambda row: row["flops"], default=None)
+        for row in of:
+            row[f"{prefix}rate_of_largest"] = round(row[f"{prefix}tflops"] / most[f"{prefix}tflops"], 3)
+    return known
+
+
 def table(bench, bars):
     """What a bench is to reach, in Markdown."""
     what = bench.replace("_", " ").replace("low rank", "low-rank")
@@ -136,5 +172,22 @@ def merge_table(merge_or_fuse):
     for m in merge_or_fuse:
         times = [f"{m[k]:.4g}" for k in ("merge_ms", "fused_ms", "plain_ms")]
         cells = [m["case"], str(m["rows"]), str(m["rank"]), *times, calls(m["calls"]), calls(m["policy_calls"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def cost_table(costs):
+    """The generator's ladder, in Markdown."""
+    if not costs:
+        return []
+    head = ["the generator's cost", "PFLOP"]
+    for side in ("hywu", "PyTorch"):
+        head += [f"{side} ms", "TFLOP/s", "rate / the largest's", "GB"]
+    lines = ["", "| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for row in costs:
+        cells = [row["case"], f"{row['flops'] / 1e15:.4g}"]
+        for prefix in ("", "peer_"):
+            keys = [f"{prefix}{key}" for key in ("ms", "tflops", "rate_of_largest", "memory_gb")]
+            cells += [str(row.get(key, "")) for key in keys]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

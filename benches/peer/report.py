@@ -3,8 +3,9 @@
 A folder of results holds raw.csv (every round, every case), summary.md (the table), machine.md and machine.json, and one
 BENCH.json a bench: a list of {"case", "ours_ms", "peer", "peer_ms", "ratio", "tflops", "gbs", "of_ceiling", "spread"}. A ratio
 below 1 means that this project is faster; `spread` is its lowest and highest round. `of_ceiling` is the part of the ceiling
-(measured bandwidth, or measured bf16 matrix product, whichever binds the case) that this project reaches. attention.json and
-low_rank_linear.json have that list as "cases", beside "bars", and the latter "merge_or_fuse" (bars.py).
+(measured bandwidth, or measured bf16 matrix product, whichever binds the case) that this project reaches. attention.json,
+generator.json and low_rank_linear.json have that list as "cases", beside "bars" (bars.py), low_rank_linear.json "merge_or_fuse" too,
+and generator.json "cost_model".
 """
 
 import csv
@@ -86,8 +87,13 @@ def run(command, seconds):
         out, errors = process.communicate(timeout=seconds)
         trouble = "" if process.returncode == 0 else f"ended with {process.returncode}: {errors.strip()[-800:]}"
     except subprocess.TimeoutExpired:
-        process.kill()
-        out, errors = process.communicate()
+        # The peer says then what it has; whoever does not end is ended.
+        process.terminate()
+        try:
+            out, errors = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, errors = process.communicate()
         trouble = f"stopped after {seconds:.0f} s: {errors.strip()[-400:]}"
     return parsed(out), trouble
 
@@ -126,6 +132,7 @@ class Comparison:
                 # A program that says what failed ends with an error too.
                 if trouble and not failures:
                     self.failures[f"{side}, round {i + 1}"] = trouble
+            self.drop_unlike(result)
             self.rounds.append(result)
             longest = max(longest, time.monotonic() - began)
         # Times of two different models compare nothing.
@@ -135,6 +142,16 @@ class Comparison:
                 f"the backbones have {sorted(counts)} parameters: build `cases` anew, or bring `Mini` in torch_mini.py up to"
                 " hywu-diffusion's config.rs and backbone.rs"
             )
+
+    def drop_unlike(self, result):
+        """Takes those cases out of a round whose two sides say different numbers of operations: that is not the same model."""
+        details = [result[side].get("details", {}) for side in ("ours", "peer")]
+        for case in details[0].keys() & details[1].keys():
+            ours, peer = (d[case].get("flops") for d in details)
+            if ours and peer and abs(ours - peer) > 1e-6 * ours:
+                self.failures[f"ours, {case}"] = f"{ours:.6e} operations, {peer:.6e} the peer's: two sizes"
+                for said in result.values():
+                    said["ms"].pop(case, None)
 
     def named(self):
         """The peer with its version."""
@@ -200,6 +217,8 @@ class Comparison:
         reached = {name: {"bars": bars.measured(self.rounds, name, card)} for name in bars.BARS if name in benches}
         if "low_rank_linear" in reached:
             reached["low_rank_linear"]["merge_or_fuse"] = bars.merge_or_fuse(self.rounds)
+        if "generator" in reached:
+            reached["generator"]["cost_model"] = bars.cost_model(self.rounds)
         for name, rows in benches.items():
             if name in reached:
                 rows = {"cases": rows} | reached[name]
@@ -222,6 +241,7 @@ class Comparison:
         text = self.table(benches)
         for name, more in reached.items():
             lines = bars.table(name, more["bars"]) + bars.merge_table(more.get("merge_or_fuse"))
+            lines += bars.cost_table(more.get("cost_model"))
             text += "\n".join(lines) + "\n"
         (out / "summary.md").write_text(text)
         print(text)

@@ -10,11 +10,13 @@ side has, `ceiling/..`, measure what the card can do. Used by compare_cpu.py and
 """
 
 import json
+import signal
 import sys
 
 import torch
 import torch.nn.functional as F
 import torch_attention
+import torch_generator_cases
 import torch_low_rank
 from torch import nn
 from torch_mini import COEFFICIENTS, EPS, FEATURES, HIDDEN, Mini, local_filter, modulated, patchify
@@ -172,6 +174,7 @@ def cases():
         out |= {"ceiling/copy": copy_ceiling, "ceiling/matmul": matmul_ceiling}
     out |= torch_low_rank.cases()
     out |= torch_attention.cases()
+    out |= torch_generator_cases.cases()
     if ARGS.quick:
         out["backbone/forward b1 64px r8"] = lambda: mini(1, 64, lora=True)
         out["backbone/train step b1 64px"] = lambda: mini(1, 64, train=True)
@@ -189,15 +192,12 @@ def cases():
     return out
 
 
-def main():
-    torch.set_num_threads(ARGS.threads)
-    torch.manual_seed(0)
-    parameters = sum(p.numel() for p in Mini().parameters())
-    head = {"torch": torch.__version__, "device": DEVICE, "threads": ARGS.threads, "parameters": parameters}
-    print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
-    details, failures = {}, {}
-    for name, run in cases().items():
-        if not name.startswith(tuple(ARGS.only.split(","))) or ARGS.few and name in torch_low_rank.WIDE | torch_attention.WIDE:
+def run_all(details, failures):
+    """Times the wanted cases, and prints each as soon as it is done."""
+    every = cases()
+    once = torch_low_rank.WIDE | torch_attention.WIDE | torch_generator_cases.ONCE
+    for name, run in every.items():
+        if not name.startswith(tuple(ARGS.only.split(","))) or ARGS.few and name in once:
             continue
         try:
             detail = run()
@@ -208,9 +208,27 @@ def main():
         print("," if details else "", f'\n  {json.dumps(name)}: {detail["ms"]:.6f}', sep="", end="", flush=True)
         details[name] = detail
         if CUDA:
+            # What the case has used stays with this process until the next one begins.
+            free, total = torch.cuda.mem_get_info()
+            detail["device_memory"] = total - free
             # Else what is compiled for many shapes falls back to eager after the eighth.
             torch.compiler.reset()
             torch.cuda.empty_cache()
+
+
+def main():
+    torch.set_num_threads(ARGS.threads)
+    torch.manual_seed(0)
+    parameters = sum(p.numel() for p in Mini().parameters())
+    head = {"torch": torch.__version__, "device": DEVICE, "threads": ARGS.threads, "parameters": parameters}
+    print(json.dumps(head)[:-1] + ', "ms": {', end="", flush=True)
+    details, failures = {}, {}
+    # Whoever ends this gets what there is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_all(details, failures)
+    except KeyboardInterrupt:
+        pass
     print(f'\n}}, "details": {json.dumps(details)}, "failures": {json.dumps(failures)}}}')
 
 

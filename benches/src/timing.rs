@@ -14,10 +14,21 @@ const ROTATED_BYTES: f64 = 3.0 * 60e6;
 const MOST_COPIES: usize = 64;
 /// A sample lasts at least this long, so that the clock's resolution (0.5 us) does not count.
 const SAMPLE_MS: f64 = 0.2;
-/// Bound on the time that all samples of a case take, and of one among many ([`Bench::shorter`]).
-const CASE_MS: [f64; 2] = [1500.0, 100.0];
-/// Calls before the samples.
-const WARM_UP: [usize; 2] = [10, 3];
+/// A call that takes longer is one that a cold start makes no difference to: it needs no warm-up, and one is enough.
+const LONG_MS: f64 = 20e3;
+
+/// How many calls a case gets.
+#[derive(Clone, Copy, Debug)]
+struct Effort {
+    /// Calls before the samples, on a device and on the CPU.
+    warm_up: [usize; 2],
+    /// Bound on the time that all samples on a device take.
+    ms: f64,
+    /// Samples whatever they take, on a device and on the CPU.
+    least: [usize; 2],
+}
+
+const USUAL: Effort = Effort { warm_up: [10, 3], ms: 1500.0, least: [5, 7] };
 
 /// Where cases run, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -26,8 +37,7 @@ pub struct Bench {
     pub device: Device,
     /// Few calls of small shapes: shows that everything runs, not how fast.
     pub quick: bool,
-    /// One case of many, each of which gets less time.
-    short: bool,
+    effort: Effort,
 }
 
 /// Milliseconds a call.
@@ -59,12 +69,18 @@ impl Times {
 impl Bench {
     /// For a device.
     pub fn new(device: Device, quick: bool) -> Self {
-        Self { device, quick, short: false }
+        Self { device, quick, effort: USUAL }
     }
 
-    /// The same with less time for a case.
+    /// The same with less time for a case: one of many.
     pub fn shorter(self) -> Self {
-        Self { short: true, ..self }
+        let Effort { warm_up: [device, cpu], ms, least } = self.effort;
+        Self { effort: Effort { warm_up: [device.min(3), cpu], ms: ms.min(100.0), least }, ..self }
+    }
+
+    /// The same for calls of seconds: few are enough, and the calibration is their warm-up.
+    pub fn of_long_calls(self) -> Self {
+        Self { effort: Effort { warm_up: [0, 1], least: [3, 3], ..self.effort }, ..self }
     }
 
     /// What is computed in: bf16 on a CUDA device, f32 on the CPU.
@@ -108,7 +124,7 @@ impl Bench {
     ) -> Result<Times> {
         if self.device == Device::Cpu {
             let inputs = inputs(0)?;
-            return cpu_times(seconds, || call(&inputs).map(drop));
+            return self.cpu_times(seconds, || call(&inputs).map(drop));
         }
         let copies = if self.quick { 2 } else { ((ROTATED_BYTES / bytes) as usize + 1).min(MOST_COPIES) };
         let inputs = (0..copies as u64).map(&mut inputs).collect::<Result<Vec<I>>>()?;
@@ -134,8 +150,7 @@ impl Bench {
         };
         let lasted = |[start, end]: &[Event; 2]| -> Result<f64> { Ok(f64::from(end.since(start)?)) };
         // The first calls load kernels and fill the memory pool.
-        let short = usize::from(self.short);
-        lasted(&sample(if self.quick { 1 } else { WARM_UP[short] })?)?;
+        lasted(&sample(if self.quick { 1 } else { self.effort.warm_up[0] })?)?;
         let (mut calls, mut number) = (1, 3);
         if !self.quick {
             let mut ms = lasted(&sample(calls)?)?;
@@ -143,23 +158,32 @@ impl Bench {
                 calls *= 2;
                 ms = lasted(&sample(calls)?)?;
             }
-            number = ((CASE_MS[short] / ms) as usize).clamp(5, 100);
+            number = ((self.effort.ms / ms) as usize).clamp(self.effort.least[0], 100);
         }
         // Nothing waits between the samples, so that the device never runs dry.
         let samples = (0..number).map(|_| sample(calls)).collect::<Result<Vec<_>>>()?;
         let each = samples.iter().map(|s| Ok(lasted(s)? / calls as f64)).collect::<Result<Vec<f64>>>()?;
         Ok(Times::of(each, calls, copies))
     }
-}
 
-/// Many calls after a warm-up.
-fn cpu_times(seconds: f64, mut call: impl FnMut() -> Result<()>) -> Result<Times> {
-    (0..3).try_for_each(|_| call())?;
-    let (start, mut times) = (Instant::now(), Vec::new());
-    while times.len() < 7 || (start.elapsed().as_secs_f64() < seconds && times.len() < 1000) {
-        let t = Instant::now();
-        call()?;
-        times.push(1e3 * t.elapsed().as_secs_f64());
+    /// Many calls after a warm-up.
+    fn cpu_times(&self, seconds: f64, mut call: impl FnMut() -> Result<()>) -> Result<Times> {
+        let mut timed = || -> Result<f64> {
+            let t = Instant::now();
+            call()?;
+            Ok(1e3 * t.elapsed().as_secs_f64())
+        };
+        let (warm_up, least) = (self.effort.warm_up[1], self.effort.least[1]);
+        for _ in 0..warm_up {
+            let ms = timed()?;
+            if ms > LONG_MS {
+                return Ok(Times::of(vec![ms], 1, 1));
+            }
+        }
+        let (start, mut times) = (Instant::now(), Vec::new());
+        while times.len() < least || (start.elapsed().as_secs_f64() < seconds && times.len() < 1000) {
+            times.push(timed()?);
+        }
+        Ok(Times::of(times, 1, 1))
     }
-    Ok(Times::of(times, 1, 1))
 }

@@ -36,7 +36,7 @@ struct Args {
     /// Every token count of low-rank linear with every rank and every number of instances, and attention at all shapes.
     #[arg(long)]
     all: bool,
-    /// Without the cases that are one of many: those that a second round repeats.
+    /// Without the cases that are one of many or long: those that a second round repeats.
     #[arg(long)]
     few: bool,
     /// A tenth of a second for each case.
@@ -82,7 +82,7 @@ fn main() -> Result<ExitCode> {
     let bench = if args.brief { bench.shorter() } else { bench };
     let wanted = |case: &Case| {
         let named = args.only.is_empty() || args.only.iter().any(|start| case.name.starts_with(start));
-        named && !(args.few && case.is_wide)
+        named && !(args.few && case.is_once)
     };
     let wanted = cases::all(&bench, args.all).into_iter().filter(wanted);
     if args.list {
@@ -113,9 +113,12 @@ fn main() -> Result<ExitCode> {
                 let comma = if details.is_empty() { "" } else { "," };
                 print!("{comma}\n  {}: {:.6}", Value::from(case.name.as_str()), times.median);
                 stdout().flush()?;
+                // What the case has used stays with this process until the next one begins.
+                let held = bench.device.memory()?.map(|(free, total)| total - free);
                 let detail = json!({
                     "p10": times.p10, "p90": times.p90, "samples": times.samples, "calls": times.calls,
                     "copies": times.copies, "bytes": case.floor.bytes, "flops": case.floor.flops,
+                    "device_memory": held,
                 });
                 medians.insert(case.name.clone(), times.median);
                 details.insert(case.name, detail);

@@ -1,6 +1,7 @@
 //! What is timed: one [`Case`] each, under the names that `peer/torch_peer.py` uses too.
 
 mod attention;
+mod generator;
 pub mod low_rank;
 mod memory;
 mod model;
@@ -34,8 +35,9 @@ pub struct Case {
     pub name: String,
     /// What it must move and compute.
     pub floor: Floor,
-    /// One of many, that no bar depends on: it is timed for a shorter time, and in the first round only.
-    pub is_wide: bool,
+    /// Timed in the first round only.
+    pub is_once: bool,
+    is_wide: bool,
     run: Box<Run>,
     check: Option<Box<Check>>,
     hard: Option<Box<Check>>,
@@ -48,7 +50,7 @@ impl Case {
         run: impl Fn(&Bench, Floor) -> Result<Times> + 'static,
     ) -> Self {
         let run = Box::new(move |bench: &Bench| run(bench, floor));
-        Self { name: name.into(), floor, is_wide: false, run, check: None, hard: None }
+        Self { name: name.into(), floor, is_once: false, is_wide: false, run, check: None, hard: None }
     }
     /// A single op: `inputs` makes a copy of its inputs, `call` runs it.
     fn op<I, O>(
@@ -82,9 +84,9 @@ impl Case {
     fn and_hard(self, check: impl Fn(&Bench) -> Result<()> + 'static) -> Self {
         Self { hard: Some(Box::new(check)), ..self }
     }
-    /// See [`Case::is_wide`].
+    /// One of many, that no bar depends on: it is timed for a shorter time, and in the first round only.
     fn wide(self, is_wide: bool) -> Self {
-        Self { is_wide, ..self }
+        Self { is_once: is_wide, is_wide, ..self }
     }
     /// Checks its result; false where there is no check.
     ///
@@ -100,11 +102,12 @@ impl Case {
     pub fn check_hard(&self, bench: &Bench) -> Result<bool> {
         self.hard.as_ref().map_or(Ok(false), |check| check(bench).map(|()| true))
     }
-    /// Checks and times it.
+    /// Checks and times it, with all of a device's memory to itself.
     ///
     /// # Errors
     /// A wrong result; those of the op and the device.
     pub fn run(&self, bench: &Bench) -> Result<Times> {
+        bench.device.trim()?;
         self.check(bench)?;
         let bench = if self.is_wide { &bench.shorter() } else { bench };
         (self.run)(bench)
@@ -117,6 +120,7 @@ pub fn all(bench: &Bench, all_shapes: bool) -> Vec<Case> {
     let cuda = bench.device != Device::Cpu;
     let mut cases = low_rank::cases(bench, all_shapes);
     cases.extend(attention::cases(bench, all_shapes));
+    cases.extend(generator::cases(bench));
     cases.extend(quantized::cases(bench));
     cases.extend(model::cases(cuda, bench.quick, bytes));
     if cuda {

@@ -65,6 +65,9 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         match *self {}
     }
+    pub fn trim(&self) -> Result<()> {
+        match *self {}
+    }
     pub fn memory_info(&self) -> Result<(usize, usize)> {
         match *self {}
     }

@@ -123,7 +123,7 @@ impl Gpu {
         let mut asked = if over() { Err(FULL) } else { ask() };
         if is_full(&asked) {
             // What lies unused, in pieces of other sizes, may be enough.
-            self.release()?;
+            self.trim()?;
             asked = if over() { Err(FULL) } else { ask() };
         }
         if is_full(&asked) {
@@ -141,7 +141,8 @@ impl Gpu {
     }
 
     /// Gives all unused memory back to the system.
-    fn release(&self) -> Result<()> {
+    pub fn trim(&self) -> Result<()> {
+        self.enter()?;
         let privates: Vec<_> = lock(&self.privates).iter().filter_map(Weak::upgrade).collect();
         let mut free = Vec::new();
         for cache in privates.iter().map(|private| &private.cache).chain([&self.cache]) {
