@@ -1,6 +1,7 @@
 //! Values on the command line: a bad one is wrong usage (exit code 2), told with what would be right. The limits are those of
 //! [`SampleOptions::validate`].
 
+use bytesize::ByteSize;
 use hywu_diffusion::SampleOptions;
 
 /// Sampling steps.
@@ -15,6 +16,12 @@ pub fn tile(text: &str) -> Result<usize, String> {
     let tile = number(text)?;
     valid(&SampleOptions::default().with_tile(tile))?;
     Ok(tile)
+}
+
+/// A number of bytes, with or without a unit.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let size: Result<ByteSize, _> = text.parse();
+    size.map(|size| size.as_u64()).map_err(|_| "a size is expected, such as 500MB or 2GiB".into())
 }
 
 /// A number, not infinite.

@@ -15,7 +15,7 @@ mod rng;
 mod spec;
 
 pub use adapter::{Adapter, Lora};
-pub use atomic::write_atomic;
+pub use atomic::{TEMPORARY_PREFIX, write_atomic};
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
 pub use coverage::ApplyResult;
 pub use error::{Error, Result, check_range};

@@ -397,7 +397,8 @@ impl Backbone {
     /// instance serving batch / instances consecutive entries, as an adapter of a batch does.
     ///
     /// # Errors
-    /// Shapes that don't fit, or adapters that don't cover exactly the modules of [`Backbone::adapter_spec`].
+    /// Shapes that don't fit, or adapters that don't: they must cover the modules of [`Backbone::adapter_spec`], but for those that they
+    /// skip, and nothing else.
     #[allow(clippy::too_many_arguments)]
     pub fn predict(
         &self,
