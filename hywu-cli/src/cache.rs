@@ -95,8 +95,8 @@ impl AdapterCache {
         ensure!(
             size <= self.limit,
             "an adapter of {} is larger than the limit of {}",
-            ByteSize(size),
-            ByteSize(self.limit)
+            ByteSize(size).display().si(),
+            ByteSize(self.limit).display().si()
         );
         let failed = || format!("{}: it can't be kept", self.folder.display());
         fs::create_dir_all(&self.folder).with_context(failed)?;

@@ -567,3 +567,28 @@ fn a_part_of_an_adapter_is_applied_only_where_it_is_asked_for() {
     let mut alone = place.edit(&place.input, "make it warmer", "part.png");
     alone.arg("--allow-partial").assert().code(2).stderr(contains("--adapter"));
 }
+
+#[test]
+fn a_shared_adapter_must_cover_the_backbone_too() {
+    let place = Place::new();
+    let file = place.at("whole.safetensors");
+    place.edit(&place.input, "make it warmer", "a.png").arg("--save-adapter").arg(&file).assert().success();
+    let mut shared = Adapter::load(&file).expect("written");
+    let model = place.model(|model| {
+        fs::remove_dir_all(model.join("generator")).expect("written");
+        shared.save(model.join("lora.safetensors")).expect("writable");
+    });
+    let with = |output: &str| {
+        let mut command = place.cached(&place.input, "make it warmer", output);
+        command.arg("--model").arg(&model);
+        command
+    };
+    // It is the same for every picture, so there is nothing to keep.
+    assert_eq!(quietly(&mut with("b.png")), "shared");
+    assert_eq!(pixels(&place.at("a.png")), pixels(&place.at("b.png")));
+    assert!(place.entries().is_empty());
+    shared.modules.swap_remove("model.layers.2.mlp.down_proj").expect("a module");
+    shared.save(model.join("lora.safetensors")).expect("writable");
+    let refused = with("c.png").assert().code(1).stderr(contains("the shared adapter"));
+    refused.stderr(contains("missing modules: model.layers.2.mlp.down_proj"));
+}
