@@ -8,6 +8,7 @@ use hywu::{
     cache::{AdapterCache, CacheKey},
     hash,
     model::{Memory, Model},
+    pipeline::{Editor, Origin},
 };
 use hywu_core::{Adapter, Dtype, Lora};
 use hywu_diffusion::load_picture;
@@ -325,19 +326,26 @@ fn damaged_entries_are_told_and_generated_again() {
         ("another entry", fs::read(&other).expect("written")),
         ("not finite", [&whole[..header], &[0xff; 64], &whole[header + 64..]].concat()),
     ];
+    let editor = Editor::new(Model::bundled().expect("in the binary"));
+    let editor = editor.with_cache(AdapterCache::new(place.at("cache"), AdapterCache::LIMIT));
+    let picture = load_picture(&place.input).expect("a picture");
+    let recall = || editor.recall(&picture, "make it warmer", 0).expect("it goes on").expect("a generator");
+    let before = recall();
+    assert_eq!((before.origin, before.warnings.len()), (Origin::Cached, 0));
     for (what, bytes) in damages {
         fs::write(&entry, bytes).expect("writable");
-        let (how, stderr) = origin(&mut place.cached(&place.input, "make it warmer", "b.png"));
-        assert_eq!(how, "generated", "{what}");
-        assert!(stderr.starts_with("warning: ") && stderr.contains("generated again"), "{what}: {stderr}");
-        assert!(stderr.contains(entry.to_str().expect("UTF-8")), "{what}: {stderr}");
-        assert_eq!(stderr.lines().count(), 1, "{what}: {stderr}");
-        assert_eq!(
-            fs::read(place.at("b.png")).expect("written"),
-            fs::read(place.at("a.png")).expect("written")
-        );
+        let again = recall();
+        assert_eq!((again.origin, &again.adapter), (Origin::Generated, &before.adapter), "{what}");
+        let [warning] = &again.warnings[..] else { panic!("{what}: {:?}", again.warnings) };
+        assert!(warning.contains("generated again"), "{what}: {warning}");
+        assert!(warning.contains(entry.to_str().expect("UTF-8")), "{what}: {warning}");
         assert_eq!(fs::read(&entry).expect("written"), whole, "{what}: it was not repaired");
     }
+    fs::write(&entry, &whole[..whole.len() / 2]).expect("writable");
+    let (how, stderr) = origin(&mut place.cached(&place.input, "make it warmer", "b.png"));
+    assert!(stderr.starts_with("warning: ") && stderr.contains("generated again"), "{stderr}");
+    assert_eq!((how.as_str(), stderr.lines().count()), ("generated", 1), "{stderr}");
+    assert_eq!(fs::read(place.at("b.png")).expect("written"), fs::read(place.at("a.png")).expect("written"));
     assert_eq!(quietly(&mut place.cached(&place.input, "make it warmer", "c.png")), "cached");
     // A folder where the entry should be can't be replaced, which costs a second warning.
     fs::remove_file(&entry).expect("written");
