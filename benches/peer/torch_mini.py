@@ -131,7 +131,7 @@ def local_filter(coef, features, hidden):
 
 
 class Mini(nn.Module):
-    """The backbone `mini`: see hywu-diffusion/src/backbone.rs and config.rs. No instruction here has padding, so none is masked."""
+    """The backbone `mini`: see hywu-diffusion/src/backbone and config.rs. No instruction here has padding, so none is masked."""
 
     def __init__(
         self, width=192, layers=6, head_dim=64, hidden=512, text_dim=64, text_len=20, text_layers=2, p=8, words=1000

@@ -1,8 +1,11 @@
 //! The HY-WU edit pipeline: pictures and instructions to adapters to edited pictures, and the training runs behind it.
 
+pub mod cache;
 pub mod eval;
+pub mod hash;
 pub mod model;
 pub mod pipeline;
+pub mod provenance;
 pub mod train;
 
 /// The README's examples are tests.

@@ -3,11 +3,12 @@
 //! A model folder holds `model.json`, `backbone.safetensors` and, depending on how it was trained, `generator/` (config.json and
 //! model.safetensors) or `lora.safetensors` (one adapter for everything).
 
+use crate::hash::{ContentHash, of_adapter, of_weights};
 use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{Backbone, TextEncoder};
 use hywu_generator::{Generator, GeneratorConfig};
-use hywu_kernels::{Device, ParamSet};
+use hywu_kernels::Device;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -72,7 +73,7 @@ pub struct Model {
     pub text: TextEncoder,
     /// What it is and comes from.
     pub info: ModelInfo,
-    /// FNV-1a over the weights, for provenance.
+    /// Hash of configs and weights, for provenance.
     pub hash: String,
 }
 
@@ -145,19 +146,19 @@ impl Model {
             adapter.check(&backbone.adapter_spec(1, 1.0)).context("the shared adapter")?;
         }
         let text = TextEncoder::bundled(backbone.config.text_len)?;
-        let mut weights = vec![&backbone.params];
-        if let Memory::Functional(generator) = &memory {
-            weights.push(&generator.params);
+        let mut hash = ContentHash::new("model");
+        hash.text(&serde_json::to_string(&backbone.config)?).text(&of_weights([&backbone.params])?);
+        match &memory {
+            Memory::None => {}
+            Memory::Static(adapter) => {
+                hash.text(LORA).text(&of_adapter(adapter));
+            }
+            Memory::Functional(generator) => {
+                let config = serde_json::to_string(&generator.config)?;
+                hash.text(GENERATOR).text(&config).text(&of_weights([&generator.params])?);
+            }
         }
-        let shared: Vec<f32> = match &memory {
-            Memory::Static(adapter) => (adapter.modules.values())
-                .flat_map(|m| m.lora_a.iter().chain(&m.lora_b))
-                .chain([&adapter.scale])
-                .copied()
-                .collect(),
-            Memory::None | Memory::Functional(_) => Vec::new(),
-        };
-        let hash = fingerprint(weights, shared)?;
+        let hash = hash.finish();
         Ok(Self { backbone, memory, text, info, hash })
     }
 
@@ -194,25 +195,4 @@ impl Model {
         hywu_core::write_atomic(folder.join(INFO), |w| w.write_all(&text))?;
         Ok(())
     }
-}
-
-/// [`fnv1a`] of weights, wherever they are, and of what comes after them, as 16 hexadecimal digits.
-///
-/// # Errors
-/// Those of the device.
-pub fn fingerprint<'a>(
-    weights: impl IntoIterator<Item = &'a ParamSet>,
-    rest: impl IntoIterator<Item = f32>,
-) -> Result<String> {
-    let host = |set: &ParamSet| set.to(Device::Cpu, Dtype::F32);
-    let sets = weights.into_iter().map(host).collect::<Result<Vec<_>, _>>()?;
-    let values = sets.iter().flat_map(ParamSet::iter).flat_map(|(_, t)| t.data().iter().copied());
-    Ok(format!("{:016x}", fnv1a(values.chain(rest).map(f32::to_bits))))
-}
-
-/// FNV-1a (64 bits) over words: tells contents apart, no more.
-pub fn fnv1a(words: impl IntoIterator<Item = u32>) -> u64 {
-    words.into_iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, word| {
-        (hash ^ u64::from(word)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

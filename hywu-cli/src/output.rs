@@ -25,5 +25,14 @@ pub fn write(bytes: &[u8]) -> Result<()> {
 
 /// Tells an error on standard error, in one line whatever its causes say.
 pub fn complain(error: &anyhow::Error) {
-    eprintln!("error: {}", format!("{error:#}").replace('\n', " "));
+    eprintln!("error: {}", one_line(format_args!("{error:#}")));
+}
+
+/// Tells on standard error what went otherwise than asked but did not fail, in one line.
+pub fn warn(warning: impl Display) {
+    eprintln!("warning: {}", one_line(warning));
+}
+
+fn one_line(text: impl Display) -> String {
+    text.to_string().replace('\n', " ")
 }

@@ -1,12 +1,19 @@
 //! The edit pipeline: photo + instruction -> condition -> adapter -> edited photo.
 
-use crate::model::{Memory, Model, fnv1a};
-use anyhow::{Context, Result, bail, ensure};
+use crate::{
+    cache::{AdapterCache, CacheKey},
+    hash::of_picture,
+    model::{Memory, Model},
+    provenance::{PROGRAM, stamp},
+};
+use anyhow::{Result, bail, ensure};
 use hywu_core::Adapter;
 use hywu_diffusion::{Picture, SampleOptions, condition_of, edit_picture};
+use hywu_generator::Generator;
 use hywu_kernels::{Device, LoraVars};
 use rayon::prelude::*;
 use std::{
+    fmt,
     ops::ControlFlow,
     time::{Duration, Instant},
 };
@@ -19,13 +26,57 @@ const DEVICE_BATCH: usize = 16;
 pub struct EditOptions {
     /// Factor on the adapter's scale; 0 gives the backbone's own output bit for bit.
     pub strength: f32,
+    /// Apply what fits of an adapter that does not cover the backbone, or is for more than it has ([`LoraVars::fit`]).
+    pub partial: bool,
     /// Seed, steps, sampler and tiles.
     pub sample: SampleOptions,
 }
 
 impl Default for EditOptions {
     fn default() -> Self {
-        Self { strength: 1.0, sample: SampleOptions::default() }
+        Self { strength: 1.0, partial: false, sample: SampleOptions::default() }
+    }
+}
+
+/// How an adapter came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The caller had it.
+    Given,
+    /// It is the model's one adapter for everything.
+    Shared,
+    /// The generator wrote it just now.
+    Generated,
+    /// The generator wrote it earlier, and the cache kept it.
+    Cached,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Given => "given",
+            Self::Shared => "shared",
+            Self::Generated => "generated",
+            Self::Cached => "cached",
+        })
+    }
+}
+
+/// An adapter for an instance.
+#[derive(Clone, Debug)]
+pub struct Recalled {
+    /// With its provenance in the metadata, if it was generated.
+    pub adapter: Adapter,
+    /// How it came about.
+    pub origin: Origin,
+    /// Where the cache failed, which costs time but no result.
+    pub warnings: Vec<String>,
+}
+
+impl From<Adapter> for Recalled {
+    /// The caller's own.
+    fn from(adapter: Adapter) -> Self {
+        Self { adapter, origin: Origin::Given, warnings: Vec::new() }
     }
 }
 
@@ -35,7 +86,7 @@ pub struct Edit {
     /// The edited picture, as large as the source.
     pub picture: Picture,
     /// The adapter that made it; none at strength 0 and for a backbone only.
-    pub adapter: Option<Adapter>,
+    pub adapter: Option<Recalled>,
     /// Time for text, condition and generator.
     pub generating: Duration,
     /// Time for sampling.
@@ -47,12 +98,18 @@ pub struct Edit {
 /// Edits pictures with one model.
 pub struct Editor {
     model: Model,
+    cache: Option<AdapterCache>,
 }
 
 impl Editor {
     /// Takes a loaded model.
     pub fn new(model: Model) -> Self {
-        Self { model }
+        Self { model, cache: None }
+    }
+
+    /// Looks for adapters in a cache before it generates them, and keeps them there.
+    pub fn with_cache(self, cache: AdapterCache) -> Self {
+        Self { cache: Some(cache), ..self }
     }
 
     /// The model.
@@ -60,38 +117,64 @@ impl Editor {
         &self.model
     }
 
-    /// The adapter for this picture and instruction; a generated one has its provenance in the metadata.
+    /// The model's adapter for this picture and instruction; none if the model is a backbone only. `seed` is that of the edit that it
+    /// is for: provenance alone.
     ///
     /// # Errors
-    /// An empty instruction, or a model that is a backbone only.
-    pub fn adapter(&self, picture: &Picture, instruction: &str) -> Result<Adapter> {
-        let ids = self.model.text.encode(instruction)?;
-        let adapter = self.remember(picture, instruction, &ids)?;
-        adapter.context("this model has no adapters: it is a backbone only")
-    }
-
-    fn remember(&self, picture: &Picture, instruction: &str, ids: &[u32]) -> Result<Option<Adapter>> {
+    /// An empty instruction, or one that is too long; an empty picture; those of the device.
+    pub fn recall(&self, picture: &Picture, instruction: &str, seed: u64) -> Result<Option<Recalled>> {
         let generator = match &self.model.memory {
             Memory::None => return Ok(None),
-            Memory::Static(adapter) => return Ok(Some(adapter.clone())),
+            Memory::Static(adapter) => {
+                let adapter = adapter.clone();
+                return Ok(Some(Recalled { adapter, origin: Origin::Shared, warnings: Vec::new() }));
+            }
             Memory::Functional(generator) => generator,
         };
-        let condition = condition_of(&self.model.backbone, picture, ids)?;
-        let mut adapter = generator.generate(&condition)?;
-        adapter.metadata.extend([
-            ("instruction".into(), instruction.into()),
-            ("model".into(), self.model.info.name.clone()),
-            ("model_hash".into(), self.model.hash.clone()),
-            ("source_hash".into(), source_hash(picture)),
-            ("program".into(), format!("hywu {}", env!("CARGO_PKG_VERSION"))),
-        ]);
-        Ok(Some(adapter))
+        let ids = self.model.text.encode(instruction)?;
+        let source = of_picture(picture);
+        let mut warnings = Vec::new();
+        let kept = match &self.cache {
+            Some(cache) => Some((cache, self.key(generator, &source, &ids)?)),
+            None => None,
+        };
+        let found = kept.as_ref().and_then(|(cache, key)| {
+            cache.get(key).unwrap_or_else(|e| {
+                warnings.push(format!("an adapter in the cache can't be used and is generated again: {e:#}"));
+                None
+            })
+        });
+        // Other words of the same tokens find the same entry, so what was asked is told anew.
+        let stamp = |adapter: &mut Adapter| stamp(adapter, &self.model, instruction, &source, seed);
+        if let Some(mut adapter) = found {
+            stamp(&mut adapter);
+            return Ok(Some(Recalled { adapter, origin: Origin::Cached, warnings }));
+        }
+        let mut adapter = generator.generate(&condition_of(&self.model.backbone, picture, &ids)?)?;
+        stamp(&mut adapter);
+        if let Some((cache, key)) = kept
+            && let Err(e) = cache.put(&key, &adapter)
+        {
+            warnings.push(format!("the adapter is not kept in the cache: {e:#}"));
+        }
+        Ok(Some(Recalled { adapter, origin: Origin::Generated, warnings }))
+    }
+
+    /// Of all that a generated adapter depends on, the arithmetic of the machine too, so that a hit has the bits of a fresh one.
+    fn key(&self, generator: &Generator, source: &str, ids: &[u32]) -> Result<CacheKey> {
+        let params = &generator.params;
+        let device = match params.device().properties()? {
+            None => format!("cpu {}", hywu_kernels::simd_level()),
+            Some(p) => format!("{} {:?} {:?}", p.name, p.capability, params.dtype()),
+        };
+        let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+        Ok(CacheKey::of([PROGRAM, &self.model.hash, &device, source, &ids.join(" ")]))
     }
 
     /// Edits a picture with `adapter`, or with one generated for it. `progress(step, steps)` may stop the edit.
     ///
     /// # Errors
-    /// An empty instruction, an adapter that does not fit the backbone, a strength that is not finite;
+    /// An empty instruction, an adapter that does not fit the backbone ([`LoraVars::fit`]), a strength that is not finite;
     /// [`hywu_diffusion::Error::Interrupted`] when `progress` says so.
     pub fn edit(
         &self,
@@ -105,17 +188,18 @@ impl Editor {
         let start = Instant::now();
         let ids = self.model.text.encode(instruction)?;
         let adapter = match adapter {
-            Some(given) => Some(given.clone()),
+            Some(given) => Some(Recalled::from(given.clone())),
             None if options.strength == 0.0 => None,
-            None => self.remember(picture, instruction, &ids)?,
+            None => self.recall(picture, instruction, options.sample.seed)?,
         };
-        if let Some(adapter) = &adapter
-            && adapter.batch() != 1
-        {
-            bail!("the adapter holds {} instances; one is needed", adapter.batch());
+        let mut loras = LoraVars::none();
+        if let Some(Recalled { adapter, .. }) = &adapter {
+            if adapter.batch() != 1 {
+                bail!("the adapter holds {} instances; one is needed", adapter.batch());
+            }
+            let spec = self.model.backbone.adapter_spec(1, 1.0);
+            (loras, _) = LoraVars::fit(adapter, &spec, options.strength, options.partial)?;
         }
-        let loras =
-            adapter.as_ref().map_or_else(LoraVars::none, |a| LoraVars::from_adapter(a, options.strength));
         let params = &self.model.backbone.params;
         let loras = loras.to(params.device(), params.dtype())?;
         let generating = start.elapsed();
@@ -139,11 +223,4 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
         |(a, b): (&[f32], &[f32])| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())).sum() };
     let parts: Vec<f64> = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)).map(part).collect();
     parts.iter().sum()
-}
-
-/// FNV-1a over those of the picture's parts: tells pictures apart in an adapter's provenance, no more.
-fn source_hash(picture: &Picture) -> String {
-    let part = |values: &[f32]| fnv1a(values.iter().map(|v| v.to_bits()));
-    let parts: Vec<u64> = picture.rgb.par_chunks(CHUNK).map(part).collect();
-    format!("{:016x}", fnv1a(parts.into_iter().flat_map(|h| [h as u32, (h >> 32) as u32])))
 }

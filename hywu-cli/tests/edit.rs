@@ -1,6 +1,9 @@
 //! `hywu edit` from the outside: real pictures in, pictures out, and every kind of bad input.
 
+mod common;
+
 use assert_cmd::Command;
+use common::{difference, edit, edit_as, hywu, photo, sample};
 use hywu::model::Model;
 use hywu_core::{Adapter, Dtype};
 use predicates::{prelude::*, str::contains};
@@ -8,37 +11,6 @@ use std::{
     fs,
     path::{Path, PathBuf},
 };
-
-fn hywu() -> Command {
-    let mut command = Command::cargo_bin("hywu").expect("the binary is built by cargo");
-    command.env_remove("RUST_BACKTRACE");
-    command
-}
-
-fn sample(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples").join(name)
-}
-
-/// A small cut of a real photo, saved as PNG.
-fn photo(dir: &Path, name: &str, width: u32, height: u32) -> PathBuf {
-    let whole = image::open(sample("astronaut.png")).expect("the sample is a picture");
-    let path = dir.join(name);
-    whole.crop_imm(150, 20, width, height).to_rgb8().save(&path).expect("a writable folder");
-    path
-}
-
-fn edit_as(input: &Path, instruction: &str, output: &Path) -> Command {
-    let mut command = hywu();
-    command.arg("edit").arg(input).arg(instruction).arg("-o").arg(output);
-    command
-}
-
-/// In as few steps as do where the quality does not matter.
-fn edit(input: &Path, instruction: &str, output: &Path) -> Command {
-    let mut command = edit_as(input, instruction, output);
-    command.args(["--steps", "2"]);
-    command
-}
 
 /// One line `error: ...`, exit code 1, nothing left in the folder beside what was there.
 fn fails(mut command: Command, dir: &Path, message: &str) {
@@ -54,14 +26,6 @@ fn listing(dir: &Path) -> Vec<PathBuf> {
     let mut all: Vec<_> = fs::read_dir(dir).expect("a folder").map(|e| e.expect("an entry").path()).collect();
     all.sort();
     all
-}
-
-/// Mean absolute difference of two pictures in 8-bit steps.
-fn difference(a: &Path, b: &Path) -> f64 {
-    let (a, b) = (image::open(a).expect("a picture").to_rgb8(), image::open(b).expect("a picture").to_rgb8());
-    assert_eq!(a.dimensions(), b.dimensions());
-    let sum: u64 = a.as_raw().iter().zip(b.as_raw()).map(|(x, y)| u64::from(x.abs_diff(*y))).sum();
-    sum as f64 / a.as_raw().len() as f64
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use crate::{AdapterSpec, Checkpoint, Dtype, Error, Header, Result, TensorWriter};
+use crate::{Checkpoint, Dtype, Error, Header, Result, TensorWriter};
 use indexmap::IndexMap;
 use ndarray::ArrayD;
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
@@ -30,42 +30,6 @@ impl Adapter {
     /// Number of instances (the leading axis of every tensor).
     pub fn batch(&self) -> usize {
         self.modules.values().next().map_or(0, |m| m.lora_a.shape()[0])
-    }
-
-    /// Checks that every module of `spec` is there with the right shape and nothing else is, and that all is finite.
-    ///
-    /// # Errors
-    /// [`crate::Error::Adapter`] listing missing and unused modules, wrong shapes or the first non-finite value.
-    pub fn check(&self, spec: &AdapterSpec) -> Result<()> {
-        let wanted: Vec<String> = spec.module_names().collect();
-        let missing: Vec<&String> = wanted.iter().filter(|n| !self.modules.contains_key(*n)).collect();
-        let unused: Vec<&String> = self.modules.keys().filter(|n| !wanted.contains(n)).collect();
-        if !missing.is_empty() || !unused.is_empty() {
-            return Err(Error::Adapter(format!("missing modules: {missing:?}; unused modules: {unused:?}")));
-        }
-        let batch = self.batch();
-        for (i, name) in wanted.iter().enumerate() {
-            let (module, lora) = (&spec.modules[i % spec.modules.len()], &self.modules[name]);
-            let (a, b) = (lora.lora_a.shape(), lora.lora_b.shape());
-            // Any rank will do, as long as both sides have it.
-            let rank = a.get(a.len().wrapping_sub(2)).copied().unwrap_or(0);
-            let shape = |matrix: [usize; 2]| {
-                [batch].into_iter().chain(module.experts).chain(matrix).collect::<Vec<_>>()
-            };
-            let (want_a, want_b) = (shape([rank, module.in_dim]), shape([module.out_dim, rank]));
-            if rank == 0 || batch == 0 || a != want_a || b != want_b {
-                let what =
-                    format!("`{name}` has lora_A {a:?} and lora_B {b:?}, expected {want_a:?} and {want_b:?}");
-                return Err(Error::Adapter(what));
-            }
-            if let Some(bad) = lora.lora_a.iter().chain(&lora.lora_b).find(|x| !x.is_finite()) {
-                return Err(Error::Adapter(format!("`{name}` holds {bad}")));
-            }
-        }
-        if !self.scale.is_finite() {
-            return Err(Error::Adapter(format!("scale {} is not finite", self.scale)));
-        }
-        Ok(())
     }
 
     /// Reads a file written by [`Adapter::save`].

@@ -28,7 +28,7 @@ impl AtomicFile {
             _ => Path::new("."),
         };
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".hywu-");
+        builder.prefix(TEMPORARY_PREFIX);
         // The temporary file's own mode is 0600; a new file should have the usual one, less the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
@@ -111,3 +111,6 @@ fn place(path: &Path) -> std::io::Result<PathBuf> {
     }
     Ok(place)
 }
+
+/// Names of the temporary files of [`write_atomic`] start so; a killed process may leave one behind.
+pub const TEMPORARY_PREFIX: &str = ".hywu-";

@@ -2,12 +2,14 @@
 //!
 //! * [`Adapter`]: the low-rank weight update of one instance, as files and tools see it.
 //! * [`AdapterSpec`]: which modules of a backbone get a low-rank update (`pg_mapping`), in order.
+//! * [`ApplyResult`]: which of an adapter's entries and a backbone's modules meet, and which don't.
 //! * [`Checkpoint`]: safetensors files and shard folders; [`Header`] and [`Index`]: what they say of themselves, checked first.
 //! * [`Philox`]: counter-based random numbers, equal on every device and thread count.
 
 mod adapter;
 mod atomic;
 mod checkpoint;
+mod coverage;
 mod error;
 mod header;
 mod index;
@@ -18,8 +20,9 @@ mod spec;
 mod tensor_file;
 
 pub use adapter::{Adapter, Lora};
-pub use atomic::{AtomicFile, write_atomic};
+pub use atomic::{AtomicFile, TEMPORARY_PREFIX, write_atomic};
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
+pub use coverage::ApplyResult;
 pub use error::{Error, Result, check_range};
 pub use header::{Entry, Header};
 pub use index::Index;

@@ -183,7 +183,14 @@ impl AdapterSpec {
 
     /// Every module name, layer-major.
     pub fn module_names(&self) -> impl Iterator<Item = String> + '_ {
-        (0..self.layers).flat_map(move |n| (0..self.modules.len()).map(move |m| self.module_name(n, m)))
+        self.named_modules().map(|(name, _)| name)
+    }
+
+    /// Every module by name, layer-major.
+    pub fn named_modules(&self) -> impl Iterator<Item = (String, &Module)> {
+        let layer =
+            move |n| self.modules.iter().enumerate().map(move |(m, module)| (self.module_name(n, m), module));
+        (0..self.layers).flat_map(layer)
     }
 }
 

@@ -279,6 +279,48 @@ fn adapters_must_cover_the_targets_and_nothing_else() {
 }
 
 #[test]
+fn a_part_of_an_adapter_works_where_it_is_asked_for() {
+    let backbone = backbone();
+    let spec = backbone.adapter_spec(4, 4.0);
+    let whole = adapters(&backbone, 1, 0.1).to_adapter(1.0).unwrap();
+    const O: &str = "model.layers.1.self_attn.o_proj";
+    let mut part = whole.clone();
+    let spare = part.modules.shift_remove(O).unwrap();
+    part.modules.insert("elsewhere".into(), spare);
+    for strength in [0.0, 1.0] {
+        let e = LoraVars::fit(&part, &spec, strength, false).unwrap_err().to_string();
+        assert!(
+            e.contains(&format!("missing modules: {O}")) && e.contains("unused entries: elsewhere"),
+            "{e}"
+        );
+    }
+
+    let (lora, found) = LoraVars::fit(&part, &spec, 1.0, true).unwrap();
+    assert_eq!(
+        (found.applied.len(), found.missing, found.unused),
+        (7, vec![O.into()], vec!["elsewhere".into()])
+    );
+    assert_eq!(lora.cover(spec.module_names()).skipped, [O]);
+    // The module without a pair works as if its pair did nothing.
+    let mut silent = whole.clone();
+    silent.modules[O].lora_b.fill(0.0);
+    let silent = LoraVars::from_adapter(&silent, 1.0);
+    let x = inputs(2, 16, 24);
+    let got = predict(&backbone, &x, 1, &lora);
+    assert_eq!(got.data(), predict(&backbone, &x, 1, &silent).data());
+    assert_ne!(got.data(), predict(&backbone, &x, 1, &LoraVars::from_adapter(&whole, 1.0)).data());
+    assert_eq!(
+        predict(&backbone.merged(&lora).unwrap(), &x, 1, &LoraVars::none()).data(),
+        predict(&backbone.merged(&silent).unwrap(), &x, 1, &LoraVars::none()).data()
+    );
+
+    let (none, found) = LoraVars::fit(&whole, &spec, 0.0, false).unwrap();
+    assert_eq!((none.modules.len(), found.applied.len(), found.skipped.len()), (0, 0, 8));
+    part.modules.retain(|name, _| name == "elsewhere");
+    assert!(LoraVars::fit(&part, &spec, 1.0, true).unwrap_err().to_string().contains("0 of 8"));
+}
+
+#[test]
 fn inputs_that_do_not_fit_are_refused() {
     let backbone = backbone();
     let tape = Tape::inference();

@@ -1,8 +1,8 @@
 //! Adapters on a tape: what a generator hands to a backbone while gradients flow.
 
 use crate::{Device, Result, Tape, Tensor, Var};
-use hywu_core::{Adapter, AdapterSpec, Dtype, Lora};
-use indexmap::IndexMap;
+use hywu_core::{Adapter, AdapterSpec, ApplyResult, Dtype, Lora};
+use indexmap::{IndexMap, IndexSet};
 
 /// The low-rank pair of one module on a tape.
 #[derive(Clone, Debug)]
@@ -20,6 +20,8 @@ pub struct LoraVar {
 pub struct LoraVars {
     /// Module name -> pair.
     pub modules: IndexMap<String, LoraVar>,
+    /// Modules that go without a pair on purpose.
+    skipped: IndexSet<String>,
 }
 
 impl LoraVars {
@@ -30,6 +32,37 @@ impl LoraVars {
     /// The pair of a module, if it has one.
     pub fn get(&self, module: &str) -> Option<&LoraVar> {
         self.modules.get(module)
+    }
+    /// The pairs of a host adapter that have a module in `spec`, as constants ([`LoraVars::from_adapter`]), and how the two meet. With
+    /// `partial`, what is missing is skipped from here on and what is unused left out, as long as something fits.
+    ///
+    /// # Errors
+    /// [`hywu_core::Error::Adapter`] for shapes that don't fit, values that are not finite, anything missing or unused (with
+    /// `partial`: nothing that fits).
+    pub fn fit(
+        adapter: &Adapter,
+        spec: &AdapterSpec,
+        strength: f32,
+        partial: bool,
+    ) -> Result<(Self, ApplyResult)> {
+        let mut found = adapter.cover(spec)?;
+        if partial {
+            found.partial()?
+        } else {
+            found.strict()?
+        };
+        if strength == 0.0 {
+            found.skipped.append(&mut found.applied);
+        }
+        let mut vars = Self::from_adapter(adapter, strength);
+        found.unused.iter().for_each(|entry| drop(vars.modules.shift_remove(entry)));
+        vars.skipped = found.missing.iter().cloned().collect();
+        Ok((vars, found))
+    }
+    /// How the pairs and the modules of a backbone meet, by name.
+    pub fn cover(&self, modules: impl IntoIterator<Item = String>) -> ApplyResult {
+        let entries = self.modules.keys().map(String::as_str);
+        ApplyResult::of(modules, entries, |module| self.skipped.contains(module))
     }
     /// A host adapter as constants; `strength` multiplies the scale. Strength 0 is no adapter at all, so the
     /// backbone's own output comes out bit for bit.
@@ -42,7 +75,8 @@ impl LoraVars {
             b: Var::constant(Tensor::from_array(&l.lora_b)),
             scale: adapter.scale * strength,
         };
-        Self { modules: adapter.modules.iter().map(|(n, l)| (n.clone(), pair(l))).collect() }
+        let modules = adapter.modules.iter().map(|(n, l)| (n.clone(), pair(l))).collect();
+        Self { modules, skipped: IndexSet::new() }
     }
     /// The same adapters as constants on a device.
     ///
@@ -54,7 +88,7 @@ impl LoraVars {
             Ok(LoraVar { a: place(&v.a)?, b: place(&v.b)?, scale: v.scale })
         };
         let modules = self.modules.iter().map(|(n, v)| Ok((n.clone(), pair(v)?)));
-        Ok(Self { modules: modules.collect::<Result<_>>()? })
+        Ok(Self { modules: modules.collect::<Result<_>>()?, skipped: self.skipped.clone() })
     }
     /// Copies to the host; `scale` is alpha / rank.
     ///

@@ -1,17 +1,19 @@
 use crate::{
     interrupt,
-    output::{complain, say},
+    output::{complain, say, warn},
     values,
 };
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, error::ErrorKind};
 use hywu::{
+    cache::AdapterCache,
     model::{Memory, Model},
-    pipeline::{Edit, EditOptions, Editor},
+    pipeline::{Edit, EditOptions, Editor, Recalled},
+    provenance,
 };
 use hywu_core::{Adapter, Dtype};
 use hywu_diffusion::{Picture, SampleOptions, Sampler, check_output, load_picture, save_picture};
-use hywu_kernels::{Device, ops::low_rank_linear::Apply};
+use hywu_kernels::{Device, LoraVars, ops::low_rank_linear::Apply};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     collections::HashSet,
@@ -67,6 +69,18 @@ pub struct EditArgs {
     /// Use this adapter instead of generating one
     #[arg(long, value_name = "FILE")]
     adapter: Option<PathBuf>,
+    /// Apply what fits of that adapter, though it lacks modules of the model or has others
+    #[arg(long, requires = "adapter")]
+    allow_partial: bool,
+    /// Use the adapter that this other picture gets with the instruction
+    #[arg(long, value_name = "PICTURE", conflicts_with = "adapter")]
+    adapter_from: Option<PathBuf>,
+    /// Keep generated adapters in this folder, and look there before one is generated
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Most that the cache may take, such as 500MB or 2GiB [default: 1GB]; the least recently used adapters make room
+    #[arg(long, value_name = "SIZE", requires = "cache", value_parser = values::bytes)]
+    cache_size: Option<u64>,
     /// Also write before | after side by side
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
@@ -160,7 +174,7 @@ impl EditArgs {
         }
         // Nothing is written over what is read, nor twice.
         let mut taken: HashSet<PathBuf> = plan.iter().map(|(input, _)| same_file(input)).collect();
-        taken.extend(self.adapter.iter().map(|file| same_file(file)));
+        taken.extend(self.adapter.iter().chain(&self.adapter_from).map(|file| same_file(file)));
         for file in plan.iter().map(|(_, output)| output).chain(&self.compare).chain(&self.save_adapter) {
             if !taken.insert(same_file(file)) {
                 bail!("{}: this would be written over the same file of this call", file.display());
@@ -182,7 +196,27 @@ impl EditArgs {
         let (seed, steps) = (self.seed, self.steps);
         let sample = SampleOptions { seed, steps, sampler, apply, ..SampleOptions::default() };
         let sample = sample.with_tile(self.tile);
-        EditOptions { strength: self.strength, sample }
+        EditOptions { strength: self.strength, partial: self.allow_partial, sample }
+    }
+
+    /// The adapter of `--adapter`. One that does not fit is told before any work.
+    fn given(&self, model: &Model) -> Result<Option<Recalled>> {
+        let Some(file) = &self.adapter else { return Ok(None) };
+        let adapter = Adapter::load(file)?;
+        let spec = model.backbone.adapter_spec(1, 1.0);
+        let (_, found) = LoraVars::fit(&adapter, &spec, self.strength, self.allow_partial)
+            .with_context(|| file.display().to_string())?;
+        if !found.is_complete() && !self.quiet {
+            warn(format_args!("{}: {found}", file.display()));
+        }
+        Ok(Some(adapter.into()))
+    }
+
+    /// The adapter of `--adapter-from`.
+    fn borrowed(&self, editor: &Editor, instruction: &str) -> Result<Option<Recalled>> {
+        let Some(file) = self.adapter_from.as_ref().filter(|_| self.strength != 0.0) else { return Ok(None) };
+        let other = load_picture(file)?;
+        editor.recall(&other, instruction, self.seed).with_context(|| file.display().to_string())
     }
 }
 
@@ -210,19 +244,32 @@ pub fn run(mut args: EditArgs) -> Result<()> {
     let options = args.options();
     options.sample.validate()?;
     let model = Model::named(&args.model)?;
-    let adapter = match &args.adapter {
-        Some(file) => Some(Adapter::load(file)?),
-        None => None,
-    };
-    if args.save_adapter.is_some() && adapter.is_none() && matches!(model.memory, Memory::None) {
+    let given = args.given(&model)?;
+    if args.save_adapter.is_some() && given.is_none() && matches!(model.memory, Memory::None) {
         bail!("--save-adapter: the model {} generates no adapters, it is a backbone only", args.model);
     }
+    if args.adapter_from.is_some() && !matches!(model.memory, Memory::Functional(_)) {
+        bail!("--adapter-from: the model {} generates no adapters, it has no generator", args.model);
+    }
     let plan = args.plan(&inputs)?;
-    let editor = Editor::new(model.to(args.device, Dtype::Bf16)?);
+    let mut editor = Editor::new(model.to(args.device, Dtype::Bf16)?);
+    if let Some(folder) = &args.cache {
+        let limit = args.cache_size.unwrap_or(AdapterCache::LIMIT);
+        editor = editor.with_cache(AdapterCache::new(folder, limit));
+    }
+    let mut warnings = Warnings { quiet: args.quiet, told: HashSet::new() };
+    let adapter = given.or(args.borrowed(&editor, &instruction)?);
+    warnings.tell(adapter.iter().flat_map(|recalled| &recalled.warnings));
+    let job = Job {
+        args: &args,
+        editor: &editor,
+        instruction: &instruction,
+        adapter: adapter.as_ref(),
+        options: &options,
+    };
     let mut failed = 0;
     for (input, output) in &plan {
-        let result = edit_one(&args, &editor, input, output, &instruction, adapter.as_ref(), &options);
-        match result {
+        match job.edit(input, output, &mut warnings) {
             Ok(()) => {}
             // With several pictures a bad one does not cost the others.
             Err(e) if plan.len() > 1 && !interrupt::requested() => {
@@ -238,40 +285,100 @@ pub fn run(mut args: EditArgs) -> Result<()> {
     Ok(())
 }
 
-fn edit_one(
-    args: &EditArgs,
-    editor: &Editor,
-    input: &Path,
-    output: &Path,
-    instruction: &str,
-    adapter: Option<&Adapter>,
-    options: &EditOptions,
-) -> Result<()> {
-    let picture = load_picture(input)?;
-    let bar = progress_bar(args.quiet, &input.display().to_string());
-    let edit = editor.edit(&picture, instruction, adapter, options, &mut |step, steps| {
-        bar.set_length(steps as u64);
-        bar.set_position(step as u64);
-        if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
-    bar.finish_and_clear();
-    let edit = edit.with_context(|| input.display().to_string())?;
-    let text = [
-        ("Software".to_owned(), format!("hywu {}", env!("CARGO_PKG_VERSION"))),
-        ("hywu:instruction".to_owned(), instruction.to_owned()),
-        ("hywu:seed".to_owned(), args.seed.to_string()),
-        ("hywu:steps".to_owned(), args.steps.to_string()),
-        ("hywu:strength".to_owned(), args.strength.to_string()),
-        ("hywu:model".to_owned(), format!("{} {}", editor.model().info.name, editor.model().hash)),
-    ];
-    save_picture(output, &edit.picture, &text)?;
-    if let Some(file) = &args.compare {
-        save_picture(file, &Picture::side_by_side(&picture, &edit.picture), &text)?;
+/// Warnings are told once: what fails for one picture may fail for all.
+struct Warnings {
+    quiet: bool,
+    told: HashSet<String>,
+}
+
+impl Warnings {
+    fn tell<'a>(&mut self, warnings: impl IntoIterator<Item = &'a String>) {
+        for warning in warnings {
+            if !self.quiet && self.told.insert(warning.clone()) {
+                warn(warning);
+            }
+        }
     }
-    if let (Some(file), Some(adapter)) = (&args.save_adapter, &edit.adapter) {
-        adapter.save(file)?;
+}
+
+/// What the pictures of a call have in common.
+struct Job<'a> {
+    args: &'a EditArgs,
+    editor: &'a Editor,
+    instruction: &'a str,
+    /// Instead of one of the picture's own.
+    adapter: Option<&'a Recalled>,
+    options: &'a EditOptions,
+}
+
+impl Job<'_> {
+    fn edit(&self, input: &Path, output: &Path, warnings: &mut Warnings) -> Result<()> {
+        let Self { args, editor, instruction, adapter, options } = *self;
+        let picture = load_picture(input)?;
+        let bar = progress_bar(args.quiet, &input.display().to_string());
+        let given = adapter.map(|recalled| &recalled.adapter);
+        let edit = editor.edit(&picture, instruction, given, options, &mut |step, steps| {
+            bar.set_length(steps as u64);
+            bar.set_position(step as u64);
+            if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        bar.finish_and_clear();
+        let edit = edit.with_context(|| input.display().to_string())?;
+        warnings.tell(edit.adapter.iter().flat_map(|recalled| &recalled.warnings));
+        let model = editor.model();
+        let mut text = vec![
+            ("Software".to_owned(), provenance::PROGRAM.to_owned()),
+            ("hywu:instruction".to_owned(), instruction.to_owned()),
+            ("hywu:seed".to_owned(), args.seed.to_string()),
+            ("hywu:steps".to_owned(), args.steps.to_string()),
+            ("hywu:strength".to_owned(), args.strength.to_string()),
+            ("hywu:model".to_owned(), format!("{} {}", model.info.name, model.hash)),
+        ];
+        let borrowed = given.filter(|_| args.adapter_from.is_some());
+        if let Some(source) = borrowed.and_then(|adapter| adapter.metadata.get(provenance::SOURCE_HASH)) {
+            text.push(("hywu:adapter_from".to_owned(), source.clone()));
+        }
+        save_picture(output, &edit.picture, &text)?;
+        if let Some(file) = &args.compare {
+            save_picture(file, &Picture::side_by_side(&picture, &edit.picture), &text)?;
+        }
+        if let (Some(file), Some(recalled)) = (&args.save_adapter, &edit.adapter) {
+            recalled.adapter.save(file)?;
+        }
+        self.report(input, output, &edit)
     }
-    report(args, input, output, instruction, &edit)
+
+    fn report(&self, input: &Path, output: &Path, edit: &Edit) -> Result<()> {
+        let args = self.args;
+        let (generating, sampling) = (edit.generating.as_secs_f64(), edit.sampling.as_secs_f64());
+        // A borrowed adapter was recalled before this edit.
+        let origin = self.adapter.or(edit.adapter.as_ref()).map(|recalled| recalled.origin);
+        if args.json {
+            let line = serde_json::json!({
+                "input": input.to_string_lossy(), "output": output.to_string_lossy(), "instruction": self.instruction,
+                "width": edit.picture.width, "height": edit.picture.height,
+                "seed": args.seed, "steps": args.steps, "strength": args.strength,
+                "adapter": origin.map(|origin| origin.to_string()),
+                "adapter_from": args.adapter_from.as_ref().map(|file| file.to_string_lossy()),
+                "generating_s": generating, "sampling_s": sampling, "mean_change": edit.change,
+            });
+            say(line)?;
+        } else if !args.quiet {
+            let adapter = match (origin, &args.adapter_from) {
+                (None, _) => "no adapter".to_owned(),
+                (Some(origin), Some(file)) => format!("adapter {origin} for {}", file.display()),
+                (Some(origin), None) => format!("adapter {origin} in {generating:.2} s"),
+            };
+            eprintln!(
+                "{}: {}x{}, mean change {:.1}/255, {adapter}, sampling {sampling:.2} s",
+                output.display(),
+                edit.picture.width,
+                edit.picture.height,
+                edit.change
+            );
+        }
+        Ok(())
+    }
 }
 
 fn progress_bar(quiet: bool, name: &str) -> ProgressBar {
@@ -281,26 +388,4 @@ fn progress_bar(quiet: bool, name: &str) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} [{bar:30}] step {pos}/{len}, {eta} left")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(1).with_style(style).with_message(name.to_owned())
-}
-
-fn report(args: &EditArgs, input: &Path, output: &Path, instruction: &str, edit: &Edit) -> Result<()> {
-    let (generating, sampling) = (edit.generating.as_secs_f64(), edit.sampling.as_secs_f64());
-    if args.json {
-        let line = serde_json::json!({
-            "input": input.to_string_lossy(), "output": output.to_string_lossy(), "instruction": instruction,
-            "width": edit.picture.width, "height": edit.picture.height,
-            "seed": args.seed, "steps": args.steps, "strength": args.strength,
-            "generating_s": generating, "sampling_s": sampling, "mean_change": edit.change,
-        });
-        say(line)?;
-    } else if !args.quiet {
-        eprintln!(
-            "{}: {}x{}, mean change {:.1}/255, adapter {generating:.2} s, sampling {sampling:.2} s",
-            output.display(),
-            edit.picture.width,
-            edit.picture.height,
-            edit.change
-        );
-    }
-    Ok(())
 }

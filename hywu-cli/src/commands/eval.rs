@@ -77,7 +77,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let sample =
         SampleOptions { seed: args.seed, steps: args.steps, ..SampleOptions::default() }.with_tile(args.tile);
     sample.validate()?;
-    options.edit = EditOptions { strength: args.strength, sample };
+    options.edit = EditOptions { strength: args.strength, sample, ..EditOptions::default() };
     let mut files: Vec<PathBuf> = std::fs::read_dir(&args.photos)
         .map_err(|e| hywu_core::Error::io(&args.photos, e))?
         .filter_map(|entry| entry.ok().map(|e| e.path()))

@@ -1,7 +1,10 @@
 //! What is trained: the backbone, a generator, one shared adapter, or everything.
 
 use super::config::TrainConfig;
-use crate::model::{Memory, Model, ModelInfo, fingerprint};
+use crate::{
+    hash::of_weights,
+    model::{Memory, Model, ModelInfo},
+};
 use anyhow::{Context, Result, bail};
 use hywu_core::{Dtype, Philox};
 use hywu_diffusion::{
@@ -143,7 +146,7 @@ impl Task {
             Self::Backbone(_) => None,
             Self::Generator(_, downstream) | Self::Lora(_, downstream) => Some(&downstream.backbone.params),
         };
-        fingerprint(frozen.into_iter().chain([self.params()]), [])
+        of_weights(frozen.into_iter().chain([self.params()]))
     }
 
     /// The weights that are trained, for writing.

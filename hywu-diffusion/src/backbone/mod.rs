@@ -1,7 +1,9 @@
+mod adapters;
+
 use crate::{BackboneConfig, Error, Result, config::Init, text::PAD};
-use hywu_core::{AdapterSpec, Checkpoint, Dtype, Module, Philox, TensorWriter};
+use hywu_core::{Checkpoint, Dtype, Philox, TensorWriter};
 use hywu_kernels::{
-    Bound, Device, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var,
+    Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
         attention::{Attention, Layout, QkNorm, Rotary, attention, rotary_table},
         elementwise::{
@@ -10,7 +12,7 @@ use hywu_kernels::{
         },
         embedding::embedding,
         local_filter::{COEFFICIENTS, FEATURES, HIDDEN, local_filter, pixel_features},
-        low_rank_linear::{Load, LowRankLinear, Shrink, Shrunk, linear, merge, merging_gain},
+        low_rank_linear::{LowRankLinear, Shrink, Shrunk, linear},
         patchify::{patchify, unpatchify},
         rms_norm::{Modulation, rms_norm, rms_norm_shrink},
         swiglu::{silu, swiglu, swiglu_shrink},
@@ -18,7 +20,7 @@ use hywu_kernels::{
     },
 };
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{Arc, Mutex},
 };
 
@@ -144,88 +146,6 @@ impl Backbone {
         writer.meta(CONFIG_KEY, config);
         self.params.store(writer, "", dtype)?;
         Ok(())
-    }
-
-    /// The modules that take an adapter: attention and MLP projections of every layer.
-    pub fn adapter_spec(&self, rank: usize, alpha: f32) -> AdapterSpec {
-        let c = &self.config;
-        let module = |(path, out_dim, in_dim): (&str, usize, usize)| Module {
-            path: path.to_owned(),
-            in_dim,
-            out_dim,
-            experts: None,
-        };
-        AdapterSpec {
-            prefix: LAYERS.to_owned(),
-            layers: c.layers,
-            rank,
-            alpha,
-            modules: c.projections().map(module).to_vec(),
-        }
-    }
-
-    /// Adapters must cover every module of [`Backbone::adapter_spec`] and nothing else, or be empty.
-    fn check_adapters(&self, adapters: &LoraVars, batch: usize) -> Result<()> {
-        let Some(first) = adapters.modules.values().next() else { return Ok(()) };
-        let spec = self.adapter_spec(1, 1.0);
-        let names: HashSet<String> = spec.module_names().collect();
-        let missing: Vec<String> = spec.module_names().filter(|n| adapters.get(n).is_none()).collect();
-        let unused: Vec<&String> = adapters.modules.keys().filter(|n| !names.contains(*n)).collect();
-        if !missing.is_empty() || !unused.is_empty() {
-            let what = format!("modules without a pair: {missing:?}; pairs without a module: {unused:?}");
-            return Err(hywu_core::Error::Adapter(what).into());
-        }
-        let instances = first.a.shape().first().copied().unwrap_or(0);
-        if instances == 0 || !batch.is_multiple_of(instances) {
-            let what = format!("{instances} instances do not divide a batch of {batch}");
-            return Err(hywu_core::Error::Adapter(what).into());
-        }
-        for (i, name) in spec.module_names().enumerate() {
-            let module = &spec.modules[i % spec.modules.len()];
-            let Some(pair) = adapters.get(&name) else { continue };
-            let (a, b) = (pair.a.shape(), pair.b.shape());
-            let rank = a.get(1).copied().unwrap_or(0);
-            if rank == 0 || a != [instances, rank, module.in_dim] || b != [instances, module.out_dim, rank] {
-                let expected =
-                    format!("[{instances}, r, {}] and [{instances}, {}, r]", module.in_dim, module.out_dim);
-                let what = format!("`{name}` has lora_a {a:?} and lora_b {b:?}, expected {expected}");
-                return Err(hywu_core::Error::Adapter(what).into());
-            }
-            if !pair.scale.is_finite() {
-                return Err(hywu_core::Error::Adapter(format!("`{name}` has scale {}", pair.scale)).into());
-            }
-        }
-        Ok(())
-    }
-
-    /// The same backbone with one instance's adapters merged into its weights ([`merge`]), which it then does not take any more. Weights
-    /// that are kept in f32 and computed with in bf16 are rounded with the update in them, once.
-    ///
-    /// # Errors
-    /// Adapters that don't cover exactly the modules of [`Backbone::adapter_spec`], or of several instances.
-    pub fn merged(&self, adapters: &LoraVars) -> Result<Self> {
-        self.check_adapters(adapters, 1)?;
-        let mut merged = self.clone();
-        for (name, pair) in &adapters.modules {
-            let name = format!("{name}.weight");
-            let weight = self.params.get(&name)?;
-            let (a, b) = (pair.a.value().cast(weight.dtype())?, pair.b.value().cast(weight.dtype())?);
-            merged.params.insert(name, merge(weight, &a, &b, pair.scale)?);
-        }
-        Ok(merged)
-    }
-
-    /// Is it worth it to merge adapters, before so many calls with `tiles` of `size` x `size` pixels each?
-    pub(crate) fn merging_pays(&self, adapters: &LoraVars, calls: usize, tiles: usize, size: usize) -> bool {
-        let side = size / self.config.patch;
-        let load = Load { calls, rows: tiles * (side * side + self.config.text_len) };
-        let gain = |pair: &LoraVar| match (pair.a.shape(), pair.b.shape()) {
-            ([_, _, inner], [_, outer, rank]) => {
-                merging_gain([*outer, *inner], *rank, load, self.params.device())
-            }
-            _ => 0.0,
-        };
-        adapters.modules.values().map(gain).sum::<f64>() > 0.0
     }
 
     /// The text tower: `ids` of [`instances`, text_len] tokens -> [instances, text_len, width], zero at the padding
@@ -477,7 +397,8 @@ impl Backbone {
     /// instance serving batch / instances consecutive entries, as an adapter of a batch does.
     ///
     /// # Errors
-    /// Shapes that don't fit, or adapters that don't cover exactly the modules of [`Backbone::adapter_spec`].
+    /// Shapes that don't fit, or adapters that don't: they must cover the modules of [`Backbone::adapter_spec`], but for those that they
+    /// skip, and nothing else.
     #[allow(clippy::too_many_arguments)]
     pub fn predict(
         &self,

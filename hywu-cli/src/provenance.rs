@@ -1,0 +1,34 @@
+//! Provenance: what an adapter was generated from and by, in its metadata.
+
+use crate::model::Model;
+use hywu_core::Adapter;
+
+/// The program with its version.
+pub const PROGRAM: &str = concat!("hywu ", env!("CARGO_PKG_VERSION"));
+/// Metadata key: name of the model.
+pub const MODEL: &str = "model";
+/// Metadata key: [`Model::hash`].
+pub const MODEL_HASH: &str = "model_hash";
+/// Metadata key: the instruction as it was given.
+pub const INSTRUCTION: &str = "instruction";
+/// Metadata key: [`hash::of_picture`](crate::hash::of_picture) of the source picture.
+pub const SOURCE_HASH: &str = "source_hash";
+/// Metadata key: seed of the noise of the edit that it was generated for. The adapter itself does not depend on it.
+pub const SEED: &str = "seed";
+/// Metadata key: [`PROGRAM`].
+const PROGRAM_KEY: &str = "program";
+
+/// Writes into an adapter's metadata what it comes from.
+pub fn stamp(adapter: &mut Adapter, model: &Model, instruction: &str, source_hash: &str, seed: u64) {
+    adapter.metadata.extend(
+        [
+            (MODEL, model.info.name.as_str()),
+            (MODEL_HASH, &model.hash),
+            (INSTRUCTION, instruction),
+            (SOURCE_HASH, source_hash),
+            (SEED, &seed.to_string()),
+            (PROGRAM_KEY, PROGRAM),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned())),
+    );
+}
