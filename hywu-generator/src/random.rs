@@ -166,7 +166,13 @@ pub fn write_random_checkpoint(
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
     let made = builder.tempdir_in(parent).map_err(|e| fail(e.kind().into()))?;
-    what.write(&weights, made.path(), progress)?;
+    what.write(&weights, made.path(), progress).map_err(|e| match e {
+        Error::Core(hywu_core::Error::Io { path, source }) => {
+            let there = path.strip_prefix(made.path()).map(|file| folder.join(file));
+            hywu_core::Error::io(there.unwrap_or(path), source).into()
+        }
+        other => other,
+    })?;
     std::fs::rename(made.path(), folder).map_err(fail)?;
     // It stands under its name now.
     let _ = made.keep();
@@ -186,7 +192,8 @@ impl RandomCheckpoint<'_> {
         // All of them at once: if the disk has no room, that is known before any work is done.
         let mut files = Vec::new();
         for shard in &shards {
-            let tensors = shard.weights.iter().map(|&i| (weights[i].0.clone(), Dtype::Bf16, weights[i].1.clone()));
+            let tensors =
+                shard.weights.iter().map(|&i| (weights[i].0.clone(), Dtype::Bf16, weights[i].1.clone()));
             files.push(TensorFile::create(folder.join(&shard.file), tensors, &metadata)?);
         }
         let total: usize = (0..weights.len()).map(numel).sum();
@@ -209,12 +216,17 @@ impl RandomCheckpoint<'_> {
             file.finish()?;
         }
         if shards.len() > 1 {
-            let pairs = shards.iter().flat_map(|s| s.weights.iter().map(|&i| (weights[i].0.clone(), s.file.clone())));
+            let pairs =
+                shards.iter().flat_map(|s| s.weights.iter().map(|&i| (weights[i].0.clone(), s.file.clone())));
             let map: BTreeMap<_, _> = pairs.collect();
             let sizes = json!({"total_parameters": total, "total_size": 2 * total});
-            write_json(&folder.join("model.safetensors.index.json"), &json!({"metadata": sizes, "weight_map": map}))?;
+            write_json(
+                &folder.join("model.safetensors.index.json"),
+                &json!({"metadata": sizes, "weight_map": map}),
+            )?;
         }
-        let mut config = serde_json::to_value(self.config).map_err(|e| hywu_core::Error::Config(e.to_string()))?;
+        let mut config =
+            serde_json::to_value(self.config).map_err(|e| hywu_core::Error::Config(e.to_string()))?;
         config["model_type"] = "parameter_generator".into();
         config["dtype"] = "bfloat16".into();
         write_json(&folder.join("config.json"), &config)?;

@@ -90,8 +90,7 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
     let start = Instant::now();
     let metadata = [("program".to_owned(), format!("hywu {}", env!("CARGO_PKG_VERSION")))].into();
     let bar = progress_bar(args.quiet);
-    let done =
-        inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&bar, at));
+    let done = inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&bar, at));
     bar.finish_and_clear();
     done?;
     if !args.quiet {
