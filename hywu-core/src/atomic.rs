@@ -1,38 +1,97 @@
 use crate::{Error, Result};
 use std::{
-    io::{ErrorKind, Write},
+    io::{BufWriter, ErrorKind, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
+use tempfile::NamedTempFile;
 
-/// Writes a file whole or not at all: into a temporary file in the same folder, synced, then renamed. A symbolic link stays and
-/// the file that it points to is written.
+/// A file that appears whole or not at all: it is written into a temporary file in the same folder, which [`AtomicFile::commit`] syncs and
+/// renames. A symbolic link stays and the file that it points to is written. Dropped before, it leaves nothing.
+pub struct AtomicFile {
+    path: PathBuf,
+    place: PathBuf,
+    file: BufWriter<NamedTempFile>,
+}
+
+impl AtomicFile {
+    /// An empty file that is to appear at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path when something other than a regular file stands there (a folder, a device such as /dev/null), or
+    /// when the folder is missing or not writable.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let fail = |e| Error::io(path, e);
+        let place = place(path).map_err(fail)?;
+        let folder = match place.parent() {
+            Some(p) if !p.as_os_str().is_empty() => p,
+            _ => Path::new("."),
+        };
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".hywu-");
+        // The temporary file's own mode is 0600; a new file should have the usual one, less the umask.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let file = builder.tempfile_in(folder).map_err(|e| fail(e.kind().into()))?;
+        Ok(Self { path: path.to_owned(), place, file: BufWriter::new(file) })
+    }
+    /// Where it is to appear.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+    /// Takes so many bytes of the disk in advance, where the file system can do that: a long run should not find at its end that they
+    /// are not there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the disk has not so many.
+    pub fn reserve(&mut self, bytes: u64) -> Result<()> {
+        match fs4::FileExt::allocate(self.file.get_ref().as_file(), bytes) {
+            // Else running full is found when it happens.
+            Err(e) if matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::FileTooLarge) => {
+                Err(Error::io(&self.path, e))
+            }
+            _ => Ok(()),
+        }
+    }
+    /// Lets it appear, instead of what stood there before.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path when the disk is full; what stood at `path` before is then untouched.
+    pub fn commit(self) -> Result<()> {
+        let fail = |e| Error::io(&self.path, e);
+        let file = self.file.into_inner().map_err(|e| fail(e.into_error()))?;
+        file.as_file().sync_all().map_err(fail)?;
+        file.persist(&self.place).map_err(|e| fail(e.error))?;
+        Ok(())
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.file.write(bytes)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for AtomicFile {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+/// Writes an [`AtomicFile`] whole.
 ///
 /// # Errors
-/// [`Error::Io`] with the path when something other than a regular file stands there (a folder, a device such as /dev/null), when
-/// the folder is missing, not writable or the disk is full; what stood at `path` before is then untouched.
+/// As [`AtomicFile::create`] and [`AtomicFile::commit`]; what stood at `path` before is then untouched.
 pub fn write_atomic(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
-    let path = path.as_ref();
-    let fail = |e| Error::io(path, e);
-    let place = place(path).map_err(fail)?;
-    let folder = match place.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".hywu-");
-    // The temporary file's own mode is 0600; a new file should have the usual one, less the umask.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let file = builder.tempfile_in(folder).map_err(|e| fail(e.kind().into()))?;
-    let mut buffered = std::io::BufWriter::new(file);
-    write(&mut buffered).map_err(fail)?;
-    let file = buffered.into_inner().map_err(|e| fail(e.into_error()))?;
-    file.as_file().sync_all().map_err(fail)?;
-    file.persist(&place).map_err(|e| fail(e.error))?;
-    Ok(())
+    let mut file = AtomicFile::create(path)?;
+    write(&mut file).map_err(|e| Error::io(file.path(), e))?;
+    file.commit()
 }
 
 /// The file to replace: renaming acts on a link itself, and over a device it would succeed.

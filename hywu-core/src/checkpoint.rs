@@ -174,23 +174,46 @@ impl Checkpoint {
     pub fn read(&self, name: &str) -> Result<ArrayD<f32>> {
         let (source, entry) = self.entry(name)?;
         let bad = |what: String| Error::checkpoint(&source.path, format!("tensor `{name}` {what}"));
-        let (mut data, size) = (Vec::<f32>::new(), entry.size());
-        data.try_reserve_exact(entry.numel())
+        let (mut data, numel) = (Vec::<f32>::new(), entry.numel());
+        data.try_reserve_exact(numel)
             .map_err(|_| bad(format!("of {:?} is more than this machine's memory", entry.shape)))?;
-        // In pieces that stay in the cache, where they are converted and looked at.
-        let mut piece = vec![0; size.min(1 << 18)];
-        for start in (0..size).step_by(piece.len().max(1)) {
-            let bytes = &mut piece[..(size - start).min(1 << 18)];
-            source.read_at(entry.start + start as u64, bytes)?;
-            let done = data.len();
-            convert(bytes, entry.dtype, &mut data);
-            if !all_finite(&data[done..])
-                && let Some(i) = data.iter().position(|x| !x.is_finite())
-            {
-                return Err(bad(format!("holds {} at element {i}", data[i])));
-            }
+        for start in (0..numel).step_by(PIECE) {
+            data.resize(numel.min(start + PIECE), 0.0);
+            read_piece(source, entry, name, start, &mut data[start..])?;
         }
         ArrayD::from_shape_vec(IxDyn(&entry.shape), data).map_err(|e| bad(e.to_string()))
+    }
+    /// As [`Checkpoint::read`], into a slice of its length.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`]; [`Error::Checkpoint`] for another length.
+    pub fn read_into(&self, name: &str, out: &mut [f32]) -> Result<()> {
+        let (source, entry) = self.entry(name)?;
+        if entry.numel() != out.len() {
+            let what = format!("tensor `{name}` has {} numbers, not {}", entry.numel(), out.len());
+            return Err(Error::checkpoint(&source.path, what));
+        }
+        for (i, piece) in out.chunks_mut(PIECE).enumerate() {
+            read_piece(source, entry, name, i * PIECE, piece)?;
+        }
+        Ok(())
+    }
+    /// Bytes `start ..` of a tensor as it is stored: row-major, little-endian, unchecked.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when it is missing or has not so many bytes, or its file has shrunk; [`Error::Io`] when the file can't be read.
+    pub fn read_stored(&self, name: &str, start: usize, out: &mut [u8]) -> Result<()> {
+        let (source, entry) = self.entry(name)?;
+        if start.checked_add(out.len()).is_none_or(|end| end > entry.size()) {
+            let what = format!("tensor `{name}` has {} bytes, not {start} + {}", entry.size(), out.len());
+            return Err(Error::checkpoint(&source.path, what));
+        }
+        source.read_at(entry.start + start as u64, out)
+    }
+    /// The error for a tensor whose element `i` is NaN or infinite.
+    pub fn not_finite(&self, name: &str, i: usize, value: f32) -> Error {
+        let path = self.entries.get(name).map_or(&self.path, |(source, _)| &source.path);
+        not_finite(path, name, i, value)
     }
     /// Checks a tensor's shape without reading it.
     ///
@@ -218,16 +241,33 @@ impl Checkpoint {
     }
 }
 
-/// Adds little-endian elements.
-fn convert(bytes: &[u8], dtype: Dtype, to: &mut Vec<f32>) {
-    let halves = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        Dtype::F32 => {
-            to.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
-        }
-        Dtype::F16 => to.extend(halves.map(|b| f16::from_le_bytes(b).to_f32())),
-        Dtype::Bf16 => to.extend(halves.map(|b| bf16::from_le_bytes(b).to_f32())),
+/// Elements that are read at a time: while they are in the cache they are converted and looked at.
+const PIECE: usize = 1 << 16;
+
+/// Elements `start ..` of a tensor, at most [`PIECE`].
+fn read_piece(source: &Source, entry: &Entry, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
+    fn fill<const N: usize>(out: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
+        let (whole, _) = bytes.as_chunks();
+        out.iter_mut().zip(whole).for_each(|(o, b)| *o = widen(*b));
     }
+    let size = entry.dtype.size();
+    let mut bytes = vec![0; out.len() * size];
+    source.read_at(entry.start + (start * size) as u64, &mut bytes)?;
+    match entry.dtype {
+        Dtype::F32 => fill(out, &bytes, f32::from_le_bytes),
+        Dtype::F16 => fill(out, &bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::Bf16 => fill(out, &bytes, |b| bf16::from_le_bytes(b).to_f32()),
+    }
+    if !all_finite(out)
+        && let Some(i) = out.iter().position(|x| !x.is_finite())
+    {
+        return Err(not_finite(&source.path, name, start + i, out[i]));
+    }
+    Ok(())
+}
+
+fn not_finite(path: &Path, name: &str, i: usize, value: f32) -> Error {
+    Error::checkpoint(path, format!("tensor `{name}` holds {value} at element {i}"))
 }
 
 /// Without a branch per element: the bits of infinity and NaN, less the sign, are the largest.

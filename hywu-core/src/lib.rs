@@ -15,9 +15,10 @@ mod json;
 mod rng;
 mod source;
 mod spec;
+mod tensor_file;
 
 pub use adapter::{Adapter, Lora};
-pub use atomic::write_atomic;
+pub use atomic::{AtomicFile, write_atomic};
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
 pub use error::{Error, Result, check_range};
 pub use header::{Entry, Header};
@@ -26,3 +27,4 @@ pub use json::parse_json;
 pub use rng::{Philox, RandomStream};
 pub use source::read_small;
 pub use spec::{AdapterSpec, Module, Parameter, ParameterKind};
+pub use tensor_file::TensorFile;

@@ -101,6 +101,12 @@ impl GeneratorConfig {
         Ok(config)
     }
 
+    /// The map of a config without one.
+    pub(crate) fn default_mapping() -> Map<String, Value> {
+        // A constant, which the tests of the published config read.
+        serde_json::from_str(DEFAULT_MAPPING).unwrap_or_default()
+    }
+
     /// Checks every number and expands the map.
     ///
     /// # Errors
@@ -134,8 +140,7 @@ impl GeneratorConfig {
         if !d.is_multiple_of(hd) || !hd.is_multiple_of(4) {
             return bad(format!("head_dim {hd} must divide d_model {d} and be a multiple of 4"));
         }
-        let default = || serde_json::from_str(DEFAULT_MAPPING).map_err(|e| Error::Config(e.to_string()));
-        let mapping = self.pg_mapping.clone().map_or_else(default, Ok)?;
+        let mapping = self.pg_mapping.clone().unwrap_or_else(Self::default_mapping);
         let spec =
             AdapterSpec::from_mapping(&self.prefix, self.num_base_model_layers, r, self.alpha, &mapping)?;
         let shape = self.shape(&spec)?;
@@ -162,6 +167,18 @@ impl GeneratorConfig {
         check_range(field, product([n as u64, t, area as u64]), 1..=MAX_GENERATED)?;
         let (a, t) = (a as usize, t as usize);
         Ok(Shape { a, t, w, s: t * w, c: self.d_model / acc })
+    }
+
+    /// Batch and length of a condition of this shape.
+    pub(crate) fn batch_and_length(&self, condition: &[usize]) -> crate::Result<(usize, usize)> {
+        match *condition {
+            [b, 1, l, i] | [b, l, i] if i == self.input_dim && b > 0 && l > 0 => Ok((b, l)),
+            _ => {
+                let expected = format!("[batch, 1, length, {0}] or [batch, length, {0}]", self.input_dim);
+                let what = format!("shape {condition:?}, expected {expected}");
+                Err(crate::Error::Condition(what))
+            }
+        }
     }
 
     /// Names and shapes of the weights (FORMAT.md section 2).

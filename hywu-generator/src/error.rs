@@ -8,6 +8,22 @@ pub enum Error {
     /// The condition does not fit the generator.
     #[error("condition: {0}")]
     Condition(String),
+    /// A pass does not fit into the memory that it may take.
+    #[error("{budget} bytes of memory are too little: a condition of {length} tokens needs at least {least}")]
+    Memory {
+        /// Bytes that it may take.
+        budget: u64,
+        /// Bytes that are enough.
+        least: u64,
+        /// Tokens of the condition.
+        length: usize,
+    },
+    /// The generator wrote something that is no number.
+    #[error("output: {0}")]
+    Output(String),
+    /// Whoever watched the progress stopped it.
+    #[error("interrupted")]
+    Interrupted,
     /// An error of the kernels.
     #[error(transparent)]
     Kernel(#[from] hywu_kernels::Error),

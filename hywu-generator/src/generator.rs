@@ -1,9 +1,9 @@
-use crate::{Error, GeneratorConfig, Result, config::Shape};
+use crate::{GeneratorConfig, Result, config::Shape, mixing::Tables};
 use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, read_small, write_atomic};
 use hywu_kernels::{
     Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
-        attention::{Attention, Layout, Rotary, attention, rotary_table},
+        attention::{Attention, Rotary, attention},
         elementwise::add,
         low_rank_linear::linear,
         parameter_tokens::{detokenise, repeat_batch, split_tokens, token_grid},
@@ -13,7 +13,8 @@ use hywu_kernels::{
 };
 use std::path::Path;
 
-const EPS: f32 = 1e-6;
+/// Added to the mean square in every norm.
+pub(crate) const EPS: f32 = 1e-6;
 
 /// The parameter generator (FORMAT.md): condition in, adapter out.
 pub struct Generator {
@@ -23,13 +24,6 @@ pub struct Generator {
     pub params: ParamSet,
     spec: AdapterSpec,
     shape: Shape,
-}
-
-/// The rotary tables of one forward pass, (queries, keys) for each kind of attention.
-struct Tables {
-    layer: (Rotary, Rotary),
-    token: (Rotary, Rotary),
-    cross: (Rotary, Rotary),
 }
 
 impl Generator {
@@ -68,7 +62,7 @@ impl Generator {
         Ok(this)
     }
 
-    fn with(config: GeneratorConfig, params: ParamSet) -> Result<Self> {
+    pub(crate) fn with(config: GeneratorConfig, params: ParamSet) -> Result<Self> {
         let (spec, shape) = config.sizes()?;
         Ok(Self { config, params, spec, shape })
     }
@@ -136,12 +130,7 @@ impl Generator {
     /// # Errors
     /// A condition of another shape, or with NaN or infinity.
     pub fn generate(&self, condition: &Tensor) -> Result<Adapter> {
-        if let Some(bad) = condition.to_host()?.data().iter().find(|x| !x.is_finite()) {
-            return Err(Error::Condition(format!("it holds {bad}")));
-        }
-        let tape = Tape::inference();
-        let bound = self.params.bind(&tape, false)?;
-        Ok(self.forward(&tape, &bound, condition)?.to_adapter(self.spec.scale())?)
+        self.inference()?.generate(condition)
     }
 
     /// The same on a tape, with the weights as `bound` there (FORMAT.md section 4).
@@ -151,15 +140,9 @@ impl Generator {
     pub fn forward(&self, tape: &Tape, bound: &Bound, condition: &Tensor) -> Result<LoraVars> {
         let (d, n) = (self.config.d_model, self.config.num_base_model_layers);
         let Shape { a, t, s, c, .. } = self.shape;
-        let (b, l) = match *condition.shape() {
-            [b, 1, l, i] | [b, l, i] if i == self.config.input_dim && b > 0 && l > 0 => (b, l),
-            ref other => {
-                let expected =
-                    format!("[batch, 1, length, {0}] or [batch, length, {0}]", self.config.input_dim);
-                return Err(Error::Condition(format!("shape {other:?}, expected {expected}")));
-            }
-        };
-        let tables = self.tables(l, bound.device())?;
+        let (b, l) = self.config.batch_and_length(condition.shape())?;
+        let tables = Tables::new(&self.config, self.shape, bound.device())?;
+        let keys = Tables::keys(&self.config, self.shape, l, bound.device())?;
         let norm =
             |x: &Var, name: &str| rms_norm(tape, x, Some(bound.get(&format!("{name}.weight"))?), EPS, None);
         let dense = |x: &Var, name: &str| {
@@ -180,7 +163,8 @@ impl Generator {
                 let q = dense(&h, &format!("{block}.{kind}.W_q"))?;
                 let k = dense(memory, &format!("{block}.{kind}.W_k"))?;
                 let v = dense(memory, &format!("{block}.{kind}.W_v"))?;
-                let mixed = attention(tape, &self.mixing(index, b, l, &tables), &q, &k, &v, None)?;
+                let args = self.mixing(index, b, l, &tables, &keys);
+                let mixed = attention(tape, &args, &q, &k, &v, None)?.reshape(&[b, n, s, d])?;
                 x = add(tape, &x, &dense(&mixed, &format!("{block}.{kind}.W_o"))?)?;
             }
             let h = norm(&x, &format!("{block}.norm4"))?;
@@ -196,50 +180,22 @@ impl Generator {
 
     /// The three attentions of a block on [b, N, S, d]: over layers, over a layer's positions, to the condition [b, L, d]. None needs a
     /// transposed copy.
-    fn mixing(&self, index: usize, b: usize, l: usize, tables: &Tables) -> Attention {
-        let (n, s, d, head) =
-            (self.config.num_base_model_layers, self.shape.s, self.config.d_model, self.config.head_dim);
-        let at = |batch, token| Layout { offset: 0, batch, token, head };
-        let (batch, queries, keys, q, k, rotary) = match index {
-            0 => ([b, s], n, n, at([n * s * d, d], s * d), at([n * s * d, d], s * d), &tables.layer),
-            1 => ([b, n], s, s, at([n * s * d, s * d], d), at([n * s * d, s * d], d), &tables.token),
-            _ => ([b, 1], n * s, l, at([n * s * d, 0], d), at([l * d, 0], d), &tables.cross),
-        };
-        Attention {
-            batch,
-            queries,
-            keys,
-            heads: d / head,
-            kv_heads: d / head,
-            head_dim: head,
-            q,
-            k,
-            v: k,
-            out: q,
-            out_shape: vec![b, n, s, d],
-            key_lengths: None,
-            ragged: None,
-            causal: None,
-            rotary: Some(rotary.clone()),
+    fn mixing(&self, index: usize, b: usize, l: usize, tables: &Tables, keys: &Rotary) -> Attention {
+        let (config, s) = (&self.config, self.shape.s);
+        let (n, d) = (config.num_base_model_layers, config.d_model);
+        match index {
+            0 => {
+                let rows = config.rows(0, [n * s * d, d], s * d);
+                config.mixing([b, s], [n; 2], [rows; 2], [&tables.layer; 2])
+            }
+            1 => {
+                let rows = config.rows(0, [n * s * d, s * d], d);
+                config.mixing([b, n], [s; 2], [rows; 2], [&tables.token; 2])
+            }
+            _ => {
+                let rows = [n * s, l].map(|tokens| config.rows(0, [tokens * d, 0], d));
+                config.mixing([b, 1], [n * s, l], rows, [&tables.queries, keys])
+            }
         }
-    }
-
-    /// FORMAT.md section 5.
-    fn tables(&self, l: usize, device: Device) -> Result<Tables> {
-        let (n, hd, Shape { t, w, s, .. }) =
-            (self.config.num_base_model_layers, self.config.head_dim, self.shape);
-        let two = [hd / 2, hd / 2];
-        let pairs = |rows: usize, columns: usize| -> Vec<Vec<u32>> {
-            (0..rows as u32).flat_map(|i| (0..columns as u32).map(move |j| vec![i, j])).collect()
-        };
-        let table = |positions: &[Vec<u32>], widths: &[usize]| -> Result<Rotary> {
-            Ok(rotary_table(positions, widths)?.to(device)?)
-        };
-        let layer = table(&(0..n as u32).map(|i| vec![i]).collect::<Vec<_>>(), &[hd])?;
-        let token = table(&pairs(t, w), &two)?;
-        let offset = t.max(w) as u32;
-        let keys: Vec<_> = (0..l as u32).map(|i| vec![i + offset; 2]).collect();
-        let cross = (table(&pairs(n, s), &two)?, table(&keys, &two)?);
-        Ok(Tables { layer: (layer.clone(), layer), token: (token.clone(), token), cross })
     }
 }

@@ -49,6 +49,17 @@ impl Device {
             Self::Cuda(n) => Ok(Some(Gpu::get(n)?.memory_info()?)),
         }
     }
+    /// Lets tensors, and the memory that is kept for new ones, take no more than so many bytes of a CUDA device; what goes beyond is
+    /// [`Error::OutOfMemory`]. Nothing happens on the CPU.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn limit_memory(self, bytes: usize) -> Result<()> {
+        if let Self::Cuda(n) = self {
+            Gpu::get(n)?.limit(bytes);
+        }
+        Ok(())
+    }
     /// Waits until all work is done; an error of an earlier launch may come out here. The CPU is always done.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ mod cpu;
 mod cuda;
 mod device;
 mod error;
+mod load;
 pub mod ops;
 pub mod optim;
 mod params;
@@ -21,7 +22,8 @@ pub use adapter::{Downstream, LoraVar, LoraVars};
 pub use cuda::{Event, Properties, Replay};
 pub use device::Device;
 pub use error::{Error, Result};
-pub use params::{Bound, ParamSet};
+pub use load::{Upload, load_tensor};
+pub use params::{Bound, ParamSet, check_header};
 pub use tape::{Gradients, Tape, Var};
 pub use tensor::Tensor;
 

@@ -262,8 +262,11 @@ impl ParamSet {
     }
 }
 
-/// Does `checkpoint` hold just these names under `prefix`, in these shapes?
-fn check_header(shapes: &[(String, Vec<usize>)], checkpoint: &Checkpoint, prefix: &str) -> Result<()> {
+/// Does `checkpoint` hold just these names under `prefix`, in these shapes? Nothing is read but the headers.
+///
+/// # Errors
+/// Missing and unused names, both listed, or the first wrong shape beside the right one.
+pub fn check_header(shapes: &[(String, Vec<usize>)], checkpoint: &Checkpoint, prefix: &str) -> Result<()> {
     let wanted: Vec<String> = shapes.iter().map(|(n, _)| format!("{prefix}{n}")).collect();
     let names: HashSet<&str> = wanted.iter().map(String::as_str).collect();
     let missing: Vec<&str> = wanted.iter().map(String::as_str).filter(|n| !checkpoint.contains(n)).collect();

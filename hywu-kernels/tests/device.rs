@@ -250,4 +250,14 @@ fn fills_the_device() {
     held.extend((0..count).map(|_| there.empty_like(&piece).expect("it was free")));
     held.clear();
     there.empty_like(&[free / 4 / 4 * 3]).expect("pieces of other sizes are given back");
+    // A limit is as good as an end, and what lies unused counts.
+    device.limit_memory(free / 2).expect("the device works");
+    let quarter = [free / 4 / 4];
+    let first = there.empty_like(&quarter).expect("half of it is allowed");
+    let refused = there.empty_like(&quarter).expect_err("more than half");
+    assert!(matches!(refused, Error::OutOfMemory { .. }), "{refused}");
+    drop(first);
+    there.empty_like(&[free / 4 / 8 * 3]).expect("pieces of other sizes are given back");
+    device.limit_memory(usize::MAX).expect("the device works");
+    there.empty_like(&[free / 4 / 4 * 3]).expect("there is no limit any more");
 }

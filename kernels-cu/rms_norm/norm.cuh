@@ -2,6 +2,23 @@
 #pragma once
 
 #include "common.cuh"
+#include "reduce.cuh"
+
+// Sum over the threads of a row; every thread of the block takes part.
+__device__ __forceinline__ float row_sum(float x, int threads, float* scratch) {
+    if (threads > WARP) return block_sum(x, scratch);
+    for (int offset = threads / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+// The block's place: row, first pack and step of the thread. Rows beyond the last have no packs, but take part in the sums.
+struct RowThread {
+    int row, lane;
+    bool there;
+
+    __device__ __forceinline__ RowThread(int threads, int rows)
+        : row(blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads), lane(threadIdx.x % threads), there(row < rows) {}
+};
 
 __device__ __forceinline__ float inverse_rms(float squares, int channels, float eps) {
     return 1.0f / sqrtf(squares / channels + eps);

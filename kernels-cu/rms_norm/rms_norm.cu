@@ -5,24 +5,7 @@
 // second time from L1, which costs nothing beside the first and keeps registers for more warps.
 #ifndef Element
 #include "norm.cuh"
-#include "reduce.cuh"
 #include "rms_norm_shrink.cuh"
-
-// Sum over the threads of a row; every thread of the block takes part.
-__device__ __forceinline__ float row_sum(float x, int threads, float* scratch) {
-    if (threads > WARP) return block_sum(x, scratch);
-    for (int offset = threads / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
-
-// The block's place: row, first pack and step of the thread. Rows beyond the last have no packs, but take part in the sums.
-struct RowThread {
-    int row, lane;
-    bool there;
-
-    __device__ __forceinline__ RowThread(int threads, int rows)
-        : row(blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads), lane(threadIdx.x % threads), there(row < rows) {}
-};
 
 // The norm, and S = X A^T of its result for blocks of RANKS ranks; bf16, whole packs.
 #define RMS_NORM_SHRINK(RANKS)                                                                                              \

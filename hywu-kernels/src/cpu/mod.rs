@@ -14,6 +14,7 @@ pub(crate) mod noise;
 pub(crate) mod optim;
 pub(crate) mod parameter_tokens;
 pub(crate) mod patchify;
+pub(crate) mod residual;
 pub(crate) mod rms_norm;
 pub(crate) mod swiglu;
 pub(crate) mod tile_blend;

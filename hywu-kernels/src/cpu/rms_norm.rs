@@ -9,6 +9,12 @@ fn inverse(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
 }
 
+/// A row's norm.
+pub(super) fn normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+    let r = inverse(x, eps);
+    out.iter_mut().zip(x).zip(w).for_each(|((o, x), w)| *o = x * r * w);
+}
+
 /// Row b of a [batch, c] tensor.
 fn row(t: &Tensor, b: usize, c: usize) -> &[f32] {
     &t.data()[b * c..(b + 1) * c]
@@ -22,8 +28,7 @@ pub fn forward(x: &Tensor, w: Option<&Tensor>, modulation: Option<(&Tensor, &Ten
     Tensor::build(x.shape(), |out| {
         out.par_chunks_mut(each).zip(x.data().par_chunks(each)).enumerate().for_each(|(b, (out, x))| {
             for (out, x) in out.chunks_mut(c).zip(x.chunks(c)) {
-                let r = inverse(x, eps);
-                out.iter_mut().zip(x).zip(w).for_each(|((o, x), w)| *o = x * r * w);
+                normalise(x, w, eps, out);
                 if let Some((scale, shift)) = modulation {
                     let factors = row(scale, b, c).iter().zip(row(shift, b, c));
                     out.iter_mut().zip(factors).for_each(|(o, (s, h))| *o = *o * (1.0 + s) + h);

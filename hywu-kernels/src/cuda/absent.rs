@@ -31,6 +31,15 @@ impl Gpu {
     pub fn upload(&self, _to: &Memory, _at: usize, _data: &[u8]) -> Result<()> {
         match *self {}
     }
+    pub fn upload_beside(&self, _to: &Memory, _data: &[u8], _free: &Event) -> Result<Event> {
+        match *self {}
+    }
+    pub fn wait_for(&self, _event: &Event) -> Result<()> {
+        match *self {}
+    }
+    pub fn limit(&self, _bytes: usize) {
+        match *self {}
+    }
     pub fn download(&self, _from: &Memory, _at: usize, _out: &mut [u8]) -> Result<()> {
         match *self {}
     }

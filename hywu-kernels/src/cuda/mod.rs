@@ -21,6 +21,7 @@ pub mod noise;
 pub mod optim;
 pub mod parameter_tokens;
 pub mod patchify;
+pub mod residual;
 pub mod rms_norm;
 pub mod swiglu;
 pub mod tile_blend;

@@ -18,7 +18,7 @@ const OP: &str = "rms_norm";
 const PACKS: usize = 4;
 
 /// Threads that share a row of c channels: part of a warp, or from one warp on so many that each has a few packs.
-fn row_threads(c: usize, dtype: Dtype) -> usize {
+pub(super) fn row_threads(c: usize, dtype: Dtype) -> usize {
     let packs = c.div_ceil(pack(dtype));
     match packs {
         0..=32 => packs.next_power_of_two(),

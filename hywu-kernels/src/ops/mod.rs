@@ -42,6 +42,7 @@ pub mod low_rank_linear;
 pub mod noise;
 pub mod parameter_tokens;
 pub mod patchify;
+pub mod residual;
 pub mod rms_norm;
 pub mod swiglu;
 pub mod tile_blend;

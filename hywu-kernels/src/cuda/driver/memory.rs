@@ -14,12 +14,14 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
 /// Bytes before and after a guarded allocation.
 const GUARD: usize = 256;
+/// What the driver says when it has no more.
+const FULL: DriverError = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
 /// Least size of a piece.
 const LEAST: usize = 512;
 
@@ -30,6 +32,18 @@ static BROKEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
 #[derive(Default)]
 pub(super) struct Cache {
     free: HashMap<usize, Vec<u64>>,
+}
+
+/// What may be taken from the driver, and what has been.
+pub(super) struct Held {
+    most: AtomicUsize,
+    now: AtomicUsize,
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self { most: AtomicUsize::new(usize::MAX), now: AtomicUsize::new(0) }
+    }
 }
 
 /// The cache of a replay: its runs get the same addresses again, so a graph's arguments seldom change. A piece comes back to the cache
@@ -104,17 +118,26 @@ impl Gpu {
         let is_full = |r: &Result<u64, DriverError>| {
             matches!(r, Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)))
         };
-        let mut asked = ask();
+        let Held { most, now } = &self.held;
+        let over = || now.load(Ordering::Relaxed).saturating_add(whole) > most.load(Ordering::Relaxed);
+        let mut asked = if over() { Err(FULL) } else { ask() };
         if is_full(&asked) {
             // What lies unused, in pieces of other sizes, may be enough.
             self.release()?;
-            asked = ask();
+            asked = if over() { Err(FULL) } else { ask() };
         }
         if is_full(&asked) {
             let (free, total) = self.memory_info()?;
             return Err(Error::OutOfMemory { ordinal: self.ordinal, requested: bytes, free, total });
         }
-        check(|| format!("allocating {bytes} bytes"), asked)
+        let start = check(|| format!("allocating {bytes} bytes"), asked)?;
+        now.fetch_add(whole, Ordering::Relaxed);
+        Ok(start)
+    }
+
+    /// From now on no more than so many bytes are taken in all.
+    pub fn limit(&self, bytes: usize) {
+        self.held.most.store(bytes, Ordering::Relaxed);
     }
 
     /// Gives all unused memory back to the system.
@@ -122,13 +145,16 @@ impl Gpu {
         let privates: Vec<_> = lock(&self.privates).iter().filter_map(Weak::upgrade).collect();
         let mut free = Vec::new();
         for cache in privates.iter().map(|private| &private.cache).chain([&self.cache]) {
-            free.extend(std::mem::take(&mut lock(cache).free).into_values().flatten());
+            for (size, pieces) in std::mem::take(&mut lock(cache).free) {
+                free.extend(pieces.into_iter().map(|start| (size, start)));
+            }
         }
         // What is held back may use memory that was freed since; nobody gets it any more.
         self.settle()?;
-        for start in free {
+        for (size, start) in free {
             // SAFETY: allocated from this stream's pool, and in no one's hands.
             check(|| "cuMemFreeAsync".into(), unsafe { result::free_async(start, self.stream) })?;
+            self.held.now.fetch_sub(size, Ordering::Relaxed);
         }
         self.synchronize()?;
         // SAFETY: the pool is the device's own.
@@ -189,6 +215,7 @@ impl Drop for Memory {
         if self.check_guards().is_err() {
             lock(&BROKEN).push("a guard could not be read".into());
         }
+        self.gpu.held.now.fetch_sub(self.whole, Ordering::Relaxed);
         // SAFETY: allocated from this stream's pool, freed once.
         let _ = unsafe { result::free_async(self.start, self.gpu.stream) };
     }

@@ -19,7 +19,7 @@ use cudarc::driver::{
     result::{self, ctx, device, event, mem_pool, module, primary_ctx, stream},
     sys,
 };
-use memory::{Cache, Private};
+use memory::{Cache, Held, Private};
 use op::{Launch, Op};
 use replay::Region;
 use std::{
@@ -37,11 +37,13 @@ const LEAST_DRIVER: i32 = 13_000;
 /// Dynamic shared memory that a kernel gets without asking.
 const FREE_SHARED: u32 = 48 << 10;
 
-/// A CUDA device: its primary context, one stream, the loaded kernels.
+/// A CUDA device: its primary context, one stream for all work and one for transfers beside it, the loaded kernels.
 pub(crate) struct Gpu {
     ordinal: usize,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Transfers that [`Gpu::upload_beside`] makes.
+    beside: sys::CUstream,
     pool: sys::CUmemoryPool,
     properties: Properties,
     modules: Mutex<HashMap<&'static str, Module>>,
@@ -49,6 +51,7 @@ pub(crate) struct Gpu {
     functions: Mutex<HashMap<&'static str, HashMap<String, Function>>>,
     stages: Mutex<Vec<Stage>>,
     cache: Mutex<Cache>,
+    held: Held,
     /// The caches of replays.
     privates: Mutex<Vec<Weak<Private>>>,
     region: Mutex<Option<Region>>,
@@ -192,6 +195,7 @@ impl Gpu {
         check(what, unsafe { ctx::set_current(context) })?;
         CURRENT.set(ordinal + 1);
         let stream = check(what, stream::create(stream::StreamKind::NonBlocking))?;
+        let beside = check(what, stream::create(stream::StreamKind::NonBlocking))?;
         // SAFETY: the device is valid.
         let pool = check(what, unsafe { device::get_default_mem_pool(handle) })?;
         let mut keep = u64::MAX;
@@ -205,17 +209,19 @@ impl Gpu {
             )
         })?;
         let (modules, functions, stages) = Default::default();
-        let (cache, privates, region) = Default::default();
+        let (cache, held, privates, region) = Default::default();
         Ok(Self {
             ordinal,
             context,
             stream,
+            beside,
             pool,
             properties,
             modules,
             functions,
             stages,
             cache,
+            held,
             privates,
             region,
         })
@@ -327,7 +333,7 @@ impl Gpu {
     fn mark(&self) -> Result<Event> {
         let handle = check(|| "an event".into(), event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
         let event = Event(handle);
-        event.record(self)?;
+        event.record(self.stream)?;
         Ok(event)
     }
 }
@@ -339,9 +345,15 @@ pub struct Event(sys::CUevent);
 unsafe impl Send for Event {}
 
 impl Event {
-    fn record(&self, gpu: &Gpu) -> Result<()> {
+    fn record(&self, stream: sys::CUstream) -> Result<()> {
         // SAFETY: both are valid.
-        check(|| "cuEventRecord".into(), unsafe { event::record(self.0, gpu.stream) })
+        check(|| "cuEventRecord".into(), unsafe { event::record(self.0, stream) })
+    }
+    /// What is put on the stream from now on starts after it.
+    fn hold(&self, stream: sys::CUstream) -> Result<()> {
+        use sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT as FLAGS;
+        // SAFETY: both are valid.
+        check(|| "cuStreamWaitEvent".into(), unsafe { stream::wait_event(stream, self.0, FLAGS) })
     }
     fn passed(&self) -> bool {
         // SAFETY: the event is valid.

@@ -1,8 +1,8 @@
-//! Copies between host and device through pinned memory, and on the device.
+//! Copies between host and device through pinned memory, in the order of the stream's work or beside it, and on the device.
 
 use super::{Event, Gpu, Memory, check, lock, op::Op};
 use crate::Result;
-use cudarc::driver::result;
+use cudarc::driver::{result, sys};
 
 /// Largest part of a transfer: so much pinned memory is in use at a time.
 const STAGE: usize = 16 << 20;
@@ -53,7 +53,12 @@ impl Gpu {
 
     /// Takes a buffer back, in use by the work so far.
     pub(super) fn keep(&self, stage: Stage) -> Result<()> {
-        stage.done.record(self)?;
+        self.keep_after(self.stream, stage)
+    }
+
+    /// The same, in use by what is on a stream so far.
+    fn keep_after(&self, stream: sys::CUstream, stage: Stage) -> Result<()> {
+        stage.done.record(stream)?;
         lock(&self.stages).push(stage);
         Ok(())
     }
@@ -76,6 +81,35 @@ impl Gpu {
             self.keep(stage)?;
         }
         Ok(())
+    }
+
+    /// Copies to the device, from the start on, beside the stream's work: after `free`, from which on nothing else uses the memory. The
+    /// work that reads it has to wait for the event that this returns, see [`Gpu::wait_for`].
+    pub fn upload_beside(&self, to: &Memory, data: &[u8], free: &Event) -> Result<Event> {
+        assert!(data.len() <= to.bytes, "an upload leaves its allocation");
+        self.enter()?;
+        free.hold(self.beside)?;
+        for (i, part) in data.chunks(STAGE).enumerate() {
+            let stage = self.stage(part.len())?;
+            // SAFETY: the stage is at least that long and nobody else's.
+            let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
+            host.copy_from_slice(part);
+            let target = to.address() + (i * STAGE) as u64;
+            // SAFETY: within the allocation; the stage is not touched before its event has passed.
+            let copied = unsafe { result::memcpy_htod_async(target, host, self.beside) };
+            check(|| format!("copying {} bytes to the device", part.len()), copied)?;
+            self.keep_after(self.beside, stage)?;
+        }
+        let done = self.mark()?;
+        done.record(self.beside)?;
+        Ok(done)
+    }
+
+    /// The stream's work from now on comes after an event.
+    pub fn wait_for(&self, event: &Event) -> Result<()> {
+        self.enter()?;
+        self.settle()?;
+        event.hold(self.stream)
     }
 
     /// Copies to the host, from byte `at` on, and waits for it.

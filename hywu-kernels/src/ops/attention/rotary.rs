@@ -21,6 +21,22 @@ impl Rotary {
     pub fn to(&self, device: Device) -> Result<Self> {
         Ok(Self { cos: self.cos.to(device, Dtype::F32)?, sin: self.sin.to(device, Dtype::F32)? })
     }
+    /// The rows of some tokens, in the same memory on a CUDA device.
+    ///
+    /// # Errors
+    /// Tokens that the tables have not.
+    pub fn rows(&self, tokens: std::ops::Range<usize>) -> Result<Self> {
+        let (count, half) = (self.cos.shape()[0], self.cos.dim_back(1));
+        if tokens.start > tokens.end || tokens.end > count {
+            let what = format!("the rotary tables have {count} rows, not {tokens:?}");
+            return Err(Error::invalid("rotary table", what));
+        }
+        if tokens.len() == count {
+            return Ok(self.clone());
+        }
+        let part = |table: &Tensor| table.part(tokens.start * half, &[tokens.len(), half]);
+        Ok(Self { cos: part(&self.cos), sin: part(&self.sin) })
+    }
 }
 
 /// Rotary tables for positions with several coordinates: `positions[token]` holds one coordinate per axis, `widths` the channels of

@@ -1,0 +1,26 @@
+//! Launchers of `kernels-cu/residual`; see `cpu/residual.rs` for what each computes.
+
+use super::{Call, blocks, call::BLOCK, pack, rms_norm::row_threads};
+use crate::{Result, Tensor, ops::residual::Runs};
+use hywu_core::Dtype;
+
+const OP: &str = "residual";
+
+pub fn read(x: &Tensor, runs: Runs, w: &Tensor, eps: f32) -> Result<Tensor> {
+    let (rows, c) = (runs.rows(), x.dim_back(1));
+    let out = w.empty_like(&[rows, c])?;
+    let threads = row_threads(c, w.dtype());
+    let block = if threads > 32 { threads } else { BLOCK as usize };
+    let call = Call::new(OP, "residual_read", w)?.tensor_as(x, Dtype::F32)?.tensor(w)?.tensor(&out)?;
+    let call = call.long(runs.first).long(runs.pitch).size(runs.length)?.size(rows)?.size(c)?;
+    call.size(threads)?.float(eps).launch([blocks(rows, block / threads)?, 1, 1], block as u32, 0)?;
+    Ok(out)
+}
+
+pub fn add(x: &mut Tensor, runs: Runs, y: &Tensor) -> Result<()> {
+    let c = x.dim_back(1);
+    let call = Call::new(OP, "residual_add", y)?.tensor_as(x, Dtype::F32)?.tensor(y)?;
+    let length = runs.length * c;
+    let call = call.long(runs.first * c).long(runs.pitch * c).size(length)?;
+    call.over_rows(runs.count, length, pack(y.dtype()))
+}
