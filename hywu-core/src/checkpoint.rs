@@ -49,8 +49,6 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-/// Elements that are read at a time.
-const PIECE: usize = 1 << 16;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -176,50 +174,46 @@ impl Checkpoint {
     pub fn read(&self, name: &str) -> Result<ArrayD<f32>> {
         let (source, entry) = self.entry(name)?;
         let bad = |what: String| Error::checkpoint(&source.path, format!("tensor `{name}` {what}"));
-        let mut data = Vec::<f32>::new();
-        data.try_reserve_exact(entry.numel())
+        let (mut data, numel) = (Vec::<f32>::new(), entry.numel());
+        data.try_reserve_exact(numel)
             .map_err(|_| bad(format!("of {:?} is more than this machine's memory", entry.shape)))?;
-        data.resize(entry.numel(), 0.0);
-        self.read_into(name, &mut data)?;
+        for start in (0..numel).step_by(PIECE) {
+            data.resize(numel.min(start + PIECE), 0.0);
+            read_piece(source, entry, name, start, &mut data[start..])?;
+        }
         ArrayD::from_shape_vec(IxDyn(&entry.shape), data).map_err(|e| bad(e.to_string()))
     }
     /// As [`Checkpoint::read`], into a slice of its length.
     ///
     /// # Errors
-    /// As [`Checkpoint::read`]; a tensor of another length.
+    /// As [`Checkpoint::read`]; [`Error::Checkpoint`] for another length.
     pub fn read_into(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let (source, entry) = self.entry(name)?;
         if entry.numel() != out.len() {
             let what = format!("tensor `{name}` has {} numbers, not {}", entry.numel(), out.len());
             return Err(Error::checkpoint(&source.path, what));
         }
-        // In pieces that stay in the cache, where they are converted and looked at.
-        let size = entry.dtype.size();
-        let mut piece = vec![0; entry.size().min(PIECE * size)];
-        for (i, part) in out.chunks_mut(PIECE).enumerate() {
-            let bytes = &mut piece[..part.len() * size];
-            source.read_at(entry.start + (i * PIECE * size) as u64, bytes)?;
-            convert(bytes, entry.dtype, part);
-            if !all_finite(part)
-                && let Some(j) = part.iter().position(|x| !x.is_finite())
-            {
-                return Err(self.not_finite(name, i * PIECE + j, part[j]));
-            }
+        for (i, piece) in out.chunks_mut(PIECE).enumerate() {
+            read_piece(source, entry, name, i * PIECE, piece)?;
         }
         Ok(())
+    }
+    /// Bytes `start ..` of a tensor as it is stored: row-major, little-endian, unchecked.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when it is missing or has not so many bytes, or its file has shrunk; [`Error::Io`] when the file can't be read.
+    pub fn read_stored(&self, name: &str, start: usize, out: &mut [u8]) -> Result<()> {
+        let (source, entry) = self.entry(name)?;
+        if start.checked_add(out.len()).is_none_or(|end| end > entry.size()) {
+            let what = format!("tensor `{name}` has {} bytes, not {start} + {}", entry.size(), out.len());
+            return Err(Error::checkpoint(&source.path, what));
+        }
+        source.read_at(entry.start + start as u64, out)
     }
     /// The error for a tensor whose element `i` is NaN or infinite.
     pub fn not_finite(&self, name: &str, i: usize, value: f32) -> Error {
         let path = self.entries.get(name).map_or(&self.path, |(source, _)| &source.path);
-        Error::checkpoint(path, format!("tensor `{name}` holds {value} at element {i}"))
-    }
-    /// A tensor as it is stored: row-major, little-endian, unchecked. What is in memory is not copied.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read`], but for what is not finite.
-    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
-        let (source, entry) = self.entry(name)?;
-        source.bytes(entry.start, entry.size())
+        not_finite(path, name, i, value)
     }
     /// Checks a tensor's shape without reading it.
     ///
@@ -247,17 +241,33 @@ impl Checkpoint {
     }
 }
 
-/// Little-endian elements.
-fn convert(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
+/// Elements that are read at a time: while they are in the cache they are converted and looked at.
+const PIECE: usize = 1 << 16;
+
+/// Elements `start ..` of a tensor, at most [`PIECE`].
+fn read_piece(source: &Source, entry: &Entry, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
     fn fill<const N: usize>(out: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
         let (whole, _) = bytes.as_chunks();
         out.iter_mut().zip(whole).for_each(|(o, b)| *o = widen(*b));
     }
-    match dtype {
-        Dtype::F32 => fill(out, bytes, f32::from_le_bytes),
-        Dtype::F16 => fill(out, bytes, |b| f16::from_le_bytes(b).to_f32()),
-        Dtype::Bf16 => fill(out, bytes, |b| bf16::from_le_bytes(b).to_f32()),
+    let size = entry.dtype.size();
+    let mut bytes = vec![0; out.len() * size];
+    source.read_at(entry.start + (start * size) as u64, &mut bytes)?;
+    match entry.dtype {
+        Dtype::F32 => fill(out, &bytes, f32::from_le_bytes),
+        Dtype::F16 => fill(out, &bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::Bf16 => fill(out, &bytes, |b| bf16::from_le_bytes(b).to_f32()),
     }
+    if !all_finite(out)
+        && let Some(i) = out.iter().position(|x| !x.is_finite())
+    {
+        return Err(not_finite(&source.path, name, start + i, out[i]));
+    }
+    Ok(())
+}
+
+fn not_finite(path: &Path, name: &str, i: usize, value: f32) -> Error {
+    Error::checkpoint(path, format!("tensor `{name}` holds {value} at element {i}"))
 }
 
 /// Without a branch per element: the bits of infinity and NaN, less the sign, are the largest.

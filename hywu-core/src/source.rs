@@ -65,22 +65,6 @@ impl Source {
         }
     }
 
-    /// `len` bytes from `start` on: copied from a file, borrowed from memory.
-    pub fn bytes(&self, start: u64, len: usize) -> Result<Cow<'_, [u8]>> {
-        if let (Bytes::Memory(bytes), Ok(start)) = (&self.bytes, usize::try_from(start))
-            && let Some(part) = bytes.get(start..).and_then(|rest| rest.get(..len))
-        {
-            return Ok(Cow::Borrowed(part));
-        }
-        let mut out = Vec::new();
-        out.try_reserve_exact(len).map_err(|_| {
-            Error::checkpoint(&self.path, format!("{len} bytes are more than this machine's memory"))
-        })?;
-        out.resize(len, 0);
-        self.read_at(start, &mut out)?;
-        Ok(Cow::Owned(out))
-    }
-
     /// Fills `out` with the bytes from `start` on.
     pub fn read_at(&self, start: u64, out: &mut [u8]) -> Result<()> {
         let done = match &self.bytes {

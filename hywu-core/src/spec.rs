@@ -89,10 +89,12 @@ impl AdapterSpec {
             let entry: Entry = serde_json::from_value(value.clone())
                 .map_err(|e| Error::Config(format!("pg_mapping entry `{path}`: {e}")))?;
             match (entry.kind.as_deref(), entry.dims, entry.sub_weights) {
-                (None, Dims { lora_a_dim: Some(in_dim), lora_b_dim: Some(out_dim) }, None) => {
+                (None, Dims { lora_a_dim: Some(in_dim), lora_b_dim: Some(out_dim) }, None)
+                    if entry.num_experts.is_none() =>
+                {
                     modules.push(Module { path: path.clone(), in_dim, out_dim, experts: None });
                 }
-                (Some("grouped"), _, Some(subs)) => {
+                (Some("grouped"), Dims { lora_a_dim: None, lora_b_dim: None }, Some(subs)) => {
                     let experts = entry.num_experts.ok_or_else(|| {
                         Error::Config(format!("pg_mapping entry `{path}` needs `num_experts`"))
                     })?;

@@ -180,6 +180,10 @@ mod tests {
         assert_eq!((values("a"), values("c")), (vec![7.0], vec![0.5; 4]));
         assert_eq!(read.info("b").expect("there"), (vec![2, 3], Dtype::Bf16));
         assert_eq!(*read.metadata(), metadata);
+        let mut part = [0; 4];
+        read.read_stored("b", 8, &mut part).expect("there");
+        assert_eq!(part, [0xa0, 0x40, 0xc0, 0x40]);
+        assert!(read.read_stored("b", 9, &mut part).is_err());
     }
 
     #[test]

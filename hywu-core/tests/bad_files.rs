@@ -335,6 +335,9 @@ fn a_key_twice_is_found_at_any_depth() {
     let text = r#"{"a": {"a": [1, -2, 1.5, {"a": {}}]}, "b": {"a": null}}"#;
     let value: serde_json::Value = parse_json(text.as_bytes()).expect("good");
     assert_eq!(value["a"]["a"][2], 1.5);
+    // The nearest f64, also of more digits than one holds.
+    let digits = r#"{"x": 88888000000000000000000000000000713226315987390005}"#;
+    assert_eq!(parse_json::<serde_json::Value>(digits.as_bytes()).expect("good")["x"], 8.8888e49);
     let deep = "[".repeat(100_000);
     assert!(parse_json::<serde_json::Value>(deep.as_bytes()).is_err());
 }

@@ -166,7 +166,13 @@ pub fn write_random_checkpoint(
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
     let made = builder.tempdir_in(parent).map_err(|e| fail(e.kind().into()))?;
-    what.write(&weights, made.path(), progress)?;
+    what.write(&weights, made.path(), progress).map_err(|e| match e {
+        Error::Core(hywu_core::Error::Io { path, source }) => {
+            let there = path.strip_prefix(made.path()).map(|file| folder.join(file));
+            hywu_core::Error::io(there.unwrap_or(path), source).into()
+        }
+        other => other,
+    })?;
     std::fs::rename(made.path(), folder).map_err(fail)?;
     // It stands under its name now.
     let _ = made.keep();

@@ -118,6 +118,8 @@ fn configs_that_can_not_work_say_why() {
         json!({"type": "sparse", "lora_A_dim": 4, "lora_B_dim": 4}),
         json!({"type": "grouped", "num_experts": 2}),
         json!({"type": "grouped", "num_experts": 2, "lora_A_dim": 4, "lora_B_dim": 4}),
+        json!({"type": "grouped", "num_experts": 2, "lora_A_dim": 4, "sub_weights": {"w": dims}}),
+        json!({"num_experts": 2, "lora_A_dim": 4, "lora_B_dim": 4}),
         json!({"sub_weights": {"w": dims}}),
         json!({"lora_A_dim": 4}),
         json!({}),

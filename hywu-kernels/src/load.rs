@@ -7,9 +7,8 @@ use crate::{
 use half::bf16;
 use hywu_core::{Checkpoint, Dtype};
 use rayon::prelude::*;
-use std::borrow::Cow;
 
-/// Numbers that one parallel task looks at.
+/// Numbers that one parallel task reads and looks at.
 const CHUNK: usize = 1 << 16;
 
 /// A tensor of a checkpoint on a device, in `dtype` there (on the CPU in f32).
@@ -31,31 +30,31 @@ pub fn load_tensor(checkpoint: &Checkpoint, name: &str, device: Device, dtype: D
 }
 
 /// The bytes of a tensor's elements in f32 or bf16, all of them finite.
-fn elements<'a>(checkpoint: &'a Checkpoint, name: &str, dtype: Dtype) -> Result<Cow<'a, [u8]>> {
+fn elements(checkpoint: &Checkpoint, name: &str, dtype: Dtype) -> Result<Vec<u8>> {
     let (shape, stored) = checkpoint.info(name)?;
     if stored != dtype {
         let mut numbers = vec![0.0; shape.iter().product()];
         checkpoint.read_into(name, &mut numbers)?;
-        return Ok(Cow::Owned(match dtype {
+        return Ok(match dtype {
             Dtype::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
             _ => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        }));
+        });
     }
-    let bytes = checkpoint.bytes(name)?;
     let number = |x: &[u8]| match *x {
         [a, b] => bf16::from_le_bytes([a, b]).to_f32(),
         [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
         _ => f32::NAN,
     };
     let size = stored.size();
-    let bad = bytes.par_chunks(CHUNK * size).enumerate().find_map_first(|(i, part)| {
+    let mut bytes = vec![0; shape.iter().product::<usize>() * size];
+    let bad = bytes.par_chunks_mut(CHUNK * size).enumerate().find_map_first(|(i, part)| {
+        if let Err(e) = checkpoint.read_stored(name, i * CHUNK * size, part) {
+            return Some(e);
+        }
         let j = part.chunks_exact(size).position(|x| !number(x).is_finite())?;
-        Some((i * CHUNK + j, number(&part[j * size..][..size])))
+        Some(checkpoint.not_finite(name, i * CHUNK + j, number(&part[j * size..][..size])))
     });
-    match bad {
-        None => Ok(bytes),
-        Some((i, value)) => Err(checkpoint.not_finite(name, i, value).into()),
-    }
+    bad.map_or(Ok(bytes), |e| Err(e.into()))
 }
 
 /// A tensor on its way to a CUDA device beside the work there, which it would wait for otherwise: first comes the memory, then the work

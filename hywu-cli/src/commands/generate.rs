@@ -29,7 +29,7 @@ pub struct GenerateArgs {
     /// Type of the values written, and of the arithmetic on a CUDA device (the CPU computes in f32). Default: f32 on the CPU, bf16 there
     #[arg(long, conflicts_with = "random_checkpoint")]
     dtype: Option<Type>,
-    /// Most memory to take beyond the mapped checkpoint, e.g. 6GB or 512MiB; of the device's own on a CUDA device, where a checkpoint that
+    /// Most memory to take, e.g. 6GB or 512MiB; of the device's own on a CUDA device, where a checkpoint that
     /// does not fit is read while it is used
     #[arg(long, value_name = "BYTES", value_parser = values::bytes, conflicts_with = "random_checkpoint")]
     max_memory: Option<u64>,

@@ -7,7 +7,7 @@ use hywu_kernels::Device;
 /// What a pass may take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of memory beyond mapped files: of this process on the CPU, of device memory there. None: on the CPU what is enough for
+    /// Bytes of memory: of this process on the CPU, of device memory there. None: on the CPU what is enough for
     /// speed, on a device what is free when the checkpoint is opened.
     pub memory: Option<u64>,
     /// Most rows of the residual stream at a time, where that should be less than speed would want. A sub-layer that needs more at once

@@ -46,7 +46,7 @@ impl Generator {
 impl Inference {
     /// Opens a checkpoint folder for conditions of up to `length` tokens, to compute in `dtype` on `device` (the CPU computes in f32).
     ///
-    /// Its weights are read from the mapped files as they are used, and given back, on the CPU always, on a CUDA device where they don't
+    /// Its weights are read from the files as they are used, and not kept, on the CPU always, on a CUDA device where they don't
     /// fit beside the rest: then those of the next sub-layer come while one is computed.
     ///
     /// # Errors

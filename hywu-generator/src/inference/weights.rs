@@ -17,7 +17,7 @@ enum Source {
     Streamed(Streamed),
 }
 
-/// Weights in a file.
+/// Weights in their files.
 struct Streamed {
     checkpoint: Checkpoint,
     shapes: Vec<(String, Vec<usize>)>,
