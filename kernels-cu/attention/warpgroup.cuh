@@ -241,6 +241,7 @@ struct Consumer {
         int most = item.most, tiles = (most + C::KEYS - 1) / C::KEYS, whole = limit(s.extents, item.entry, first) / C::KEYS;
         auto weigh = [&](int j) {
             if (j >= whole) mask(scores, j * C::KEYS, limits);
+            softmax.look<0, 1>(scores);
             softmax.weigh(scores, s.scale);
         };
         if (C::OVERLAP) {
@@ -263,7 +264,7 @@ struct Consumer {
                 weigh(j);
                 // The next keys are waited for here, since this keeps the assembler from moving the exponentials behind the wait
                 // for the product that they are to run beside.
-                if (j + 1 < tiles) await_keys();
+                if (j + 1 < tiles || softmax.impossible()) await_keys();
                 wgmma_wait<0>();
                 wgmma_hold(sums);
                 release(values, v);
@@ -311,7 +312,7 @@ struct Consumer {
                 *reinterpret_cast<uint32_t*>(queries + chunk_place(row, j, C::QUERY_BOX) + threadIdx.x % 4 * 4) =
                     item.most > 0 ? narrow(sums[4 * j + 2 * r] * inverse, sums[4 * j + 2 * r + 1] * inverse) : 0;
             if (threadIdx.x % 4 == 0 && first + row < item.entry.queries)
-                s.lse[rows.number(s.extents, item.index, item.head, item.entry.query + first + row)] = softmax.lse(r, s.scale);
+                s.lse[rows.number(s.extents, item.index, item.head, item.entry.query + first + row)] = softmax.lse(r);
         }
         bool by_engine = s.engine_stores && (first + GROUP_ROWS <= item.entry.queries || item.entry.queries == rows.tokens);
         if (by_engine) fence_async();
