@@ -22,30 +22,21 @@ struct Softmax {
     // What the weights of a row refer to, the largest scaled score when it was last set; minus infinity until a key is seen. The sum of
     // the weights that this thread has seen, and what the sums so far are to be multiplied with.
     float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, before[2];
-    // The largest scores of the tile, in chains that don't wait for one another.
-    static constexpr int CHAINS = 4;
-    float largest[2][CHAINS];
 
     // Scores of minus infinity alone: any finite number gives them weights of 0.
     static __device__ __forceinline__ float finite(float reference) { return reference == -INFINITY ? 0.0f : reference; }
 
-    // Takes columns of the scores, those of PART of PARTS, into the largest.
-    template <int PART, int PARTS, int N>
-    __device__ __forceinline__ void look(const float (&scores)[N]) {
-        // Maxima ignore NaN; the exponentials and with them the sums do not.
-#pragma unroll
-        for (int i = N / 4 * PART / PARTS * 4; i < N / 4 * (PART + 1) / PARTS * 4; i++) {
-            int r = i / 2 % 2, chain = i / 4 % (CHAINS / 2) * 2 + i % 2;
-            largest[r][chain] = i < 2 * CHAINS ? scores[i] : fmaxf(largest[r][chain], scores[i]);
-        }
-    }
-    // Replaces the scores, which have been looked at, by weights, 2^(scale score - reference).
+    // Looks for the largest scores, and sets the reference.
     template <int N>
-    __device__ __forceinline__ void weigh(float (&scores)[N], float scale) {
-        float to[2];
+    __device__ __forceinline__ void look(const float (&scores)[N], float scale) {
+        // Chains that don't wait for one another. Maxima ignore NaN; the exponentials and with them the sums do not.
+        float largest[8];
+#pragma unroll
+        for (int i = 0; i < N; i++) largest[i % 8] = i < 8 ? scores[i] : fmaxf(largest[i % 8], scores[i]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float most = fmaxf(fmaxf(largest[r][0], largest[r][1]), fmaxf(largest[r][2], largest[r][3]));
+            float* chain = largest + 2 * r;
+            float most = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[4], chain[5]));
             most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
             most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
             // A rounded product, and the same wherever it is used: a difference of it to itself in a fused multiply-add would be of its
@@ -55,10 +46,13 @@ struct Softmax {
             float from = reference[r];
             if (most > from + SLACK) reference[r] = most;
             before[r] = from == -INFINITY ? 0.0f : hopper::exp2_approximate(from - reference[r]);
-            to[r] = finite(reference[r]);
         }
+    }
+    // Replaces the scores, after the look at them, by weights, 2^(scale score - reference).
+    template <int N>
+    __device__ __forceinline__ void weigh(float (&scores)[N], float scale) {
         // Two sums for a row, as one would wait for itself.
-        float here[2][2] = {};
+        float to[2] = {finite(reference[0]), finite(reference[1])}, here[2][2] = {};
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int r = i / 2 % 2;

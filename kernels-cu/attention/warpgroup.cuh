@@ -32,6 +32,8 @@ struct Config {
     static constexpr int LINES = (WIDTH + LINE_CHANNELS - 1) / LINE_CHANNELS, COLUMNS = LINES * LINE_CHANNELS;
     static constexpr int QUERY_BOX = GROUP_ROWS * LINE, KEY_BOX = KEYS * LINE;
     static constexpr int QUERIES = LINES * QUERY_BOX, STAGE = LINES * KEY_BOX;
+    // Steps of the output's product, and how many of them follow the next scores' product at once.
+    static constexpr int VALUE_STEPS = KEYS / 16, AHEAD_STEPS = VALUE_STEPS / 2;
     // Registers of a thread: 64 K divided, in steps of 8.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
     static_assert(registers_suffice(CONSUMERS, PRODUCER_REGISTERS, CONSUMER_REGISTERS), "setmaxnreg would wait for ever");
@@ -202,14 +204,13 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < C::WIDTH / 16; i++)
-            wgmma<C::KEYS, true, true>(scores, q + ((i / 4 * C::QUERY_BOX + i % 4 * 32) >> 4),
-                                       tile + ((i / 4 * C::KEY_BOX + i % 4 * 32) >> 4),
+            wgmma<C::KEYS, true, true>(scores, advance(q, i / 4 * C::QUERY_BOX + i % 4 * 32), advance(tile, i / 4 * C::KEY_BOX + i % 4 * 32),
                                        i > 0);
         wgmma_commit();
     }
-    // sums += P V, issued; sums = P V where not `add`. `keep`: rows of the tile that are anybody's; the others count as zeros, whatever
-    // they hold.
-    __device__ __forceinline__ void multiply_values(bool add, int keep) {
+    // Waits for a tile of values; its descriptor. `keep`: rows of the tile that are anybody's; the others count as zeros, whatever they
+    // hold.
+    __device__ __forceinline__ uint64_t await_values(int keep) {
         barrier_wait(values.full + v.slot, v.parity);
         unsigned char* from = values.tiles + v.slot * C::STAGE;
         if (keep < C::KEYS) {
@@ -220,10 +221,18 @@ struct Consumer {
             fence_async();
             together();
         }
-        uint64_t tile = descriptor(from, C::KEY_BOX, 8 * LINE);
+        return descriptor(from, C::KEY_BOX, 8 * LINE);
+    }
+    // Of sums += P V the step `i`, sums = P V where not `add`.
+    __device__ __forceinline__ void value_step(uint64_t tile, int i, bool add) {
+        wgmma<C::COLUMNS, false>(sums, weights[i], advance(tile, i * 16 * LINE), add || i > 0);
+    }
+    // All of it, issued.
+    __device__ __forceinline__ void multiply_values(bool add, int keep) {
+        uint64_t tile = await_values(keep);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < C::KEYS / 16; i++) wgmma<C::COLUMNS, false>(sums, weights[i], tile + (i * 16 * LINE >> 4), add || i > 0);
+        for (int i = 0; i < C::VALUE_STEPS; i++) value_step(tile, i, add);
         wgmma_commit();
     }
     __device__ __forceinline__ void narrow_weights() {
@@ -239,10 +248,9 @@ struct Consumer {
         int limits[2] = {limit(s.extents, item.entry, row), limit(s.extents, item.entry, row + 8)};
         // Tiles that every row sees whole are not masked.
         int most = item.most, tiles = (most + C::KEYS - 1) / C::KEYS, whole = limit(s.extents, item.entry, first) / C::KEYS;
-        auto weigh = [&](int j) {
+        auto look = [&](int j) {
             if (j >= whole) mask(scores, j * C::KEYS, limits);
-            softmax.look<0, 1>(scores);
-            softmax.weigh(scores, s.scale);
+            softmax.look(scores, s.scale);
         };
         if (C::OVERLAP) {
             await_keys();
@@ -250,20 +258,33 @@ struct Consumer {
             wgmma_wait<0>();
             wgmma_hold(scores);
             release(keys, k);
-            weigh(0);
+            look(0);
+            softmax.weigh(scores, s.scale);
             if (tiles > 1) await_keys();
             narrow_weights();
             for (int j = 1; j < tiles; j++) {
                 take_turn();
                 multiply_keys();
-                multiply_values(j > 1, C::KEYS);
-                pass_turn();
+                uint64_t tile = await_values(C::KEYS);
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < C::AHEAD_STEPS; i++) value_step(tile, i, j > 1);
+                wgmma_commit();
                 wgmma_wait<1>();
                 wgmma_hold(scores);
                 release(keys, k);
-                weigh(j);
-                // The next keys are waited for here, since this keeps the assembler from moving the exponentials behind the wait
-                // for the product that they are to run beside.
+                // A warp can't issue a product with weights from registers until the tensor cores are nearly there, so the largest
+                // scores are looked for meanwhile.
+                if (j < whole) softmax.look(scores, s.scale);
+                wgmma_fence();
+#pragma unroll
+                for (int i = C::AHEAD_STEPS; i < C::VALUE_STEPS; i++) value_step(tile, i, true);
+                wgmma_commit();
+                pass_turn();
+                if (j >= whole) look(j);
+                softmax.weigh(scores, s.scale);
+                // The next keys are waited for here, and as if that depended on the weights: this keeps the assembler from moving the
+                // exponentials behind the wait for the product that they are to run beside.
                 if (j + 1 < tiles || softmax.impossible()) await_keys();
                 wgmma_wait<0>();
                 wgmma_hold(sums);
@@ -284,7 +305,8 @@ struct Consumer {
                 wgmma_hold(scores);
                 pass_turn();
                 release(keys, k);
-                weigh(j);
+                look(j);
+                softmax.weigh(scores, s.scale);
                 if (j > 0) softmax.rescale(sums);
                 narrow_weights();
                 multiply_values(j > 0, most - j * C::KEYS);
@@ -389,7 +411,7 @@ __device__ __forceinline__ void forward(const Maps& maps, const Sizes& s) {
         }
     } else {
         more_registers<C::CONSUMER_REGISTERS>();
-        int group = int(threadIdx.x) / GROUP_THREADS - 1;
+        int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / GROUP_THREADS - 1, 0);
         Consumer<C>(maps, s, k, v, queries + group * C::QUERIES, arrived + group, group).run();
     }
 }
