@@ -15,6 +15,8 @@ struct Axes {
 
 struct Coordinates {
     int batch0, batch1, token, head;
+
+    __device__ __forceinline__ Coordinates ahead(int tokens) const { return {batch0, batch1, token + tokens, head}; }
 };
 
 __device__ __forceinline__ int coordinate(const Axes& axes, const Coordinates& at, int axis) {

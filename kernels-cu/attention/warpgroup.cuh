@@ -47,11 +47,14 @@ struct Sizes {
     Change change;
     bf16* out_data;
     float* lse;
+    // The tiles of each block, [round][block]: unit * tiles + tile, and `count` behind a block's last; null: all of them, one after the
+    // other. A unit is (batch0, batch1, head).
+    const int* list;
     // log2(e) / sqrt(channels).
     float scale;
-    // (batch0, batch1, head); query heads that share a key head; tiles of queries of the longest entry; units whose tiles are taken
-    // together; tiles in all; does the engine store the output?
-    int units, shared_heads, tiles, chunk, count, engine_stores;
+    // Query heads that share a key head; tiles of queries of the longest entry, and of all if each had as many; does the engine store the
+    // output?
+    int shared_heads, tiles, count, engine_stores;
 };
 
 // Keys that a query sees; those behind the last one see what that does.
@@ -72,39 +75,28 @@ struct Item {
     }
 };
 
-// The tiles of a block, one of each round of the grid; every other round goes backwards, so that where tiles get shorter and shorter
-// nobody gets the longer one each time.
+// The tiles of a block, one after the other; `at`: the place of the present one.
 template <class C>
 struct Items {
     const Sizes& s;
-    int round = -1;
+    int at = blockIdx.x;
 
-    // Chunk by chunk; within, tile by tile, the last first where there are limits, as it sees the most; then unit by unit. It is found
-    // again wherever it is needed: kept, it would take registers of the products.
+    __device__ __forceinline__ int number(int place) const { return s.list ? s.list[place] : place; }
+    // It is found again wherever it is needed: kept, it would take registers of the products.
     __device__ __forceinline__ Item item() const {
-        int now = round;
-        asm volatile("" : "+r"(now));
-        int i = now * gridDim.x + (now % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        int chunk = i / (s.chunk * s.tiles), rest = i - chunk * s.chunk * s.tiles, first = chunk * s.chunk;
-        int size = min(s.chunk, s.units - first), tile = rest / size, unit = first + rest - tile * size;
-        if (s.extents.limits) tile = s.tiles - 1 - tile;
+        int place = at;
+        asm volatile("" : "+r"(place));
+        int now = number(place), unit = now / s.tiles;
         Item item;
         item.index = unit / s.out_rows.heads;
         item.head = unit - item.index * s.out_rows.heads;
         item.entry = s.extents.entry(item.index);
-        item.row = tile * C::ROWS;
+        item.row = (now - unit * s.tiles) * C::ROWS;
         item.most = limit(s.extents, item.entry, item.row + C::ROWS - 1);
         return item;
     }
-    __device__ __forceinline__ bool next() {
-        while ((++round) * int(gridDim.x) < s.count) {
-            // The last round may have none for this block, and an entry shorter than others has fewer.
-            if (round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x) >= unsigned(s.count)) continue;
-            Item i = item();
-            if (i.row < i.entry.queries) return true;
-        }
-        return false;
-    }
+    __device__ __forceinline__ bool more() const { return number(at) < s.count; }
+    __device__ __forceinline__ void next() { at += gridDim.x; }
 };
 
 // A ring's place: a slot, and the parity of the phase in which it is filled and emptied.
@@ -141,14 +133,15 @@ __device__ __forceinline__ void fill(const Ring& ring, Place<C::STAGES>& at, con
 template <class C>
 __device__ __forceinline__ void produce(const Maps& maps, const Sizes& s, const Ring& keys, const Ring& values) {
     Place<C::STAGES> k, v;
-    Items<C> items{s};
-    while (items.next()) {
+    for (Items<C> items{s}; items.more(); items.next()) {
         Item i = items.item();
-        Coordinates key = i.at(s.out_rows.size1, i.entry.key, i.head / s.shared_heads), value = key;
+        // Where the values are; keys are a tile ahead.
+        Coordinates from = i.at(s.out_rows.size1, i.entry.key - C::KEYS, i.head / s.shared_heads);
         int tiles = (i.most + C::KEYS - 1) / C::KEYS;
         for (int j = 0; j <= tiles; j++) {
-            if (j < tiles) fill<C>(keys, k, &maps.k, s.k, key), key.token += C::KEYS;
-            if (j > 0) fill<C>(values, v, &maps.v, s.v, value), value.token += C::KEYS;
+            if (j < tiles) fill<C>(keys, k, &maps.k, s.k, from.ahead(C::KEYS));
+            if (j > 0) fill<C>(values, v, &maps.v, s.v, from);
+            from.token += C::KEYS;
         }
     }
 }
@@ -359,11 +352,10 @@ struct Consumer {
 
     __device__ __forceinline__ void run() {
         Items<C> items{s};
-        bool more = items.next();
-        if (more) load_queries(items);
+        if (items.more()) load_queries(items);
         // The first turn is the first warpgroup's.
         if (group == C::CONSUMERS - 1) pass_turn();
-        for (uint32_t parity = 0; more; parity ^= 1) {
+        for (uint32_t parity = 0; items.more(); parity ^= 1) {
             Softmax softmax;
             barrier_wait(arrived, parity);
             Item item = items.item();
@@ -375,8 +367,8 @@ struct Consumer {
             }
             if (item.most > 0) attend(item, softmax);
             store(items.item(), softmax);
-            more = items.next();
-            if (more) load_queries(items);
+            items.next();
+            if (items.more()) load_queries(items);
         }
         if (group == 0) take_turn();
         // Shared memory stays until the engine has read it, and so does the device's until it has written it.

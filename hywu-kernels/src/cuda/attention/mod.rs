@@ -2,6 +2,7 @@
 
 mod backward;
 mod boxes;
+mod schedule;
 mod short;
 mod warpgroup;
 mod warpgroup_backward;

@@ -3,11 +3,11 @@
 use super::{
     OP, Operand, Operands, Rows, Source, Tables,
     boxes::{LINE_CHANNELS, Map},
-    entries, integers, score_factor, width,
+    entries, integers, schedule, score_factor, width,
 };
 use crate::{
     Error, Result, Tensor,
-    cuda::{Call, blocks, call::on_gpu, hopper},
+    cuda::{Call, Words, blocks, call::on_gpu, hopper},
     ops::attention::{Attention, Forward},
 };
 use hywu_core::Dtype;
@@ -15,8 +15,6 @@ use hywu_core::Dtype;
 /// Queries of a warpgroup, and threads.
 const GROUP_ROWS: usize = 64;
 const GROUP_THREADS: usize = 128;
-/// Bytes of keys and values that stay in the second-level cache (50 MB, half of it near a multiprocessor) while others come and go.
-const CACHED: usize = 16 << 20;
 
 /// A kernel and its grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,20 +29,12 @@ struct Plan {
     stages: usize,
     /// Tiles of queries of an entry.
     tiles: usize,
-    /// Units (batch0, batch1, head) whose tiles are taken together.
-    chunk: usize,
     blocks: usize,
 }
 
 impl Plan {
-    /// For `units` of at most `queries` and `keys`; `limited`: do queries see different keys?
-    fn new(
-        head_dim: usize,
-        limited: bool,
-        units: usize,
-        [queries, keys]: [usize; 2],
-        multiprocessors: usize,
-    ) -> Self {
+    /// For `units` (batch0, batch1, head) of at most `queries`; `limited`: do queries see different keys?
+    fn new(head_dim: usize, limited: bool, units: usize, queries: usize, multiprocessors: usize) -> Self {
         let (width, tile, consumers, stages) = match (head_dim, limited) {
             (..=64, _) => (64, 128, 3, 4),
             (..=96, true) => (96, 128, 2, 3),
@@ -53,15 +43,12 @@ impl Plan {
             (_, false) => (128, 176, 2, 2),
         };
         let tiles = queries.div_ceil(consumers * GROUP_ROWS);
-        // Where tiles differ, the longest come first, of as many units as the cache holds; else one unit after the other.
-        let unit_bytes = 4 * width * keys;
-        let chunk = if limited { (CACHED / unit_bytes.max(1)).clamp(1, units.max(1)) } else { 1 };
         let blocks = units.saturating_mul(tiles).min(multiprocessors);
-        Self { width, keys: tile, consumers, stages, tiles, chunk, blocks }
+        Self { width, keys: tile, consumers, stages, tiles, blocks }
     }
     /// Steps 2 to 5 of the ladder, for 128 channels and queries that all see the same keys.
-    fn of_step(step: usize, units: usize, sizes: [usize; 2], multiprocessors: usize) -> (Self, String) {
-        let plan = Self::new(128, false, units, sizes, multiprocessors);
+    fn of_step(step: usize, units: usize, queries: usize, multiprocessors: usize) -> (Self, String) {
+        let plan = Self::new(128, false, units, queries, multiprocessors);
         match step {
             2..=4 => (Self { keys: 128, ..plan }, format!("attention_ladder_{step}")),
             _ => (plan, plan.name()),
@@ -116,8 +103,8 @@ pub(super) fn mapped(
 /// Sizes beyond 2^31, those of the device.
 pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
     let extents = &operands.tables.extents;
-    let (units, sizes, multiprocessors) = sizes(args, operands)?;
-    let plan = Plan::new(args.head_dim, !extents.limits.is_empty(), units, sizes, multiprocessors);
+    let (units, queries, multiprocessors) = sizes(args, operands)?;
+    let plan = Plan::new(args.head_dim, !extents.limits.is_empty(), units, queries, multiprocessors);
     launch(args, operands, plan, &plan.name())
 }
 
@@ -131,17 +118,15 @@ pub(super) fn step(step: usize, args: &Attention, operands: &Operands<'_>) -> Re
         let text = format!("step {step} of the ladder: there are 5, for bf16 on compute capability 9.0");
         return Err(Error::invalid(OP, text));
     }
-    let (units, sizes, multiprocessors) = sizes(args, operands)?;
-    let (plan, kernel) = Plan::of_step(step, units, sizes, multiprocessors);
+    let (units, queries, multiprocessors) = sizes(args, operands)?;
+    let (plan, kernel) = Plan::of_step(step, units, queries, multiprocessors);
     launch(args, operands, plan, &kernel)
 }
 
-/// Units, most queries and keys of an entry, multiprocessors.
-fn sizes(args: &Attention, operands: &Operands<'_>) -> Result<(usize, [usize; 2], usize)> {
-    let extents = &operands.tables.extents;
+/// Units, most queries of an entry, multiprocessors.
+fn sizes(args: &Attention, operands: &Operands<'_>) -> Result<(usize, usize, usize)> {
     let multiprocessors = on_gpu(OP, operands.q.data)?.gpu().properties().multiprocessors as usize;
-    let most = [extents.most_queries(), extents.most_keys()];
-    Ok((entries(args) * args.heads, most, multiprocessors))
+    Ok((entries(args) * args.heads, operands.tables.extents.most_queries(), multiprocessors))
 }
 
 fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -> Result<Forward> {
@@ -159,6 +144,16 @@ fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -
     let out_rows = Rows::of_queries(args, &args.out);
     let out_map = Map::new(args, &out, &out_rows, GROUP_ROWS)?;
 
+    let count = units * plan.tiles;
+    let tiles = schedule::Tiles {
+        rows: plan.consumers * GROUP_ROWS,
+        keys: plan.keys,
+        row_bytes: 4 * plan.width,
+        of_unit: plan.tiles,
+    };
+    let list = schedule::schedule(&tables.extents, entries(args), args.heads, &tiles, plan.blocks);
+    let list = list.map(|list| Words::sizes(q.data, &list)).transpose()?;
+
     let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
     let mut sizes = tables.bytes()?;
     sizes.extend(out_rows.bytes()?);
@@ -170,15 +165,9 @@ fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -
     sizes.extend(q.change());
     sizes.extend(address(&out)?);
     sizes.extend(address(&lse)?);
+    sizes.extend(list.as_ref().map_or(0, Words::address).to_le_bytes());
     sizes.extend(score_factor(args.head_dim).to_le_bytes());
-    sizes.extend(integers(&[
-        units,
-        args.heads / args.kv_heads,
-        plan.tiles,
-        plan.chunk,
-        units * plan.tiles,
-        usize::from(out_map.is_some()),
-    ])?);
+    sizes.extend(integers(&[args.heads / args.kv_heads, plan.tiles, count, usize::from(out_map.is_some())])?);
     // A struct's size is a multiple of 8.
     sizes.resize(sizes.len().next_multiple_of(8), 0);
     let mut call = Call::named(OP, kernel, &out)?;
@@ -220,7 +209,7 @@ mod tests {
         }
     }
 
-    /// By grids from one block to one for each tile, in chunks of one unit and of all, and by the ladder where it applies.
+    /// By grids from one block to one for each tile, and by the ladder where it applies.
     fn run(args: &Attention, device: Device) -> Result<()> {
         let operand = |seed, tokens, heads| {
             let x = testing::random(seed, &[tokens, heads * args.head_dim]);
@@ -231,11 +220,11 @@ mod tests {
         assert!(fits(args, &q)?);
         let operands = Operands::new(args, [&q, &k, &v], None)?;
         let limited = args.causal.is_some();
-        let (units, most, multiprocessors) = sizes(args, &operands)?;
-        let plan = Plan::new(args.head_dim, limited, units, most, multiprocessors);
+        let (units, queries, multiprocessors) = sizes(args, &operands)?;
+        let plan = Plan::new(args.head_dim, limited, units, queries, multiprocessors);
         let mut results = Vec::new();
-        for (blocks, chunk) in [(1, 1), (3, 2), (4, units), (units * plan.tiles, 1)] {
-            let plan = Plan { blocks, chunk, ..plan };
+        for blocks in [1, 3, 4, units * plan.tiles] {
+            let plan = Plan { blocks, ..plan };
             results.push(launch(args, &operands, plan, &plan.name())?);
         }
         for result in &results[1..] {
@@ -279,28 +268,21 @@ mod tests {
     fn shared_memory_is_what_a_block_may_have() {
         for head_dim in (2..=128).step_by(2) {
             for limited in [false, true] {
-                let plan = Plan::new(head_dim, limited, 16, [4096; 2], 132);
+                let plan = Plan::new(head_dim, limited, 16, 4096, 132);
                 assert!(plan.shared() <= 227 << 10, "{plan:?}");
                 assert!(plan.width >= head_dim && plan.keys.is_multiple_of(16));
             }
         }
-        let plan = Plan::new(128, false, 16, [4096; 2], 132);
+        let plan = Plan::new(128, false, 16, 4096, 132);
         assert_eq!((plan.name().as_str(), plan.threads()), ("warpgroup_128_176", 384));
         assert_eq!(plan.shared(), 32 * 1024 + 4 * 176 * 256 + 80 + 1024);
     }
 
     #[test]
     fn blocks_stay_where_there_are_more_tiles() {
-        let plan = |units, queries| Plan::new(128, false, units, [queries, 4096], 132);
+        let plan = |units, queries| Plan::new(128, false, units, queries, 132);
         assert_eq!((plan(16, 4096).tiles, plan(16, 4096).blocks), (32, 132));
         assert_eq!((plan(1, 129).tiles, plan(1, 129).blocks), (2, 2));
         assert_eq!(plan(3, 1).blocks, 3);
-    }
-
-    #[test]
-    fn tiles_of_different_lengths_are_taken_by_chunks_of_units() {
-        let chunk = |units, keys| Plan::new(128, true, units, [keys; 2], 132).chunk;
-        assert_eq!([chunk(64, 4096), chunk(64, 32768), chunk(3, 1024), chunk(64, 1 << 20)], [8, 1, 3, 1]);
-        assert_eq!(Plan::new(128, false, 64, [4096; 2], 132).chunk, 1);
     }
 }
