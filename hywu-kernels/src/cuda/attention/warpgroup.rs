@@ -8,7 +8,7 @@ use super::{
 use crate::{
     Error, Result, Tensor,
     cuda::{Call, Words, blocks, call::on_gpu, hopper},
-    ops::attention::{Attention, Forward},
+    ops::attention::{Attention, Forward, LADDER},
 };
 use hywu_core::Dtype;
 
@@ -33,9 +33,10 @@ struct Plan {
 }
 
 impl Plan {
-    /// For `units` (batch0, batch1, head) of at most `queries`; `limited`: do queries see different keys?
-    fn new(head_dim: usize, limited: bool, units: usize, queries: usize, multiprocessors: usize) -> Self {
-        let (width, tile, consumers, stages) = match (head_dim, limited) {
+    /// For `units` (batch0, batch1, head) of at most `queries`; `narrow`: with tiles of 128 keys, because queries see different keys, or
+    /// there are no more.
+    fn new(head_dim: usize, narrow: bool, units: usize, queries: usize, multiprocessors: usize) -> Self {
+        let (width, tile, consumers, stages) = match (head_dim, narrow) {
             (..=64, _) => (64, 128, 3, 4),
             (..=96, true) => (96, 128, 2, 3),
             (..=96, false) => (96, 176, 2, 2),
@@ -46,12 +47,13 @@ impl Plan {
         let blocks = units.saturating_mul(tiles).min(multiprocessors);
         Self { width, keys: tile, consumers, stages, tiles, blocks }
     }
-    /// Steps 2 to 5 of the ladder, for 128 channels and queries that all see the same keys.
+    /// Steps from 2 on of the ladder, for 128 channels and queries that all see the same keys.
     fn of_step(step: usize, units: usize, queries: usize, multiprocessors: usize) -> (Self, String) {
         let plan = Self::new(128, false, units, queries, multiprocessors);
         match step {
             2..=4 => (Self { keys: 128, ..plan }, format!("attention_ladder_{step}")),
-            _ => (plan, plan.name()),
+            5 => (plan, plan.name()),
+            _ => (plan, format!("attention_ladder_{step}")),
         }
     }
     fn name(self) -> String {
@@ -64,7 +66,7 @@ impl Plan {
     fn shared(self) -> usize {
         let row = 2 * self.width.next_multiple_of(LINE_CHANNELS);
         let rows = self.consumers * GROUP_ROWS + 2 * self.stages * self.keys;
-        rows * row + 8 * (4 * self.stages + self.consumers) + 1024
+        rows * row + 8 * (4 * self.stages + 2 * self.consumers) + 1024
     }
 }
 
@@ -97,14 +99,19 @@ pub(super) fn mapped(
     Ok((source, map))
 }
 
+/// Are tiles of 128 keys better? Where entries are ragged the longest must not decide for the others, as with other tiles a row has other
+/// bits.
+fn narrow(args: &Attention) -> bool {
+    args.causal.is_some() || (args.ragged.is_none() && args.keys <= 128)
+}
+
 /// The forward pass of arguments that fit.
 ///
 /// # Errors
 /// Sizes beyond 2^31, those of the device.
 pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
-    let extents = &operands.tables.extents;
     let (units, queries, multiprocessors) = sizes(args, operands)?;
-    let plan = Plan::new(args.head_dim, !extents.limits.is_empty(), units, queries, multiprocessors);
+    let plan = Plan::new(args.head_dim, narrow(args), units, queries, multiprocessors);
     launch(args, operands, plan, &plan.name())
 }
 
@@ -114,8 +121,9 @@ pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forwa
 /// As [`forward`]; no such step, or a device or dtype that does not have it.
 pub(super) fn step(step: usize, args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
     let there = hopper::there(on_gpu(OP, operands.q.data)?.gpu());
-    if !(2..=5).contains(&step) || operands.q.data.dtype() != Dtype::Bf16 || !there {
-        let text = format!("step {step} of the ladder: there are 5, for bf16 on compute capability 9.0");
+    if !(2..=LADDER.len()).contains(&step) || operands.q.data.dtype() != Dtype::Bf16 || !there {
+        let all = LADDER.len();
+        let text = format!("step {step} of the ladder: there are {all}, for bf16 on compute capability 9.0");
         return Err(Error::invalid(OP, text));
     }
     let (units, queries, multiprocessors) = sizes(args, operands)?;
@@ -141,9 +149,6 @@ fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -
     let (_q, q_map) = mapped(&plain, args, tables, GROUP_ROWS)?;
     let (_k, k_map) = mapped(k, args, tables, plan.keys)?;
     let (_v, v_map) = mapped(v, args, tables, plan.keys)?;
-    let out_rows = Rows::of_queries(args, &args.out);
-    let out_map = Map::new(args, &out, &out_rows, GROUP_ROWS)?;
-
     let count = units * plan.tiles;
     let tiles = schedule::Tiles {
         rows: plan.consumers * GROUP_ROWS,
@@ -156,10 +161,8 @@ fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -
 
     let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
     let mut sizes = tables.bytes()?;
-    sizes.extend(out_rows.bytes()?);
-    // Any boxes will do for what is not used.
-    let out_boxes = out_map.as_ref().unwrap_or(&q_map);
-    for map in [&q_map, &k_map, &v_map, out_boxes] {
+    sizes.extend(Rows::of_queries(args, &args.out).bytes()?);
+    for map in [&q_map, &k_map, &v_map] {
         sizes.extend(map.bytes());
     }
     sizes.extend(q.change());
@@ -167,11 +170,9 @@ fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -
     sizes.extend(address(&lse)?);
     sizes.extend(list.as_ref().map_or(0, Words::address).to_le_bytes());
     sizes.extend(score_factor(args.head_dim).to_le_bytes());
-    sizes.extend(integers(&[args.heads / args.kv_heads, plan.tiles, count, usize::from(out_map.is_some())])?);
-    // A struct's size is a multiple of 8.
-    sizes.resize(sizes.len().next_multiple_of(8), 0);
+    sizes.extend(integers(&[args.heads / args.kv_heads, plan.tiles, count])?);
     let mut call = Call::named(OP, kernel, &out)?;
-    for map in [&q_map, &k_map, &v_map, out_boxes] {
+    for map in [&q_map, &k_map, &v_map] {
         call = call.boxes(&map.boxes)?;
     }
     call.bytes(&sizes).launch([blocks(plan.blocks, 1)?, 1, 1], plan.threads(), plan.shared())?;
@@ -221,7 +222,7 @@ mod tests {
         let operands = Operands::new(args, [&q, &k, &v], None)?;
         let limited = args.causal.is_some();
         let (units, queries, multiprocessors) = sizes(args, &operands)?;
-        let plan = Plan::new(args.head_dim, limited, units, queries, multiprocessors);
+        let plan = Plan::new(args.head_dim, narrow(args), units, queries, multiprocessors);
         let mut results = Vec::new();
         for blocks in [1, 3, 4, units * plan.tiles] {
             let plan = Plan { blocks, ..plan };
@@ -232,7 +233,7 @@ mod tests {
             testing::assert_same_bits(&[result.lse.to_host()?], &[results[0].lse.to_host()?], "sums");
         }
         if !limited && args.head_dim == 128 {
-            for step in 1..=5 {
+            for step in 1..=LADDER.len() {
                 results.push(super::super::ladder_step(step, args, [&q, &k, &v])?);
             }
         }
@@ -257,6 +258,7 @@ mod tests {
             (96, [300, 900], None),
             (80, [300, 300], causal(vec![])),
             (128, [400, 1000], None),
+            (128, [130, 77], None),
             (128, [520, 800], causal(vec![200..333, 500..501])),
         ] {
             let args = Attention { causal, ..dense(sizes[0], sizes[1], 4, head_dim) };
@@ -275,7 +277,7 @@ mod tests {
         }
         let plan = Plan::new(128, false, 16, 4096, 132);
         assert_eq!((plan.name().as_str(), plan.threads()), ("warpgroup_128_176", 384));
-        assert_eq!(plan.shared(), 32 * 1024 + 4 * 176 * 256 + 80 + 1024);
+        assert_eq!(plan.shared(), 32 * 1024 + 4 * 176 * 256 + 96 + 1024);
     }
 
     #[test]
