@@ -15,6 +15,8 @@ struct Axes {
 
 struct Coordinates {
     int batch0, batch1, token, head;
+
+    __device__ __forceinline__ Coordinates ahead(int tokens) const { return {batch0, batch1, token + tokens, head}; }
 };
 
 __device__ __forceinline__ int coordinate(const Axes& axes, const Coordinates& at, int axis) {
@@ -29,15 +31,6 @@ __device__ __forceinline__ void load_rows(unsigned char* to, const CUtensorMap* 
     int x = coordinate(axes, at, 1), y = coordinate(axes, at, 2), z = coordinate(axes, at, 3), w = coordinate(axes, at, 4);
 #pragma unroll
     for (int i = 0; i < LINES; i++) hopper::load_box(to + i * bytes, map, barrier, i * LINE_CHANNELS, x, y, z, w);
-}
-
-// Stores them. Channels and tokens outside the tensor are left out.
-template <int LINES>
-__device__ __forceinline__ void store_rows(const CUtensorMap* map, const unsigned char* from, const Axes& axes, const Coordinates& at,
-                                           int bytes) {
-    int x = coordinate(axes, at, 1), y = coordinate(axes, at, 2), z = coordinate(axes, at, 3), w = coordinate(axes, at, 4);
-#pragma unroll
-    for (int i = 0; i < LINES; i++) hopper::store_box(map, from + i * bytes, i * LINE_CHANNELS, x, y, z, w);
 }
 
 // Where the 16 bytes of 8 channels are in boxes of `lines` tokens, with the 128-byte swizzle; boxes start at multiples of 1024 bytes.

@@ -147,27 +147,35 @@ template <class T> struct Lanes {
     }
 };
 
-// Packs all rows: out[row][width] = rotated(normed(x)), zeros beyond the channels. A group of lanes per row. `keys`: of keys, not of
-// queries.
+// Rows that a group of lanes packs, whose loads are under way together.
+constexpr int PACKED = 4;
+
+// Packs all rows: out[row][width] = rotated(normed(x)), zeros beyond the channels. `keys`: of keys, not of queries.
 template <class T>
 __device__ void pack_rows(const T* x, const Rows& rows, const Change& change, const Extents& extents, bool keys, T* out, int width,
                           uint32_t count) {
     Lanes<T> lanes(width, rows.channels);
-    uint32_t row = blockIdx.x * lanes.groups() + lanes.group();
-    bool some = row < count;
-    if (!some) row = 0;
-    Packs<T> v, w = {};
-    lanes.load(v, x + rows.row_start(row), some);
-    if (change.weight) lanes.load(w, static_cast<const T*>(change.weight), some);
-    int token = row % uint32_t(rows.tokens);
-    if (extents.ragged) {
-        Entry e = extents.find(token, 0, rows.size1, keys);
-        token -= keys ? e.key : e.query;
-    }
-    lanes.apply(v, w, change, token, some);
+    Packs<T> v[PACKED], w = {};
+    auto row = [&](int i) { return (blockIdx.x * PACKED + i) * lanes.groups() + lanes.group(); };
 #pragma unroll
-    for (int p = 0; p < PACKS<T>; p++)
-        if (some && lanes.column(p) < width) store_pack(out + int64_t(row) * width + lanes.column(p), v[p]);
+    for (int i = 0; i < PACKED; i++) {
+        bool some = row(i) < count;
+        lanes.load(v[i], x + rows.row_start(some ? row(i) : 0), some);
+    }
+    if (change.weight) lanes.load(w, static_cast<const T*>(change.weight), true);
+#pragma unroll
+    for (int i = 0; i < PACKED; i++) {
+        bool some = row(i) < count;
+        int token = (some ? row(i) : 0) % uint32_t(rows.tokens);
+        if (extents.ragged) {
+            Entry e = extents.find(token, 0, rows.size1, keys);
+            token -= keys ? e.key : e.query;
+        }
+        lanes.apply(v[i], w, change, token, some);
+#pragma unroll
+        for (int p = 0; p < PACKS<T>; p++)
+            if (some && lanes.column(p) < width) store_pack(out + int64_t(row(i)) * width + lanes.column(p), v[i][p]);
+    }
 }
 
 // delta[row] = dot product of the output's row and its gradient. `rows` finds both; a lane group per row.

@@ -15,43 +15,60 @@ __device__ __forceinline__ void mask(float (&scores)[N], int first, const int (&
         if (key + i / 4 * 8 + i % 2 >= limits[i / 2 % 2]) scores[i] = -INFINITY;
 }
 
-struct Softmax {
-    // The largest score, and the sum of the weights that this thread has seen; what the sums before are to be multiplied with.
-    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, before[2];
+// The exponent that a weight may have before the reference follows: 2^8 is nothing to a float, and narrowing rounds relatively.
+constexpr float SLACK = 8.0f;
 
-    // What the weights refer to. With scores of minus infinity alone, any finite number gives weights of 0. It is a rounded product, and
-    // the same wherever it is used: a difference of it to itself in a fused multiply-add would be of its rounding.
-    static __device__ __forceinline__ float reference(float most, float scale) {
-        return most == -INFINITY ? 0.0f : __fmul_rn(most, scale);
-    }
-    // Replaces the scores by weights, 2^(scale (score - largest)).
+struct Softmax {
+    // What the weights of a row refer to, the largest scaled score when it was last set; minus infinity until a key is seen. The sum of
+    // the weights that this thread has seen, and what the sums so far are to be multiplied with.
+    float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, before[2];
+
+    // Scores of minus infinity alone: any finite number gives them weights of 0.
+    static __device__ __forceinline__ float finite(float reference) { return reference == -INFINITY ? 0.0f : reference; }
+
+    // Looks for the largest scores, and sets the reference.
     template <int N>
-    __device__ __forceinline__ void weigh(float (&scores)[N], float scale) {
+    __device__ __forceinline__ void look(const float (&scores)[N], float scale) {
+        // Chains that don't wait for one another. Maxima ignore NaN; the exponentials and with them the sums do not.
+        float largest[8];
+#pragma unroll
+        for (int i = 0; i < N; i++) largest[i % 8] = i < 8 ? scores[i] : fmaxf(largest[i % 8], scores[i]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            // Maxima ignore NaN; the exponentials and with them the sums do not.
-            float largest = -INFINITY;
-#pragma unroll
-            for (int i = 2 * r; i < N; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-            largest = fmaxf(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), most[r]);
-            float to = reference(largest, scale);
-            before[r] = most[r] == -INFINITY ? 0.0f : hopper::exp2_approximate(reference(most[r], scale) - to);
-            most[r] = largest;
-            // Two sums, as one would wait for itself.
-            float here[2] = {0.0f, 0.0f};
-#pragma unroll
-            for (int i = 2 * r; i < N; i += 4)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    scores[i + j] = hopper::exp2_approximate(fmaf(scores[i + j], scale, -to));
-                    here[j] += scores[i + j];
-                }
-            sum[r] = fmaf(sum[r], before[r], here[0] + here[1]);
+            float* chain = largest + 2 * r;
+            float most = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[4], chain[5]));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+            // A rounded product, and the same wherever it is used: a difference of it to itself in a fused multiply-add would be of its
+            // rounding.
+            most = __fmul_rn(most, scale);
+            // Each row decides for itself; where another one of the warp moves, it is multiplied by 1.
+            float from = reference[r];
+            if (most > from + SLACK) reference[r] = most;
+            before[r] = from == -INFINITY ? 0.0f : hopper::exp2_approximate(from - reference[r]);
         }
     }
+    // Replaces the scores, after the look at them, by weights, 2^(scale score - reference).
+    template <int N>
+    __device__ __forceinline__ void weigh(float (&scores)[N], float scale) {
+        // Two sums for a row, as one would wait for itself.
+        float to[2] = {finite(reference[0]), finite(reference[1])}, here[2][2] = {};
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            int r = i / 2 % 2;
+            scores[i] = hopper::exp2_approximate(fmaf(scores[i], scale, -to[r]));
+            here[r][i % 2] += scores[i];
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) sum[r] = fmaf(sum[r], before[r], here[r][0] + here[r][1]);
+    }
+    // Never so, but only the weights tell: a branch on it comes after them.
+    __device__ __forceinline__ bool impossible() const { return fminf(sum[0], sum[1]) < 0.0f; }
+    // Makes the output so far refer to the reference.
     template <int N>
     __device__ __forceinline__ void rescale(float (&sums)[N]) const {
+        // Mostly no reference of the warp's rows has moved.
+        if (!__any_sync(0xffffffffu, before[0] != 1.0f || before[1] != 1.0f)) return;
 #pragma unroll
         for (int i = 0; i < N; i++) sums[i] *= before[i / 2 % 2];
     }
@@ -64,7 +81,7 @@ struct Softmax {
         }
     }
     // The base-2 logarithm of the sum of 2^(scale score).
-    __device__ __forceinline__ float lse(int r, float scale) const { return reference(most[r], scale) + log2f(sum[r]); }
+    __device__ __forceinline__ float lse(int r) const { return finite(reference[r]) + log2f(sum[r]); }
 };
 
 } // namespace warpgroup

@@ -1,7 +1,7 @@
 // The forward pass on Hopper, after FlashAttention-3 (arXiv 2407.08608): tiles by the copy engine (TMA), products of warpgroups (wgmma)
 // with the running softmax between them in registers.
 //
-// A block is a producer, one thread that copies keys and values ahead into two rings, and warpgroups of 64 queries each that share them.
+// A block is a producer, a thread that copies keys and values ahead into two rings and one for queries, and warpgroups of 64 queries each.
 // Warpgroups issue their products in turns (ping-pong): while one takes exponentials, the tensor cores belong to another. Within a
 // warpgroup the scores of the next tile are multiplied under the exponentials of this one, and so are its values (overlap). Blocks stay
 // (persistent) and take tile after tile of queries.
@@ -32,6 +32,8 @@ struct Config {
     static constexpr int LINES = (WIDTH + LINE_CHANNELS - 1) / LINE_CHANNELS, COLUMNS = LINES * LINE_CHANNELS;
     static constexpr int QUERY_BOX = GROUP_ROWS * LINE, KEY_BOX = KEYS * LINE;
     static constexpr int QUERIES = LINES * QUERY_BOX, STAGE = LINES * KEY_BOX;
+    // Steps of the output's product, and how many of them follow the next scores' product at once.
+    static constexpr int VALUE_STEPS = KEYS / 16, AHEAD_STEPS = VALUE_STEPS / 2;
     // Registers of a thread: 64 K divided, in steps of 8.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
     static_assert(registers_suffice(CONSUMERS, PRODUCER_REGISTERS, CONSUMER_REGISTERS), "setmaxnreg would wait for ever");
@@ -41,15 +43,17 @@ struct Config {
 struct Sizes {
     Extents extents;
     Rows out_rows;
-    Axes q, k, v, out;
+    Axes q, k, v;
     Change change;
-    bf16* out_data;
+    bf16* out;
     float* lse;
+    // The tiles of each block, [round][block]: unit * tiles + tile, and `count` behind a block's last; null: all of them, one after the
+    // other. A unit is (batch0, batch1, head).
+    const int* list;
     // log2(e) / sqrt(channels).
     float scale;
-    // (batch0, batch1, head); query heads that share a key head; tiles of queries of the longest entry; units whose tiles are taken
-    // together; tiles in all; does the engine store the output?
-    int units, shared_heads, tiles, chunk, count, engine_stores;
+    // Query heads that share a key head; tiles of queries of the longest entry, and of all if each had as many.
+    int shared_heads, tiles, count;
 };
 
 // Keys that a query sees; those behind the last one see what that does.
@@ -70,39 +74,28 @@ struct Item {
     }
 };
 
-// The tiles of a block, one of each round of the grid; every other round goes backwards, so that where tiles get shorter and shorter
-// nobody gets the longer one each time.
+// The tiles of a block, one after the other; `at`: the place of the present one.
 template <class C>
 struct Items {
     const Sizes& s;
-    int round = -1;
+    int at = blockIdx.x;
 
-    // Chunk by chunk; within, tile by tile, the last first where there are limits, as it sees the most; then unit by unit. It is found
-    // again wherever it is needed: kept, it would take registers of the products.
+    __device__ __forceinline__ int number(int place) const { return s.list ? s.list[place] : place; }
+    // It is found again wherever it is needed: kept, it would take registers of the products.
     __device__ __forceinline__ Item item() const {
-        int now = round;
-        asm volatile("" : "+r"(now));
-        int i = now * gridDim.x + (now % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        int chunk = i / (s.chunk * s.tiles), rest = i - chunk * s.chunk * s.tiles, first = chunk * s.chunk;
-        int size = min(s.chunk, s.units - first), tile = rest / size, unit = first + rest - tile * size;
-        if (s.extents.limits) tile = s.tiles - 1 - tile;
+        int place = at;
+        asm volatile("" : "+r"(place));
+        int now = number(place), unit = now / s.tiles;
         Item item;
         item.index = unit / s.out_rows.heads;
         item.head = unit - item.index * s.out_rows.heads;
         item.entry = s.extents.entry(item.index);
-        item.row = tile * C::ROWS;
+        item.row = (now - unit * s.tiles) * C::ROWS;
         item.most = limit(s.extents, item.entry, item.row + C::ROWS - 1);
         return item;
     }
-    __device__ __forceinline__ bool next() {
-        while ((++round) * int(gridDim.x) < s.count) {
-            // The last round may have none for this block, and an entry shorter than others has fewer.
-            if (round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x) >= unsigned(s.count)) continue;
-            Item i = item();
-            if (i.row < i.entry.queries) return true;
-        }
-        return false;
-    }
+    __device__ __forceinline__ bool more() const { return number(at) < s.count; }
+    __device__ __forceinline__ void next() { at += gridDim.x; }
 };
 
 // A ring's place: a slot, and the parity of the phase in which it is filled and emptied.
@@ -115,14 +108,14 @@ struct Place {
     }
 };
 
-// A ring of tiles with its barriers.
+// Tiles with their barriers: a ring of keys or of values, or the queries of each warpgroup.
 struct Ring {
     unsigned char* tiles;
     uint64_t *full, *empty;
 };
 
 struct Maps {
-    const CUtensorMap &q, &k, &v, &out;
+    const CUtensorMap &q, &k, &v;
 };
 
 template <class C>
@@ -139,35 +132,57 @@ __device__ __forceinline__ void fill(const Ring& ring, Place<C::STAGES>& at, con
 template <class C>
 __device__ __forceinline__ void produce(const Maps& maps, const Sizes& s, const Ring& keys, const Ring& values) {
     Place<C::STAGES> k, v;
-    Items<C> items{s};
-    while (items.next()) {
+    for (Items<C> items{s}; items.more(); items.next()) {
         Item i = items.item();
-        Coordinates key = i.at(s.out_rows.size1, i.entry.key, i.head / s.shared_heads), value = key;
+        // Where the values are; keys are a tile ahead.
+        Coordinates from = i.at(s.out_rows.size1, i.entry.key - C::KEYS, i.head / s.shared_heads);
         int tiles = (i.most + C::KEYS - 1) / C::KEYS;
         for (int j = 0; j <= tiles; j++) {
-            if (j < tiles) fill<C>(keys, k, &maps.k, s.k, key), key.token += C::KEYS;
-            if (j > 0) fill<C>(values, v, &maps.v, s.v, value), value.token += C::KEYS;
+            if (j < tiles) fill<C>(keys, k, &maps.k, s.k, from.ahead(C::KEYS));
+            if (j > 0) fill<C>(values, v, &maps.v, s.v, from);
+            from.token += C::KEYS;
         }
     }
 }
 
-// A warpgroup with its queries, which are also where its output is put together.
+// The queries of one tile after the other, for each warpgroup as soon as it has read those before.
+template <class C>
+__device__ __forceinline__ void produce_queries(const Maps& maps, const Sizes& s, const Ring& queries) {
+    uint32_t parity = 1;
+    for (Items<C> items{s}; items.more(); items.next(), parity ^= 1) {
+        Item i = items.item();
+        for (int group = 0; group < C::CONSUMERS; group++) {
+            Coordinates from = i.at(s.out_rows.size1, i.entry.query + i.row + group * GROUP_ROWS, i.head);
+            barrier_wait(queries.empty + group, parity);
+            barrier_expect(queries.full + group, C::QUERIES);
+            load_rows<C::LINES>(queries.tiles + group * C::QUERIES, &maps.q, queries.full + group, s.q, from, C::QUERY_BOX);
+        }
+    }
+}
+
+// Four neighbouring lanes have 4 bytes each of four packs of 16 bytes; lane number i of them gets pack i.
+__device__ __forceinline__ uint4 own_pack(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    bool odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
+    uint32_t ab = __shfl_xor_sync(0xffffffffu, odd ? a : b, 1), cd = __shfl_xor_sync(0xffffffffu, odd ? c : d, 1);
+    // Halves of the packs 0 + odd and 2 + odd.
+    uint2 low = odd ? uint2{ab, b} : uint2{a, ab}, high = odd ? uint2{cd, d} : uint2{c, cd};
+    uint32_t x = __shfl_xor_sync(0xffffffffu, upper ? low.x : high.x, 2), y = __shfl_xor_sync(0xffffffffu, upper ? low.y : high.y, 2);
+    return upper ? uint4{x, y, high.x, high.y} : uint4{low.x, low.y, x, y};
+}
+
+// A warpgroup.
 template <class C>
 struct Consumer {
-    const Maps& maps;
     const Sizes& s;
-    Ring keys, values;
-    unsigned char* queries;
-    uint64_t* arrived;
+    Ring queries, keys, values;
     int group;
     Place<C::STAGES> k, v;
     // Scores of a tile, then their weights; weights narrowed; the output.
     float scores[C::KEYS / 2], sums[C::COLUMNS / 2];
     uint32_t weights[C::KEYS / 16][4];
 
-    __device__ __forceinline__ Consumer(const Maps& maps, const Sizes& s, Ring keys, Ring values, unsigned char* queries, uint64_t* arrived,
-                                        int group)
-        : maps(maps), s(s), keys(keys), values(values), queries(queries), arrived(arrived), group(group) {}
+    __device__ __forceinline__ Consumer(const Sizes& s, Ring queries, Ring keys, Ring values, int group)
+        : s(s), queries(queries), keys(keys), values(values), group(group) {}
 
     __device__ __forceinline__ int thread() const { return threadIdx.x % GROUP_THREADS; }
     __device__ __forceinline__ bool leader() const { return thread() == 0; }
@@ -185,31 +200,26 @@ struct Consumer {
         at.next();
     }
 
-    __device__ __forceinline__ Coordinates queries_of(const Item& item) const {
-        return item.at(s.out_rows.size1, item.entry.query + item.row + group * GROUP_ROWS, item.head);
-    }
-    __device__ __forceinline__ void load_queries(const Items<C>& items) const {
-        if (!leader()) return;
-        Item item = items.item();
-        barrier_expect(arrived, C::QUERIES);
-        load_rows<C::LINES>(queries, &maps.q, arrived, s.q, queries_of(item), C::QUERY_BOX);
+    __device__ __forceinline__ unsigned char* own_queries() const { return queries.tiles + group * C::QUERIES; }
+    // After the last product of scores, so that the next ones come under the last weights and the output.
+    __device__ __forceinline__ void release_queries() const {
+        if (leader()) barrier_arrive(queries.empty + group);
     }
 
     __device__ __forceinline__ void await_keys() const { barrier_wait(keys.full + k.slot, k.parity); }
     // scores = Q K^T of keys that are there, issued.
     __device__ __forceinline__ void multiply_keys() {
-        uint64_t q = descriptor(queries, 16, 8 * LINE), tile = descriptor(keys.tiles + k.slot * C::STAGE, 16, 8 * LINE);
+        uint64_t q = descriptor(own_queries(), 16, 8 * LINE), tile = descriptor(keys.tiles + k.slot * C::STAGE, 16, 8 * LINE);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < C::WIDTH / 16; i++)
-            wgmma<C::KEYS, true, true>(scores, q + ((i / 4 * C::QUERY_BOX + i % 4 * 32) >> 4),
-                                       tile + ((i / 4 * C::KEY_BOX + i % 4 * 32) >> 4),
+            wgmma<C::KEYS, true, true>(scores, advance(q, i / 4 * C::QUERY_BOX + i % 4 * 32), advance(tile, i / 4 * C::KEY_BOX + i % 4 * 32),
                                        i > 0);
         wgmma_commit();
     }
-    // sums += P V, issued; sums = P V where not `add`. `keep`: rows of the tile that are anybody's; the others count as zeros, whatever
-    // they hold.
-    __device__ __forceinline__ void multiply_values(bool add, int keep) {
+    // Waits for a tile of values; its descriptor. `keep`: rows of the tile that are anybody's; the others count as zeros, whatever they
+    // hold.
+    __device__ __forceinline__ uint64_t await_values(int keep) {
         barrier_wait(values.full + v.slot, v.parity);
         unsigned char* from = values.tiles + v.slot * C::STAGE;
         if (keep < C::KEYS) {
@@ -220,10 +230,18 @@ struct Consumer {
             fence_async();
             together();
         }
-        uint64_t tile = descriptor(from, C::KEY_BOX, 8 * LINE);
+        return descriptor(from, C::KEY_BOX, 8 * LINE);
+    }
+    // Of sums += P V the step `i`, sums = P V where not `add`.
+    __device__ __forceinline__ void value_step(uint64_t tile, int i, bool add) {
+        wgmma<C::COLUMNS, false>(sums, weights[i], advance(tile, i * 16 * LINE), add || i > 0);
+    }
+    // All of it, issued.
+    __device__ __forceinline__ void multiply_values(bool add, int keep) {
+        uint64_t tile = await_values(keep);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < C::KEYS / 16; i++) wgmma<C::COLUMNS, false>(sums, weights[i], tile + (i * 16 * LINE >> 4), add || i > 0);
+        for (int i = 0; i < C::VALUE_STEPS; i++) value_step(tile, i, add);
         wgmma_commit();
     }
     __device__ __forceinline__ void narrow_weights() {
@@ -239,9 +257,9 @@ struct Consumer {
         int limits[2] = {limit(s.extents, item.entry, row), limit(s.extents, item.entry, row + 8)};
         // Tiles that every row sees whole are not masked.
         int most = item.most, tiles = (most + C::KEYS - 1) / C::KEYS, whole = limit(s.extents, item.entry, first) / C::KEYS;
-        auto weigh = [&](int j) {
+        auto look = [&](int j) {
             if (j >= whole) mask(scores, j * C::KEYS, limits);
-            softmax.weigh(scores, s.scale);
+            softmax.look(scores, s.scale);
         };
         if (C::OVERLAP) {
             await_keys();
@@ -249,21 +267,36 @@ struct Consumer {
             wgmma_wait<0>();
             wgmma_hold(scores);
             release(keys, k);
-            weigh(0);
+            if (tiles == 1) release_queries();
+            look(0);
+            softmax.weigh(scores, s.scale);
             if (tiles > 1) await_keys();
             narrow_weights();
             for (int j = 1; j < tiles; j++) {
                 take_turn();
                 multiply_keys();
-                multiply_values(j > 1, C::KEYS);
-                pass_turn();
+                uint64_t tile = await_values(C::KEYS);
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < C::AHEAD_STEPS; i++) value_step(tile, i, j > 1);
+                wgmma_commit();
                 wgmma_wait<1>();
                 wgmma_hold(scores);
                 release(keys, k);
-                weigh(j);
-                // The next keys are waited for here, since this keeps the assembler from moving the exponentials behind the wait
-                // for the product that they are to run beside.
-                if (j + 1 < tiles) await_keys();
+                if (j + 1 == tiles) release_queries();
+                // A warp can't issue a product with weights from registers until the tensor cores are nearly there, so the largest
+                // scores are looked for meanwhile.
+                if (j < whole) softmax.look(scores, s.scale);
+                wgmma_fence();
+#pragma unroll
+                for (int i = C::AHEAD_STEPS; i < C::VALUE_STEPS; i++) value_step(tile, i, true);
+                wgmma_commit();
+                pass_turn();
+                if (j >= whole) look(j);
+                softmax.weigh(scores, s.scale);
+                // The next keys are waited for here, and as if that depended on the weights: this keeps the assembler from moving the
+                // exponentials behind the wait for the product that they are to run beside.
+                if (j + 1 < tiles || softmax.impossible()) await_keys();
                 wgmma_wait<0>();
                 wgmma_hold(sums);
                 release(values, v);
@@ -283,7 +316,9 @@ struct Consumer {
                 wgmma_hold(scores);
                 pass_turn();
                 release(keys, k);
-                weigh(j);
+                if (j + 1 == tiles) release_queries();
+                look(j);
+                softmax.weigh(scores, s.scale);
                 if (j > 0) softmax.rescale(sums);
                 narrow_weights();
                 multiply_values(j > 0, most - j * C::KEYS);
@@ -294,70 +329,51 @@ struct Consumer {
         }
     }
 
-    // The output's rows through shared memory; where the engine can't leave out what is not this entry's, a thread stores 16 bytes.
+    // A row of 8 channels of four lanes each goes out as packs of 16 bytes.
     __device__ __forceinline__ void store(const Item& item, Softmax& softmax) {
-        int first = item.row + group * GROUP_ROWS, line = thread() / WARP * 16 + threadIdx.x % WARP / 4;
         const Rows& rows = s.out_rows;
         softmax.finish();
-        // All warps have read the queries.
-        together();
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            int row = line + 8 * r;
+            int row = item.row + group * GROUP_ROWS + thread() / WARP * 16 + threadIdx.x % WARP / 4 + 8 * r;
             // Where no key is seen there are no sums.
             float inverse = 1.0f / softmax.sum[r];
+            auto word = [&](int chunk) {
+                return item.most > 0 ? narrow(sums[4 * chunk + 2 * r] * inverse, sums[4 * chunk + 2 * r + 1] * inverse) : 0;
+            };
+            bf16* to = s.out + rows.start(item.index, item.head) + (item.entry.query + row) * rows.token;
 #pragma unroll
-            for (int j = 0; j < C::WIDTH / 8; j++)
-                *reinterpret_cast<uint32_t*>(queries + chunk_place(row, j, C::QUERY_BOX) + threadIdx.x % 4 * 4) =
-                    item.most > 0 ? narrow(sums[4 * j + 2 * r] * inverse, sums[4 * j + 2 * r + 1] * inverse) : 0;
-            if (threadIdx.x % 4 == 0 && first + row < item.entry.queries)
-                s.lse[rows.number(s.extents, item.index, item.head, item.entry.query + first + row)] = softmax.lse(r, s.scale);
-        }
-        bool by_engine = s.engine_stores && (first + GROUP_ROWS <= item.entry.queries || item.entry.queries == rows.tokens);
-        if (by_engine) fence_async();
-        together();
-        if (by_engine) {
-            if (!leader()) return;
-            if (first < item.entry.queries) store_rows<C::LINES>(&maps.out, queries, s.out, queries_of(item), C::QUERY_BOX);
-            store_commit();
-            store_wait_read<0>();
-        } else {
-            bf16* out = s.out_data + rows.start(item.index, item.head);
-            for (int i = thread(); i < GROUP_ROWS * (C::WIDTH / 8); i += GROUP_THREADS) {
-                int row = i / (C::WIDTH / 8), chunk = i % (C::WIDTH / 8), there = min(rows.channels - 8 * chunk, 8);
-                if (first + row >= item.entry.queries || there <= 0) continue;
-                float x[8];
-                widen(*reinterpret_cast<const uint4*>(queries + chunk_place(row, chunk, C::QUERY_BOX)), x);
-                ::store(out + int64_t(item.entry.query + first + row) * rows.token + 8 * chunk, x, there);
+            for (int j = 0; j < C::WIDTH / 8; j += 4) {
+                uint4 pack = own_pack(word(j), word(j + 1), word(j + 2), word(j + 3));
+                int channel = 8 * (j + threadIdx.x % 4), there = min(rows.channels - channel, 8);
+                if (row < item.entry.queries && there > 0) store_bits(to + channel, pack, there);
             }
-            together();
+            if (threadIdx.x % 4 == 0 && row < item.entry.queries)
+                s.lse[rows.number(s.extents, item.index, item.head, item.entry.query + row)] = softmax.lse(r);
         }
     }
 
     __device__ __forceinline__ void run() {
-        Items<C> items{s};
-        bool more = items.next();
-        if (more) load_queries(items);
         // The first turn is the first warpgroup's.
         if (group == C::CONSUMERS - 1) pass_turn();
-        for (uint32_t parity = 0; more; parity ^= 1) {
+        uint32_t parity = 0;
+        for (Items<C> items{s}; items.more(); items.next(), parity ^= 1) {
             Softmax softmax;
-            barrier_wait(arrived, parity);
+            barrier_wait(queries.full + group, parity);
             Item item = items.item();
             if (s.change.weight || s.change.cos) {
-                change_queries<C::WIDTH, C::QUERY_BOX>(queries, s.change, s.out_rows.channels, item.row + group * GROUP_ROWS,
+                change_queries<C::WIDTH, C::QUERY_BOX>(own_queries(), s.change, s.out_rows.channels, item.row + group * GROUP_ROWS,
                                                        item.entry.queries);
                 fence_async();
                 together();
             }
-            if (item.most > 0) attend(item, softmax);
+            if (item.most > 0)
+                attend(item, softmax);
+            else
+                release_queries();
             store(items.item(), softmax);
-            more = items.next();
-            if (more) load_queries(items);
         }
         if (group == 0) take_turn();
-        // Shared memory stays until the engine has read it, and so does the device's until it has written it.
-        if (leader()) store_wait<0>();
     }
 };
 
@@ -368,7 +384,8 @@ __device__ __forceinline__ void forward(const Maps& maps, const Sizes& s) {
     unsigned char *keys = queries + C::CONSUMERS * C::QUERIES, *values = keys + C::STAGES * C::STAGE;
     uint64_t* words = reinterpret_cast<uint64_t*>(values + C::STAGES * C::STAGE);
     Ring k = {keys, words, words + C::STAGES}, v = {values, words + 2 * C::STAGES, words + 3 * C::STAGES};
-    uint64_t* arrived = words + 4 * C::STAGES;
+    words += 4 * C::STAGES;
+    Ring q = {queries, words, words + C::CONSUMERS};
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < C::STAGES; i++) {
@@ -376,7 +393,7 @@ __device__ __forceinline__ void forward(const Maps& maps, const Sizes& s) {
             barrier_init(k.empty + i, C::CONSUMERS), barrier_init(v.empty + i, C::CONSUMERS);
         }
 #pragma unroll
-        for (int i = 0; i < C::CONSUMERS; i++) barrier_init(arrived + i, 1);
+        for (int i = 0; i < C::CONSUMERS; i++) barrier_init(q.full + i, 1), barrier_init(q.empty + i, 1);
         barrier_init_fence();
     }
     __syncthreads();
@@ -385,11 +402,15 @@ __device__ __forceinline__ void forward(const Maps& maps, const Sizes& s) {
         if (threadIdx.x == 0) {
             prefetch(&maps.k), prefetch(&maps.v);
             produce<C>(maps, s, k, v);
+        } else if (threadIdx.x == WARP) {
+            prefetch(&maps.q);
+            produce_queries<C>(maps, s, q);
         }
     } else {
         more_registers<C::CONSUMER_REGISTERS>();
-        int group = int(threadIdx.x) / GROUP_THREADS - 1;
-        Consumer<C>(maps, s, k, v, queries + group * C::QUERIES, arrived + group, group).run();
+        // The same for all threads of a warp: what follows from it, descriptors above all, may be in uniform registers.
+        int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / GROUP_THREADS - 1, 0);
+        Consumer<C>(s, q, k, v, group).run();
     }
 }
 

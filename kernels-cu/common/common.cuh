@@ -86,6 +86,17 @@ template <class T> __device__ __forceinline__ void store(T* p, const float (&v)[
     }
 }
 
+// Stores the first `count` of 8 neighbours, which may start anywhere, by their bits.
+__device__ __forceinline__ void store_bits(bf16* p, const uint4& bits, int count) {
+    if (whole(p, count)) {
+        *reinterpret_cast<uint4*>(p) = bits;
+    } else {
+        float v[8];
+        widen(bits, v);
+        store(p, v, count);
+    }
+}
+
 // The bits of the first `count` of 8 neighbours, which may start anywhere; zeros for the others.
 __device__ __forceinline__ uint4 pack_bits(const bf16* p, int count) {
     const uint16_t* from = reinterpret_cast<const uint16_t*>(p);

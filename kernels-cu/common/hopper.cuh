@@ -8,6 +8,8 @@
 // swizzle: the 16-byte chunk c of line i lies where chunk c ^ (i % 8) would. They start at multiples of 1024 bytes.
 #pragma once
 
+#include <stdint.h>
+
 namespace hopper {
 
 // A block gets no more registers than it starts with, all threads the same, in steps of 8. Do they suffice for a producer with `few` a
@@ -17,6 +19,12 @@ constexpr bool registers_suffice(int consumers, int few, int more) {
     return few + consumers * more <= warpgroups * at_start;
 }
 
+/// A side's descriptor `bytes` further on, a multiple of 16. The address is in the lower half, and no carry leaves it: the upper half stays
+/// in its register for all steps of a product.
+static __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & 0xffffffff00000000ull) | (uint32_t(descriptor) + (bytes >> 4));
+}
+
 } // namespace hopper
 
 #ifdef HYWU_EMULATOR
@@ -24,7 +32,6 @@ constexpr bool registers_suffice(int consumers, int few, int more) {
 #else
 
 #include <cuda.h>
-#include <stdint.h>
 
 // Is this a compilation for a device that has these?
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

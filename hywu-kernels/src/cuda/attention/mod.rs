@@ -2,6 +2,7 @@
 
 mod backward;
 mod boxes;
+mod schedule;
 mod short;
 mod warpgroup;
 mod warpgroup_backward;
@@ -17,6 +18,8 @@ use hywu_core::Dtype;
 use std::f32::consts::LOG2_E;
 
 const OP: &str = "attention";
+/// Rows that a group of lanes packs, as in rows.cuh.
+const PACKED: usize = 4;
 /// Rows of a warp, and its threads.
 const WARP_ROWS: usize = 16;
 const WARP: usize = 32;
@@ -209,7 +212,7 @@ impl<'a> Operand<'a> {
         let call = Call::new(OP, "attention_pack", self.data)?.tensor(self.data)?.bytes(&self.rows.bytes()?);
         let call = call.bytes(&self.change()).bytes(&tables.bytes()?).size(usize::from(self.keys))?;
         call.tensor(&data)?.size(width)?.size(count)?.launch(
-            row_grid(count, row_groups(width, self.data.dtype()))?,
+            row_grid(count, PACKED * row_groups(width, self.data.dtype()))?,
             BLOCK,
             0,
         )?;

@@ -3,20 +3,18 @@
 use super::{
     OP, Operand, Operands, Rows, Source, Tables,
     boxes::{LINE_CHANNELS, Map},
-    entries, integers, score_factor, width,
+    entries, integers, schedule, score_factor, width,
 };
 use crate::{
     Error, Result, Tensor,
-    cuda::{Call, blocks, call::on_gpu, hopper},
-    ops::attention::{Attention, Forward},
+    cuda::{Call, Words, blocks, call::on_gpu, hopper},
+    ops::attention::{Attention, Forward, LADDER},
 };
 use hywu_core::Dtype;
 
 /// Queries of a warpgroup, and threads.
 const GROUP_ROWS: usize = 64;
 const GROUP_THREADS: usize = 128;
-/// Bytes of keys and values that stay in the second-level cache (50 MB, half of it near a multiprocessor) while others come and go.
-const CACHED: usize = 16 << 20;
 
 /// A kernel and its grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,21 +29,14 @@ struct Plan {
     stages: usize,
     /// Tiles of queries of an entry.
     tiles: usize,
-    /// Units (batch0, batch1, head) whose tiles are taken together.
-    chunk: usize,
     blocks: usize,
 }
 
 impl Plan {
-    /// For `units` of at most `queries` and `keys`; `limited`: do queries see different keys?
-    fn new(
-        head_dim: usize,
-        limited: bool,
-        units: usize,
-        [queries, keys]: [usize; 2],
-        multiprocessors: usize,
-    ) -> Self {
-        let (width, tile, consumers, stages) = match (head_dim, limited) {
+    /// For `units` (batch0, batch1, head) of at most `queries`; `narrow`: with tiles of 128 keys, because queries see different keys, or
+    /// there are no more.
+    fn new(head_dim: usize, narrow: bool, units: usize, queries: usize, multiprocessors: usize) -> Self {
+        let (width, tile, consumers, stages) = match (head_dim, narrow) {
             (..=64, _) => (64, 128, 3, 4),
             (..=96, true) => (96, 128, 2, 3),
             (..=96, false) => (96, 176, 2, 2),
@@ -53,18 +44,16 @@ impl Plan {
             (_, false) => (128, 176, 2, 2),
         };
         let tiles = queries.div_ceil(consumers * GROUP_ROWS);
-        // Where tiles differ, the longest come first, of as many units as the cache holds; else one unit after the other.
-        let unit_bytes = 4 * width * keys;
-        let chunk = if limited { (CACHED / unit_bytes.max(1)).clamp(1, units.max(1)) } else { 1 };
         let blocks = units.saturating_mul(tiles).min(multiprocessors);
-        Self { width, keys: tile, consumers, stages, tiles, chunk, blocks }
+        Self { width, keys: tile, consumers, stages, tiles, blocks }
     }
-    /// Steps 2 to 5 of the ladder, for 128 channels and queries that all see the same keys.
-    fn of_step(step: usize, units: usize, sizes: [usize; 2], multiprocessors: usize) -> (Self, String) {
-        let plan = Self::new(128, false, units, sizes, multiprocessors);
+    /// Steps from 2 on of the ladder, for 128 channels and queries that all see the same keys.
+    fn of_step(step: usize, units: usize, queries: usize, multiprocessors: usize) -> (Self, String) {
+        let plan = Self::new(128, false, units, queries, multiprocessors);
         match step {
             2..=4 => (Self { keys: 128, ..plan }, format!("attention_ladder_{step}")),
-            _ => (plan, plan.name()),
+            5 => (plan, plan.name()),
+            _ => (plan, format!("attention_ladder_{step}")),
         }
     }
     fn name(self) -> String {
@@ -77,7 +66,7 @@ impl Plan {
     fn shared(self) -> usize {
         let row = 2 * self.width.next_multiple_of(LINE_CHANNELS);
         let rows = self.consumers * GROUP_ROWS + 2 * self.stages * self.keys;
-        rows * row + 8 * (4 * self.stages + self.consumers) + 1024
+        rows * row + 8 * (4 * self.stages + 2 * self.consumers) + 1024
     }
 }
 
@@ -110,14 +99,19 @@ pub(super) fn mapped(
     Ok((source, map))
 }
 
+/// Are tiles of 128 keys better? Where entries are ragged the longest must not decide for the others, as with other tiles a row has other
+/// bits.
+fn narrow(args: &Attention) -> bool {
+    args.causal.is_some() || (args.ragged.is_none() && args.keys <= 128)
+}
+
 /// The forward pass of arguments that fit.
 ///
 /// # Errors
 /// Sizes beyond 2^31, those of the device.
 pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
-    let extents = &operands.tables.extents;
-    let (units, sizes, multiprocessors) = sizes(args, operands)?;
-    let plan = Plan::new(args.head_dim, !extents.limits.is_empty(), units, sizes, multiprocessors);
+    let (units, queries, multiprocessors) = sizes(args, operands)?;
+    let plan = Plan::new(args.head_dim, narrow(args), units, queries, multiprocessors);
     launch(args, operands, plan, &plan.name())
 }
 
@@ -127,21 +121,20 @@ pub(super) fn forward(args: &Attention, operands: &Operands<'_>) -> Result<Forwa
 /// As [`forward`]; no such step, or a device or dtype that does not have it.
 pub(super) fn step(step: usize, args: &Attention, operands: &Operands<'_>) -> Result<Forward> {
     let there = hopper::there(on_gpu(OP, operands.q.data)?.gpu());
-    if !(2..=5).contains(&step) || operands.q.data.dtype() != Dtype::Bf16 || !there {
-        let text = format!("step {step} of the ladder: there are 5, for bf16 on compute capability 9.0");
+    if !(2..=LADDER.len()).contains(&step) || operands.q.data.dtype() != Dtype::Bf16 || !there {
+        let all = LADDER.len();
+        let text = format!("step {step} of the ladder: there are {all}, for bf16 on compute capability 9.0");
         return Err(Error::invalid(OP, text));
     }
-    let (units, sizes, multiprocessors) = sizes(args, operands)?;
-    let (plan, kernel) = Plan::of_step(step, units, sizes, multiprocessors);
+    let (units, queries, multiprocessors) = sizes(args, operands)?;
+    let (plan, kernel) = Plan::of_step(step, units, queries, multiprocessors);
     launch(args, operands, plan, &kernel)
 }
 
-/// Units, most queries and keys of an entry, multiprocessors.
-fn sizes(args: &Attention, operands: &Operands<'_>) -> Result<(usize, [usize; 2], usize)> {
-    let extents = &operands.tables.extents;
+/// Units, most queries of an entry, multiprocessors.
+fn sizes(args: &Attention, operands: &Operands<'_>) -> Result<(usize, usize, usize)> {
     let multiprocessors = on_gpu(OP, operands.q.data)?.gpu().properties().multiprocessors as usize;
-    let most = [extents.most_queries(), extents.most_keys()];
-    Ok((entries(args) * args.heads, most, multiprocessors))
+    Ok((entries(args) * args.heads, operands.tables.extents.most_queries(), multiprocessors))
 }
 
 fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -> Result<Forward> {
@@ -156,33 +149,30 @@ fn launch(args: &Attention, operands: &Operands<'_>, plan: Plan, kernel: &str) -
     let (_q, q_map) = mapped(&plain, args, tables, GROUP_ROWS)?;
     let (_k, k_map) = mapped(k, args, tables, plan.keys)?;
     let (_v, v_map) = mapped(v, args, tables, plan.keys)?;
-    let out_rows = Rows::of_queries(args, &args.out);
-    let out_map = Map::new(args, &out, &out_rows, GROUP_ROWS)?;
+    let count = units * plan.tiles;
+    let tiles = schedule::Tiles {
+        rows: plan.consumers * GROUP_ROWS,
+        keys: plan.keys,
+        row_bytes: 4 * plan.width,
+        of_unit: plan.tiles,
+    };
+    let list = schedule::schedule(&tables.extents, entries(args), args.heads, &tiles, plan.blocks);
+    let list = list.map(|list| Words::sizes(q.data, &list)).transpose()?;
 
     let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
     let mut sizes = tables.bytes()?;
-    sizes.extend(out_rows.bytes()?);
-    // Any boxes will do for what is not used.
-    let out_boxes = out_map.as_ref().unwrap_or(&q_map);
-    for map in [&q_map, &k_map, &v_map, out_boxes] {
+    sizes.extend(Rows::of_queries(args, &args.out).bytes()?);
+    for map in [&q_map, &k_map, &v_map] {
         sizes.extend(map.bytes());
     }
     sizes.extend(q.change());
     sizes.extend(address(&out)?);
     sizes.extend(address(&lse)?);
+    sizes.extend(list.as_ref().map_or(0, Words::address).to_le_bytes());
     sizes.extend(score_factor(args.head_dim).to_le_bytes());
-    sizes.extend(integers(&[
-        units,
-        args.heads / args.kv_heads,
-        plan.tiles,
-        plan.chunk,
-        units * plan.tiles,
-        usize::from(out_map.is_some()),
-    ])?);
-    // A struct's size is a multiple of 8.
-    sizes.resize(sizes.len().next_multiple_of(8), 0);
+    sizes.extend(integers(&[args.heads / args.kv_heads, plan.tiles, count])?);
     let mut call = Call::named(OP, kernel, &out)?;
-    for map in [&q_map, &k_map, &v_map, out_boxes] {
+    for map in [&q_map, &k_map, &v_map] {
         call = call.boxes(&map.boxes)?;
     }
     call.bytes(&sizes).launch([blocks(plan.blocks, 1)?, 1, 1], plan.threads(), plan.shared())?;
@@ -220,7 +210,7 @@ mod tests {
         }
     }
 
-    /// By grids from one block to one for each tile, in chunks of one unit and of all, and by the ladder where it applies.
+    /// By grids from one block to one for each tile, and by the ladder where it applies.
     fn run(args: &Attention, device: Device) -> Result<()> {
         let operand = |seed, tokens, heads| {
             let x = testing::random(seed, &[tokens, heads * args.head_dim]);
@@ -231,11 +221,11 @@ mod tests {
         assert!(fits(args, &q)?);
         let operands = Operands::new(args, [&q, &k, &v], None)?;
         let limited = args.causal.is_some();
-        let (units, most, multiprocessors) = sizes(args, &operands)?;
-        let plan = Plan::new(args.head_dim, limited, units, most, multiprocessors);
+        let (units, queries, multiprocessors) = sizes(args, &operands)?;
+        let plan = Plan::new(args.head_dim, narrow(args), units, queries, multiprocessors);
         let mut results = Vec::new();
-        for (blocks, chunk) in [(1, 1), (3, 2), (4, units), (units * plan.tiles, 1)] {
-            let plan = Plan { blocks, chunk, ..plan };
+        for blocks in [1, 3, 4, units * plan.tiles] {
+            let plan = Plan { blocks, ..plan };
             results.push(launch(args, &operands, plan, &plan.name())?);
         }
         for result in &results[1..] {
@@ -243,7 +233,7 @@ mod tests {
             testing::assert_same_bits(&[result.lse.to_host()?], &[results[0].lse.to_host()?], "sums");
         }
         if !limited && args.head_dim == 128 {
-            for step in 1..=5 {
+            for step in 1..=LADDER.len() {
                 results.push(super::super::ladder_step(step, args, [&q, &k, &v])?);
             }
         }
@@ -268,6 +258,7 @@ mod tests {
             (96, [300, 900], None),
             (80, [300, 300], causal(vec![])),
             (128, [400, 1000], None),
+            (128, [130, 77], None),
             (128, [520, 800], causal(vec![200..333, 500..501])),
         ] {
             let args = Attention { causal, ..dense(sizes[0], sizes[1], 4, head_dim) };
@@ -279,28 +270,21 @@ mod tests {
     fn shared_memory_is_what_a_block_may_have() {
         for head_dim in (2..=128).step_by(2) {
             for limited in [false, true] {
-                let plan = Plan::new(head_dim, limited, 16, [4096; 2], 132);
+                let plan = Plan::new(head_dim, limited, 16, 4096, 132);
                 assert!(plan.shared() <= 227 << 10, "{plan:?}");
                 assert!(plan.width >= head_dim && plan.keys.is_multiple_of(16));
             }
         }
-        let plan = Plan::new(128, false, 16, [4096; 2], 132);
+        let plan = Plan::new(128, false, 16, 4096, 132);
         assert_eq!((plan.name().as_str(), plan.threads()), ("warpgroup_128_176", 384));
-        assert_eq!(plan.shared(), 32 * 1024 + 4 * 176 * 256 + 80 + 1024);
+        assert_eq!(plan.shared(), 32 * 1024 + 4 * 176 * 256 + 96 + 1024);
     }
 
     #[test]
     fn blocks_stay_where_there_are_more_tiles() {
-        let plan = |units, queries| Plan::new(128, false, units, [queries, 4096], 132);
+        let plan = |units, queries| Plan::new(128, false, units, queries, 132);
         assert_eq!((plan(16, 4096).tiles, plan(16, 4096).blocks), (32, 132));
         assert_eq!((plan(1, 129).tiles, plan(1, 129).blocks), (2, 2));
         assert_eq!(plan(3, 1).blocks, 3);
-    }
-
-    #[test]
-    fn tiles_of_different_lengths_are_taken_by_chunks_of_units() {
-        let chunk = |units, keys| Plan::new(128, true, units, [keys; 2], 132).chunk;
-        assert_eq!([chunk(64, 4096), chunk(64, 32768), chunk(3, 1024), chunk(64, 1 << 20)], [8, 1, 3, 1]);
-        assert_eq!(Plan::new(128, false, 64, [4096; 2], 132).chunk, 1);
     }
 }

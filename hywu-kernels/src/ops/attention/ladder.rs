@@ -4,9 +4,9 @@ use super::{Attention, Forward, OP};
 use crate::{Error, Result, Tensor, cuda};
 
 /// The steps, from the first on.
-pub const LADDER: [&str; 5] = ["mma", "wgmma", "ping_pong", "overlap", "wide"];
+pub const LADDER: [&str; 6] = ["mma", "wgmma", "ping_pong", "overlap", "wide", "no_turns"];
 
-/// [`forward`](super::forward) by step `step` (1 to 5): bf16 on a CUDA device, heads of 128 channels, no mask; from step 2 on it takes
+/// [`forward`](super::forward) by step `step` (1 to 6): bf16 on a CUDA device, heads of 128 channels, no mask; from step 2 on it takes
 /// compute capability 9.0.
 ///
 /// # Errors
