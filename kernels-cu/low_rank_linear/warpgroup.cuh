@@ -26,14 +26,18 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(registers_suffice(CONSUMERS, PRODUCER_REGISTERS, CONSUMER_REGISTERS), "setmaxnreg would wait for ever");
 constexpr int GROUP_ROWS = 2048;  // rows of tiles that are taken together, for the second-level cache's sake
 
-// What a launch is about, as the launcher builds it (no padding).
+// What a launch is about, as the launcher builds it (padding at the end alone).
 struct Sizes {
     Rows rows;
     const bf16* bias;
     bf16* out;
-    // Columns, k of A B and of S B2; `parts`: equal parts of the columns, each with ranks of its own in S.
-    int n, k, ranks, parts;
+    // Columns, k of A B and of S B2, ranks of a part; `parts`: equal parts of the columns, each with ranks of its own in S.
+    int n, k, k2, ranks, parts;
 };
+
+// Where a part's boxes of S start: at its first rank, or up to 7 before it, as the copy engine wants multiples of 16 bytes. B2 has zeros
+// for what comes before (see place_ranks).
+__device__ __forceinline__ int first_of_s(const Sizes& s, int part) { return part * s.ranks / PACK<bf16> * PACK<bf16>; }
 
 // What fits beside the stores, the barriers and the alignment.
 template <int N>
@@ -137,9 +141,9 @@ __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap&
             Segment g = segment(s.rows, j);
             // The band beside the instance where this block has none of its rows.
             int low = g.low + min(max(t.row - g.row, -BAND), g.rows);
-            for (int k = 0; k < s.ranks; k += DEPTH, at.next()) {
+            for (int k = 0; k < s.k2; k += DEPTH, at.next()) {
                 unsigned char* to = stage();
-                fill<C>(to, bars.full + at.slot, &a2, &b2, t.part * s.ranks + k, low, k, t.column, g.adapter, rank);
+                fill<C>(to, bars.full + at.slot, &a2, &b2, first_of_s(s, t.part) + k, low, k, t.column, g.adapter, rank);
             }
         }
     }
@@ -256,10 +260,10 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
         };
         sum(Steps<4>(), (s.k + DEPTH - 1) / DEPTH, false);
         // The tables may know of adapters where the product has none.
-        int adapters = s.ranks > 0 ? t.rows.last - t.rows.first : 0;
-        if (s.ranks <= 16) sum(Steps<1>(), adapters, true);
-        else if (s.ranks <= 32) sum(Steps<2>(), adapters, true);
-        else sum(Steps<4>(), adapters * ((s.ranks + DEPTH - 1) / DEPTH), true);
+        int adapters = s.k2 > 0 ? t.rows.last - t.rows.first : 0;
+        if (s.k2 <= 16) sum(Steps<1>(), adapters, true);
+        else if (s.k2 <= 32) sum(Steps<2>(), adapters, true);
+        else sum(Steps<4>(), adapters * ((s.k2 + DEPTH - 1) / DEPTH), true);
         wgmma_wait<0>();
         if (C::STAGES > 1) release(used);
         const bf16* bias = s.bias ? s.bias + int64_t(t.rows.weight) * s.n : nullptr;
@@ -302,7 +306,7 @@ __device__ __forceinline__ void product(const CUtensorMap& a, const CUtensorMap&
         fewer_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             prefetch(&a), prefetch(&b);
-            if (s.ranks) prefetch(&a2), prefetch(&b2);
+            if (s.k2) prefetch(&a2), prefetch(&b2);
             produce<C>(a, b, a2, b2, s, stages, bars, first, step, tiles, rank);
         }
         __syncwarp();

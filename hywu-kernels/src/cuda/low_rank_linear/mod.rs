@@ -203,14 +203,10 @@ pub fn expand_gradient(
         bias: None,
         segments,
     };
-    let fits = on_hopper.fits()?;
-    // Two terms are one product on Hopper, two by cuBLASLt.
-    let using = if fits && low_rank.is_some() { Use::Everywhere } else { Use::Gradients };
-    match product.by_blas(using, matrices(weight.shape()), shape)? {
-        Some(out) => Ok(out),
-        None if fits => on_hopper.run(shape),
-        None => product.run(shape),
+    if let Some(out) = product.by_blas(Use::Gradients, matrices(weight.shape()), shape)? {
+        return Ok(out);
     }
+    if on_hopper.fits()? { on_hopper.run(shape) } else { product.run(shape) }
 }
 
 pub fn weight_gradient(

@@ -149,6 +149,35 @@ pub(super) struct LowRank<'a> {
     pub parts: usize,
 }
 
+impl LowRank<'_> {
+    /// Zeros before the ranks of a part in its box of S, which starts at a whole pack.
+    fn before(&self, part: usize) -> usize {
+        part * self.ranks % pack(Dtype::Bf16)
+    }
+
+    /// k of S B2: what the part that needs most has before its ranks, and these.
+    fn depth(&self) -> usize {
+        (0..self.parts).map(|part| self.before(part) + self.ranks).max().unwrap_or(0)
+    }
+
+    /// B of [`Layout::Nt`] with lines of whole packs, in which the ranks lie as in the box of S.
+    ///
+    /// # Errors
+    /// Not enough memory; sizes beyond what a kernel takes.
+    fn placed(&self) -> Result<Tensor> {
+        let pitch = self.depth().next_multiple_of(pack(Dtype::Bf16));
+        if pitch == self.ranks {
+            return Ok(self.b.clone());
+        }
+        let (lines, n) = (self.b.numel() / self.ranks, self.b.numel() / self.ranks / self.adapters);
+        let out = self.b.empty_like(&[lines, pitch])?;
+        let call = Call::named(OP, "place_ranks", self.b)?.tensor(self.b)?.tensor(&out)?.long(lines);
+        let call = call.size(n)?.size(n / self.parts)?.size(self.ranks)?.size(pitch)?;
+        call.over(lines * pitch, pack(Dtype::Bf16))?;
+        Ok(out)
+    }
+}
+
 impl Product<'_> {
     /// Can it be computed here? The number of rows has no say, so that it does not show in a row's bits.
     ///
@@ -180,7 +209,7 @@ impl Product<'_> {
     fn plan(&self) -> Result<Plan> {
         let [m, n, k] = self.dims;
         let parts = self.low_rank.map_or(1, |l| l.parts);
-        let steps = k.div_ceil(DEPTH) + self.low_rank.map_or(0, |l| l.ranks.div_ceil(DEPTH));
+        let steps = k.div_ceil(DEPTH) + self.low_rank.map_or(0, |l| l.depth().div_ceil(DEPTH));
         Ok(plan(|height| row_tiles(self.segments, m, height), [n, parts], steps, multiprocessors(self.a)?))
     }
 
@@ -231,32 +260,27 @@ impl Product<'_> {
         };
         let mut call = Call::named(OP, kernel, self.a)?.boxes(&of_a)?.boxes(&b)?;
         // Alive until the launch: memory that is given back may be taken by work that comes later only.
-        let padded;
-        let (mut pitch, mut ranks) = (0, 0);
-        call = match self.low_rank {
+        let placed;
+        let (mut pitch, mut k2) = (0, 0);
+        call = match &self.low_rank {
             None => call.boxes(&of_a)?.boxes(&b)?,
             Some(low) => {
-                let total = match self.layout {
-                    // Every part has its own ranks of S, or all ranks serve all columns.
-                    Layout::Nt => low.ranks * low.parts,
-                    Layout::Nn | Layout::Tn => low.ranks,
-                };
-                [pitch, ranks] = [low.s.dim_back(1), low.ranks];
-                padded = match self.layout {
-                    Layout::Nt => padded_lines(low.b, low.ranks)?,
+                [pitch, k2] = [low.s.dim_back(1), low.depth()];
+                placed = match self.layout {
+                    Layout::Nt => low.placed()?,
                     Layout::Nn | Layout::Tn => low.b.clone(),
                 };
-                let lines = low.s.numel() / pitch;
-                call.boxes(&boxes(low.s, [total, lines], pitch, [DEPTH, TILE_ROWS])?)?
-                    .boxes(&of_b(&padded, ranks)?)?
+                let (ranks, lines) = (low.ranks * low.parts, low.s.numel() / pitch);
+                call.boxes(&boxes(low.s, [ranks, lines], pitch, [DEPTH, TILE_ROWS])?)?
+                    .boxes(&of_b(&placed, k2)?)?
             }
         };
         let mut sizes = rows.bytes(pitch)?.to_vec();
         let address = |t: Option<&Tensor>| t.map_or(Ok(0), |t| on_gpu(OP, t).map(|v| v.address()));
         sizes.extend(address(self.bias)?.to_le_bytes());
         sizes.extend(address(Some(&out))?.to_le_bytes());
-        let parts = self.low_rank.map_or(1, |l| l.parts);
-        for size in [n, k, ranks, parts] {
+        let (ranks, parts) = self.low_rank.map_or((0, 1), |l| (l.ranks, l.parts));
+        for size in [n, k, k2, ranks, parts] {
             sizes.extend(int(size)?.to_le_bytes());
         }
         let grid = [blocks(plan.blocks, 1)?, 1, 1];
@@ -290,19 +314,6 @@ fn boxes(tensor: &Tensor, dims: [usize; 2], pitch: usize, size: [usize; 2]) -> R
         pitches: vec![line, matrix],
         size: vec![size[0] as u32, size[1] as u32, 1],
     })
-}
-
-/// Lines of `length`, each padded to whole packs where it is not: boxes want that.
-fn padded_lines(tensor: &Tensor, length: usize) -> Result<Tensor> {
-    let pitch = length.next_multiple_of(pack(Dtype::Bf16));
-    if pitch == length {
-        return Ok(tensor.clone());
-    }
-    let lines = tensor.numel() / length;
-    let out = tensor.empty_like(&[lines, pitch])?;
-    let call = Call::named(OP, "pad_lines", tensor)?.tensor(tensor)?.tensor(&out)?.long(lines);
-    call.size(length)?.size(pitch)?.over(lines * pitch, pack(Dtype::Bf16))?;
-    Ok(out)
 }
 
 #[cfg(test)]
