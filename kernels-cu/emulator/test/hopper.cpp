@@ -67,7 +67,7 @@ static void loads() {
     Encode e{a.address, {X, Y, Z}, {X * 2, X * Y * 2}, {64, 16, 2}};
     for (int swizzle : {0, 3}) {
         e.swizzle = swizzle;
-        for (auto [x0, y0, z0] : {std::array<int, 3>{0, 0, 0}, {-8, -5, -1}, {48, 10, 2}, {100, 0, 0}, {8, 4, 1}}) {
+        for (auto [x0, y0, z0] : {std::array<int, 3>{0, 0, 0}, {-8, -5, -1}, {48, 10, 2}, {104, 0, 0}, {8, 4, 1}}) {
             auto box = load(e.map(), 64 * 16 * 2 * 2, x0, y0, z0);
             for (int i = 0; i < 64 * 16 * 2; i++) {
                 int px = x0 + i % 64, py = y0 + i / 64 % 16, pz = z0 + i / 64 / 16;
