@@ -69,6 +69,20 @@ WARPGROUP_KERNELS(nt, true, true)
 WARPGROUP_KERNELS(nn, true, false)
 WARPGROUP_KERNELS(tn, false, false)
 
+// The product that computes S too.
+#ifdef HOPPER
+#define WARPGROUP_WITH_S(...) warpgroup::product<warpgroup::Config<__VA_ARGS__>>(a, b, a2, b2, out, sizes, &work)
+#else
+#define WARPGROUP_WITH_S(...)
+#endif
+extern "C" __global__ void CLUSTER_OF(2) __launch_bounds__(warpgroup::THREADS, 1)
+    warpgroup_nt_256_2_s(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+                         const __grid_constant__ CUtensorMap a2, const __grid_constant__ CUtensorMap b2,
+                         const __grid_constant__ CUtensorMap out, const __grid_constant__ warpgroup::Sizes sizes,
+                         const __grid_constant__ within::Work work) {
+    WARPGROUP_WITH_S(true, true, 256, 2, 4, true, true);
+}
+
 // Lines of B2, of `ranks`, into lines of `pitch`, whole packs, which have them where the box of S has them, and zeros elsewhere: every
 // `width` of an adapter's n lines are a part, and the ranks of part p start at p * ranks % 8 (see first_of_s). A thread a pack.
 extern "C" __global__ void __launch_bounds__(BLOCK)

@@ -73,19 +73,26 @@ impl LowRankLinear<'_> {
             return Err(Error::invalid(OP, what));
         }
         // scale X A^T, kept for the backward pass.
-        let s = match (lora, shrunk) {
-            (None, _) => None,
-            (Some(_), Some(shrunk)) => Some(shrunk.tensor().clone()),
-            (Some(l), None) => Some(on_device!(
-                x.value(),
-                low_rank_linear::shrink(x.value(), l.a.value(), l.scale, segments)
-            )),
+        let of_bias = bias.map(Var::value);
+        let (s, out) = match (lora, shrunk) {
+            (Some(l), None) => {
+                let (by, term) = (Shrink::by(l, segments), (l.b.value(), parts));
+                let both = on_device!(
+                    x.value(),
+                    low_rank_linear::shrink_expand(x.value(), weight, of_bias, by, term, &shape)
+                );
+                (Some(both.0), both.1)
+            }
+            _ => {
+                let s = shrunk.map(|s| s.tensor().clone());
+                let term = s.as_ref().zip(lora).map(|(s, l)| (s, l.b.value(), parts));
+                let out = on_device!(
+                    x.value(),
+                    low_rank_linear::expand(x.value(), weight, of_bias, term, segments, &shape)
+                );
+                (s, out)
+            }
         };
-        let term = s.as_ref().zip(lora).map(|(s, l)| (s, l.b.value(), parts));
-        let out = on_device!(
-            x.value(),
-            low_rank_linear::expand(x.value(), weight, bias.map(Var::value), term, segments, &shape)
-        );
         let kept = Backward {
             x: x.clone(),
             weight: weight.kept(),
