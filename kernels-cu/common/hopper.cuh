@@ -100,6 +100,15 @@ HYWU_PTX uint32_t cluster_rank() {
 HYWU_PTX void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+/// The word in the same place of another block's shared memory; a barrier of the cluster came after it was written.
+HYWU_PTX uint32_t word_in(const uint32_t* word, uint32_t block) {
+    uint32_t value;
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.u32 %0, [remote];\n}"
+                 : "=r"(value)
+                 : "r"(shared_address(word)), "r"(block)
+                 : "memory");
+    return value;
+}
 
 // Copies: boxes of a tensor map, at coordinates that count its dimensions from the innermost. What lies outside the tensor is zero,
 // and counts among the bytes.
@@ -165,6 +174,8 @@ HYWU_PTX void store_wait() {
 /// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and of wgmma; a barrier makes that hold
 /// for other threads.
 HYWU_PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// The same for accesses to global memory.
+HYWU_PTX void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Counters in global memory, by which blocks wait for each other: for those that have started before alone, or it may be for ever.
 
@@ -172,6 +183,12 @@ HYWU_PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: 
 HYWU_PTX uint32_t counter_next(uint32_t* counter) {
     uint32_t before;
     asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+/// The same; who counts last has seen all that the others did before.
+HYWU_PTX uint32_t counter_pass(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
 /// Adds 1; who has waited for it sees what this thread did before, stores of the copy engine that it has waited for included.

@@ -41,6 +41,15 @@ unsigned char* in_block(const Running& block, const void* address) {
     return block.origin + (static_cast<const unsigned char*>(address) - mine.origin);
 }
 
+uint32_t word_in(const uint32_t* word, uint32_t rank) {
+    const Running& block = peer(rank, "a word of a block that the cluster does not have");
+    if (!block.live) fail("a word of a block that has exited");
+    if (reinterpret_cast<uintptr_t>(word) % 4) fail("a word in shared memory is not aligned to 4 bytes");
+    uint32_t value;
+    memcpy(&value, in_block(block, word), 4);
+    return value;
+}
+
 // In shared memory
 
 static Mbarrier* look_up(Running& block, const uint64_t* address) {

@@ -20,11 +20,12 @@ static TensorMap read_map(const CUtensorMap* map) {
     return m;
 }
 
-/// Checks what a copy of the map's box, between the tensor and `shared` of this block, takes.
-static TensorMap check(const CUtensorMap* map, unsigned rank, const void* shared) {
+/// Checks what a copy of the map's box, between the tensor's coordinates `at` and `shared` of this block, takes.
+static TensorMap check(const CUtensorMap* map, std::initializer_list<int> at, const void* shared) {
     TensorMap m = read_map(map);
-    if (m.rank != rank) fail("a copy of another number of dimensions than its tensor map's");
+    if (m.rank != at.size()) fail("a copy of another number of dimensions than its tensor map's");
     if (!is_device_memory(m.address, m.extent())) fail("a tensor map's tensor is not within an allocation");
+    if (*at.begin() * int(m.element) % 16) fail("a box in the tensor does not start at a multiple of 16 bytes of its lines");
     if (m.swizzle && m.line() != m.swizzle) fail("lines of a swizzled box that are shorter than the swizzle's are not emulated");
     if (reinterpret_cast<uintptr_t>(shared) % 128) fail("a box in shared memory is not aligned to 128 bytes");
     if (m.swizzle && reinterpret_cast<uintptr_t>(shared) % (8u * m.swizzle)) {
@@ -137,7 +138,7 @@ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, std::initiali
     Thread& t = self();
     Worker& w = *t.worker;
     pending();
-    TensorMap m = check(map, unsigned(at.size()), to);
+    TensorMap m = check(map, at, to);
     if (!blocks) fail("a copy to no block");
     for (unsigned rank = 0; blocks >> rank; rank++) {
         if (!(blocks >> rank & 1)) continue;
@@ -154,7 +155,7 @@ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, std::initiali
 
 void store_box(const CUtensorMap* map, const void* from, std::initializer_list<int> at) {
     Thread& t = self();
-    TensorMap m = check(map, unsigned(at.size()), from);
+    TensorMap m = check(map, at, from);
     unsigned group = pending().store_group;
     auto& stores = t.worker->stores;
     stores.push_back({m, nullptr, false, {}, &t, static_cast<const unsigned char*>(from), group, false, false, {}});

@@ -62,6 +62,8 @@ struct Stream {
     int priority;
     std::shared_ptr<Capture> capture;
     bool origin = false;
+    /// Held while work runs, which several host threads may ask for: a stream does one thing after the other.
+    std::shared_ptr<std::mutex> order = std::make_shared<std::mutex>();
 };
 
 /// Guards all bookkeeping; not held while kernels run.

@@ -76,6 +76,7 @@ int unsafe_call() {
 }
 
 int submit(void* stream_handle, std::function<int()> work) {
+    std::shared_ptr<std::mutex> order;
     {
         std::lock_guard lock(state);
         Stream* s = stream(stream_handle);
@@ -85,7 +86,9 @@ int submit(void* stream_handle, std::function<int()> work) {
             s->capture->graph->nodes.push_back(std::move(work));
             return SUCCESS;
         }
+        order = s->order;
     }
+    std::lock_guard hold(*order);
     return work();
 }
 

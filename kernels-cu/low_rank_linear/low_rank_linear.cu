@@ -69,14 +69,32 @@ WARPGROUP_KERNELS(nt, true, true)
 WARPGROUP_KERNELS(nn, true, false)
 WARPGROUP_KERNELS(tn, false, false)
 
-// Lines of `length` into lines of `pitch`, whole packs, zeros at their ends: a thread a pack.
-extern "C" __global__ void __launch_bounds__(BLOCK) pad_lines(const bf16* from, bf16* to, int64_t lines, int length, int pitch) {
+// The product that computes S too.
+#ifdef HOPPER
+#define WARPGROUP_WITH_S(...) warpgroup::product<warpgroup::Config<__VA_ARGS__>>(a, b, a2, b2, out, sizes, &work)
+#else
+#define WARPGROUP_WITH_S(...)
+#endif
+extern "C" __global__ void CLUSTER_OF(2) __launch_bounds__(warpgroup::THREADS, 1)
+    warpgroup_nt_256_2_s(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+                         const __grid_constant__ CUtensorMap a2, const __grid_constant__ CUtensorMap b2,
+                         const __grid_constant__ CUtensorMap out, const __grid_constant__ warpgroup::Sizes sizes,
+                         const __grid_constant__ within::Work work) {
+    WARPGROUP_WITH_S(true, true, 256, 2, 4, true, true);
+}
+
+// Lines of B2, of `ranks`, into lines of `pitch`, whole packs, which have them where the box of S has them, and zeros elsewhere: every
+// `width` of an adapter's n lines are a part, and the ranks of part p start at p * ranks % 8 (see first_of_s). A thread a pack.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    place_ranks(const bf16* from, bf16* to, int64_t lines, int n, int width, int ranks, int pitch) {
     int64_t i = thread_index(), packs = pitch / PACK<bf16>, line = i / packs;
-    int at = int(i - line * packs) * PACK<bf16>;
     if (line >= lines) return;
+    int part = int(line % n) / width, first = int(i - line * packs) * PACK<bf16> - part * ranks % PACK<bf16>;
     float v[PACK<bf16>];
-    load(v, from + line * length + at, min(PACK<bf16>, length - at));
-    store_pack(to + line * pitch + at, v);
+#pragma unroll
+    for (int j = 0; j < PACK<bf16>; j++)
+        v[j] = uint32_t(first + j) < uint32_t(ranks) ? to_float(from[line * ranks + first + j]) : 0.0f;
+    store_pack(to + i * PACK<bf16>, v);
 }
 
 // Steps of the ladder, see README.md.

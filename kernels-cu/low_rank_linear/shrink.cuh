@@ -22,6 +22,9 @@ constexpr int WARPS = BLOCK / WARP;
 constexpr int CHUNK = 64;
 // What a lane's loads of one side cover: 8 rows of 32 columns.
 constexpr int SPAN = 32;
+// Of 8 * N ranks, the eights that are taken at a time.
+template <int N>
+constexpr int TILES = N < 4 ? N : 4;
 
 // As the launcher passes it (no padding). `rows.count`: segments; `total`: rows of S; `k`: columns of a part.
 struct Sizes {
@@ -39,10 +42,11 @@ struct Window {
     __device__ __forceinline__ bool empty() const { return begin >= end; }
 };
 
+// The window of this number.
 template <int HEIGHT>
-__device__ __forceinline__ Window window(const Sizes& z) {
+__device__ __forceinline__ Window window(const Sizes& z, int number) {
     static_assert(HEIGHT <= BAND, "a window has rows of one segment");
-    int first = int(blockIdx.x) * HEIGHT, last = first + HEIGHT, lane = threadIdx.x % WARP;
+    int first = number * HEIGHT, last = first + HEIGHT, lane = threadIdx.x % WARP;
     // Segments that start before the window's end; all but the last of them end before the window.
     int before = 0;
     if (z.rows.segments) {
@@ -94,20 +98,27 @@ struct Plain {
     }
 };
 
+// The span of a warp's chunks behind this one.
+__device__ __forceinline__ int next_span(int at) { return at + (at % CHUNK == 0 ? SPAN : WARPS * CHUNK - SPAN); }
+
+// sum += 16 rows by 8 ranks, over 32 columns: of each side the 8 neighbours of the lane's columns.
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& upper, const uint4& lower, const uint4& b) {
+    uint32_t a0[4] = {upper.x, lower.x, upper.y, lower.y}, b0[2] = {b.x, b.y};
+    uint32_t a1[4] = {upper.z, lower.z, upper.w, lower.w}, b1[2] = {b.z, b.w};
+    mma_m16n8k16_bf16(sum, a0, b0);
+    mma_m16n8k16_bf16(sum, a1, b1);
+}
+
 // A warp's part of the sums of 16 * GROUPS rows and 8 * N ranks, from rank blockIdx.y * 8 * N on.
 template <int GROUPS, int N, bool ALIGNED, class Operand>
 __device__ __forceinline__ void sums(float (&sum)[GROUPS][N][4], const Operand& x, const bf16* a, const Window& w, const Sizes& z) {
     // Many sums leave registers for half a chunk at a time. The order is the same.
     constexpr int SPANS = GROUPS * N > 4 ? 1 : CHUNK / SPAN;
-    constexpr int TILES = N < 4 ? N : 4;
     int lane = threadIdx.x % WARP, rank = int(blockIdx.y) * 8 * N + lane / 4, within = lane % 4 * 8, k = z.k;
     int pitch = k * int(gridDim.z);
     a += (int64_t(w.adapter) * z.ranks + rank) * pitch + int(blockIdx.z) * k + within;
 
-    auto next = [](int at) {
-        if (SPANS == 2) return at + WARPS * CHUNK;
-        return at + (at % CHUNK == 0 ? SPAN : WARPS * CHUNK - SPAN);
-    };
+    auto next = [](int at) { return SPANS == 2 ? at + WARPS * CHUNK : next_span(at); };
     typename Operand::Loaded loaded[SPANS][2 * GROUPS], now[SPANS][2 * GROUPS];
     auto fetch = [&](int at) {
 #pragma unroll
@@ -132,63 +143,75 @@ __device__ __forceinline__ void sums(float (&sum)[GROUPS][N][4], const Operand& 
 #pragma unroll
             for (int i = 0; i < 2 * GROUPS; i++) f[i] = x.take(now[h][i], i, column);
 #pragma unroll
-            for (int j0 = 0; j0 < N; j0 += TILES) {
-                uint4 b[TILES];
+            for (int j0 = 0; j0 < N; j0 += TILES<N>) {
+                uint4 b[TILES<N>];
 #pragma unroll
-                for (int j = 0; j < TILES; j++)
+                for (int j = 0; j < TILES<N>; j++)
                     b[j] = words<ALIGNED>(a + (8 * (j0 + j) * pitch + start), rank + 8 * (j0 + j) < z.ranks ? k - column : 0);
 #pragma unroll
-                for (int j = 0; j < TILES; j++)
+                for (int j = 0; j < TILES<N>; j++)
 #pragma unroll
-                    for (int i = 0; i < GROUPS; i++) {
-                        const uint4 &upper = f[2 * i], &lower = f[2 * i + 1];
-                        uint32_t a0[4] = {upper.x, lower.x, upper.y, lower.y}, b0[2] = {b[j].x, b[j].y};
-                        uint32_t a1[4] = {upper.z, lower.z, upper.w, lower.w}, b1[2] = {b[j].z, b[j].w};
-                        mma_m16n8k16_bf16(sum[i][j0 + j], a0, b0);
-                        mma_m16n8k16_bf16(sum[i][j0 + j], a1, b1);
-                    }
+                    for (int i = 0; i < GROUPS; i++) multiply(sum[i][j0 + j], f[2 * i], f[2 * i + 1], b[j]);
             }
         }
         at = following;
     }
 }
 
+// What a line of the sums of those takes: the pairs that half a warp writes lie in different banks.
+template <int N>
+constexpr int PITCH = 8 * TILES<N> + 8;
+// Floats of the sums of all warps.
+template <int GROUPS, int N>
+constexpr int PARTS = WARPS * 16 * GROUPS * PITCH<N>;
+
+// The warp's sums of the eights of ranks from j0 on, where all warps' lie.
+template <int GROUPS, int N>
+__device__ __forceinline__ void put_sums(const float (&sum)[GROUPS][N][4], float* parts, int j0) {
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < 2 * GROUPS; i++)
+#pragma unroll
+        for (int j = 0; j < TILES<N>; j++) {
+            const float* v = sum[i / 2][j0 + j] + i % 2 * 2;
+            float* to = parts + (warp * 16 * GROUPS + 8 * i + lane / 4) * PITCH<N> + 8 * j + lane % 4 * 2;
+            *reinterpret_cast<float2*>(to) = make_float2(v[0], v[1]);
+        }
+}
+
+// Adds up what all warps have put there, in their order, and writes it: the ranks from `rank` on of a part, whose columns of S begin at
+// `start` and end at `end`. By BLOCK threads.
+template <int GROUPS, int N>
+__device__ __forceinline__ void add_sums(const float* parts, bf16* s, const Window& w, const Sizes& z, int rank, int start, int end) {
+    constexpr int HEIGHT = 16 * GROUPS;
+    for (int i = threadIdx.x; i < HEIGHT * TILES<N>; i += BLOCK) {
+        int row = i / TILES<N>, at = i % TILES<N> * 8, r = rank + at, column = start + r, count = min(8, end - column);
+        if (w.first + row >= z.total || count <= 0) continue;
+        float v[8] = {};
+        for (int from = 0; from < WARPS; from++) {
+            const float4* p = reinterpret_cast<const float4*>(parts + (from * HEIGHT + row) * PITCH<N> + at);
+            float4 low = p[0], high = p[1];
+            v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
+            v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
+        }
+        // Zeros by choice, not by product: A may hold what times zero is none.
+#pragma unroll
+        for (int c = 0; c < 8; c++) v[c] = w.inside(row) && r + c < z.ranks ? z.scale * v[c] : 0.0f;
+        store(s + int64_t(w.first + row) * z.rows.pitch + column, v, count);
+    }
+}
+
 // Adds the warps' sums up and writes the block's part of S. The last part's columns reach to the end of a row of S.
 template <int GROUPS, int N>
 __device__ __forceinline__ void store_sums(const float (&sum)[GROUPS][N][4], bf16* s, const Window& w, const Sizes& z) {
-    constexpr int TILES = N < 4 ? N : 4, HEIGHT = 16 * GROUPS, WIDTH = 8 * TILES;
-    // The pairs that half a warp writes lie in different banks.
-    constexpr int PITCH = WIDTH + 8;
-    __shared__ __align__(16) float parts[WARPS][HEIGHT][PITCH];
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, part = blockIdx.z;
-    int end = part + 1 == int(gridDim.z) ? z.rows.pitch : (part + 1) * z.ranks;
+    __shared__ __align__(16) float parts[PARTS<GROUPS, N>];
+    int part = blockIdx.z, end = part + 1 == int(gridDim.z) ? z.rows.pitch : (part + 1) * z.ranks;
 #pragma unroll
-    for (int j0 = 0; j0 < N; j0 += TILES) {
+    for (int j0 = 0; j0 < N; j0 += TILES<N>) {
         if (j0 > 0) __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 2 * GROUPS; i++)
-#pragma unroll
-            for (int j = 0; j < TILES; j++) {
-                const float* v = sum[i / 2][j0 + j] + i % 2 * 2;
-                *reinterpret_cast<float2*>(&parts[warp][8 * i + lane / 4][8 * j + lane % 4 * 2]) = make_float2(v[0], v[1]);
-            }
+        put_sums(sum, parts, j0);
         __syncthreads();
-        for (int i = threadIdx.x; i < HEIGHT * TILES; i += BLOCK) {
-            int row = i / TILES, at = i % TILES * 8, rank = (int(blockIdx.y) * N + j0) * 8 + at;
-            int column = part * z.ranks + rank, count = min(8, end - column);
-            if (w.first + row >= z.total || count <= 0) continue;
-            float v[8] = {};
-            for (int from = 0; from < WARPS; from++) {
-                const float4* p = reinterpret_cast<const float4*>(&parts[from][row][at]);
-                float4 low = p[0], high = p[1];
-                v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
-                v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
-            }
-            // Zeros by choice, not by product: A may hold what times zero is none.
-#pragma unroll
-            for (int c = 0; c < 8; c++) v[c] = w.inside(row) && rank + c < z.ranks ? z.scale * v[c] : 0.0f;
-            store(s + int64_t(w.first + row) * z.rows.pitch + column, v, count);
-        }
+        add_sums<GROUPS, N>(parts, s, w, z, (int(blockIdx.y) * N + j0) * 8, part * z.ranks, end);
     }
 }
 
@@ -196,7 +219,7 @@ __device__ __forceinline__ void store_sums(const float (&sum)[GROUPS][N][4], bf1
 template <int HEIGHT, int RANKS, bool ALIGNED>
 __device__ __forceinline__ void shrink(const bf16* x, const bf16* a, bf16* s, const Sizes& z) {
     constexpr int GROUPS = HEIGHT / 16, N = RANKS / 8;
-    Window w = window<HEIGHT>(z);
+    Window w = window<HEIGHT>(z, blockIdx.x);
     float sum[GROUPS][N][4] = {};
     if (!w.empty()) {
         Plain<GROUPS, ALIGNED> plain(x, w, z.k, z.k * int(gridDim.z), int(blockIdx.z) * z.k);

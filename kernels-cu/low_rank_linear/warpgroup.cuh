@@ -11,6 +11,7 @@
 
 #include "hopper.cuh"
 #include "rows.cuh"
+#include "within.cuh"
 
 namespace warpgroup {
 
@@ -26,24 +27,29 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(registers_suffice(CONSUMERS, PRODUCER_REGISTERS, CONSUMER_REGISTERS), "setmaxnreg would wait for ever");
 constexpr int GROUP_ROWS = 2048;  // rows of tiles that are taken together, for the second-level cache's sake
 
-// What a launch is about, as the launcher builds it (no padding).
+// What a launch is about, as the launcher builds it (padding at the end alone).
 struct Sizes {
     Rows rows;
     const bf16* bias;
     bf16* out;
-    // Columns, k of A B and of S B2; `parts`: equal parts of the columns, each with ranks of its own in S.
-    int n, k, ranks, parts;
+    // Columns, k of A B and of S B2, ranks of a part; `parts`: equal parts of the columns, each with ranks of its own in S.
+    int n, k, k2, ranks, parts;
 };
+
+// Where a part's boxes of S start: at its first rank, or up to 7 before it, as the copy engine wants multiples of 16 bytes. B2 has zeros
+// for what comes before (see place_ranks).
+__device__ __forceinline__ int first_of_s(const Sizes& s, int part) { return part * s.ranks / PACK<bf16> * PACK<bf16>; }
 
 // What fits beside the stores, the barriers and the alignment.
 template <int N>
 constexpr int MOST_STAGES = N == 256 ? 4 : N == 128 ? 5 : 6;
 
-// Which sides lie along k, columns of a tile, blocks of a cluster, slots of the ring, and whether stores go through shared memory and the
-// copy engine.
-template <bool A_ALONG, bool B_ALONG, int COLUMNS, int BLOCKS, int SLOTS = MOST_STAGES<COLUMNS>, bool ENGINE_STORES = true>
+// Which sides lie along k, columns of a tile, blocks of a cluster, slots of the ring, whether stores go through shared memory and the copy
+// engine, and whether S is computed here too (within.cuh).
+template <bool A_ALONG, bool B_ALONG, int COLUMNS, int BLOCKS, int SLOTS = MOST_STAGES<COLUMNS>, bool ENGINE_STORES = true,
+          bool WITH_S = false>
 struct Config {
-    static constexpr bool A_ALONG_K = A_ALONG, B_ALONG_K = B_ALONG, STORES = ENGINE_STORES;
+    static constexpr bool A_ALONG_K = A_ALONG, B_ALONG_K = B_ALONG, STORES = ENGINE_STORES, MAKES_S = WITH_S;
     static constexpr int N = COLUMNS, CLUSTER = BLOCKS, STAGES = SLOTS;
     static constexpr int A_BYTES = TILE_ROWS * LINE, STAGE = A_BYTES + N * LINE, OUT = STORES ? 2 * CONSUMERS * BOX : 0;
 };
@@ -119,8 +125,8 @@ __device__ __forceinline__ void fill(unsigned char* stage, uint64_t* full, const
 
 template <class C>
 __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& a2, const CUtensorMap& b2,
-                                        const Sizes& s, unsigned char* stages, Barriers bars, int first, int step, int tiles,
-                                        int rank) {
+                                        const Sizes& s, const within::Work* work, unsigned char* stages, Barriers bars, int first,
+                                        int step, int tiles, int rank) {
     Place<C::STAGES> at;
     auto stage = [&]() {
         // Nobody reads this slot any more, in any block that this one copies to.
@@ -137,9 +143,10 @@ __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap&
             Segment g = segment(s.rows, j);
             // The band beside the instance where this block has none of its rows.
             int low = g.low + min(max(t.row - g.row, -BAND), g.rows);
-            for (int k = 0; k < s.ranks; k += DEPTH, at.next()) {
+            if (C::MAKES_S) within::wait(*work, low, TILE_ROWS);
+            for (int k = 0; k < s.k2; k += DEPTH, at.next()) {
                 unsigned char* to = stage();
-                fill<C>(to, bars.full + at.slot, &a2, &b2, t.part * s.ranks + k, low, k, t.column, g.adapter, rank);
+                fill<C>(to, bars.full + at.slot, &a2, &b2, first_of_s(s, t.part) + k, low, k, t.column, g.adapter, rank);
             }
         }
     }
@@ -256,10 +263,10 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
         };
         sum(Steps<4>(), (s.k + DEPTH - 1) / DEPTH, false);
         // The tables may know of adapters where the product has none.
-        int adapters = s.ranks > 0 ? t.rows.last - t.rows.first : 0;
-        if (s.ranks <= 16) sum(Steps<1>(), adapters, true);
-        else if (s.ranks <= 32) sum(Steps<2>(), adapters, true);
-        else sum(Steps<4>(), adapters * ((s.ranks + DEPTH - 1) / DEPTH), true);
+        int adapters = s.k2 > 0 ? t.rows.last - t.rows.first : 0;
+        if (s.k2 <= 16) sum(Steps<1>(), adapters, true);
+        else if (s.k2 <= 32) sum(Steps<2>(), adapters, true);
+        else sum(Steps<4>(), adapters * ((s.k2 + DEPTH - 1) / DEPTH), true);
         wgmma_wait<0>();
         if (C::STAGES > 1) release(used);
         const bf16* bias = s.bias ? s.bias + int64_t(t.rows.weight) * s.n : nullptr;
@@ -279,13 +286,15 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
 
 template <class C>
 __device__ __forceinline__ void product(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& a2, const CUtensorMap& b2,
-                                        const CUtensorMap& out, const Sizes& s) {
+                                        const CUtensorMap& out, const Sizes& s, const within::Work* work = nullptr) {
     DYNAMIC_SHARED(unsigned char, shared);
     unsigned char* stages = shared + (-reinterpret_cast<uintptr_t>(shared) & 1023);
     uint64_t* words = reinterpret_cast<uint64_t*>(stages + C::STAGES * C::STAGE + C::OUT);
     Barriers bars = {words, words + C::STAGES};
+    uint32_t* turns = reinterpret_cast<uint32_t*>(words + 2 * C::STAGES);
     int rank = C::CLUSTER == 1 ? 0 : int(cluster_rank());
     if (threadIdx.x == 0) {
+        if (C::MAKES_S && rank == 0) turns[3] = counter_next(work->counters + within::STARTED);
 #pragma unroll
         for (int i = 0; i < C::STAGES; i++) {
             barrier_init(bars.full + i, 1);
@@ -298,12 +307,29 @@ __device__ __forceinline__ void product(const CUtensorMap& a, const CUtensorMap&
 
     int columns = (s.n / s.parts + C::N - 1) / C::N * s.parts, tiles = s.rows.count * columns;
     int first = int(blockIdx.x) / C::CLUSTER, step = int(gridDim.x) / C::CLUSTER;
+    if constexpr (C::MAKES_S) {
+        static_assert(C::CLUSTER == 2, "a pair has a number");
+        static_assert(within::BYTES<2> <= C::STAGES * C::STAGE + C::OUT && within::BYTES<4> <= C::STAGES * C::STAGE + C::OUT,
+                      "what computes S fits where the stages will be");
+        int number = int(word_in(turns + 3, 0));
+        if (number < work->makers) {
+            if (threadIdx.x < BLOCK) {
+                if (work->sizes.rows.pitch <= 16) within::make<2>(*work, stages, turns);
+                else within::make<4>(*work, stages, turns);
+            }
+            // The other block copies to this one's stages too.
+            cluster_sync();
+        }
+        // Who starts first has a tile fewer, if anybody has.
+        first = step - 1 - number;
+    }
     if (threadIdx.x < 128) {
         fewer_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             prefetch(&a), prefetch(&b);
-            if (s.ranks) prefetch(&a2), prefetch(&b2);
-            produce<C>(a, b, a2, b2, s, stages, bars, first, step, tiles, rank);
+            if (s.k2) prefetch(&a2), prefetch(&b2);
+            produce<C>(a, b, a2, b2, s, work, stages, bars, first, step, tiles, rank);
+            if (C::MAKES_S) within::pass(*work);
         }
         __syncwarp();
     } else {

@@ -73,7 +73,7 @@ __device__ __forceinline__ void rms_norm_shrink(const bf16* x, const bf16* weigh
                                                 const bf16* a, bf16* s, const shrink::Sizes& z, int rows_per_entry, int threads,
                                                 float eps) {
     __shared__ float inverses[16];
-    shrink::Window w = shrink::window<16>(z);
+    shrink::Window w = shrink::window<16>(z, blockIdx.x);
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, channels = z.k;
     float sum[1][N][4] = {};
     if (!w.empty()) {

@@ -32,7 +32,7 @@ struct Gated {
 
 template <int N>
 __device__ __forceinline__ void swiglu_shrink(const bf16* x, bf16* out, const bf16* a, bf16* s, const shrink::Sizes& z) {
-    shrink::Window w = shrink::window<16>(z);
+    shrink::Window w = shrink::window<16>(z, blockIdx.x);
     float sum[1][N][4] = {};
     if (!w.empty()) {
         int64_t first = w.row + int(threadIdx.x) % WARP / 4;

@@ -4,7 +4,7 @@
 use super::gemm::{Codes, LowRank, Matrix, Right, gemm, gemm_low_rank};
 use crate::{
     Tensor,
-    ops::low_rank_linear::{Segment, Segments, Weight, matrix},
+    ops::low_rank_linear::{Segment, Segments, Shrink, Weight, matrix},
 };
 use rayon::prelude::*;
 use std::ops::Range;
@@ -104,6 +104,20 @@ fn runs<'a, 's>(mut out: &'a mut [f32], width: usize, segments: &'s Segments) ->
         (weight, rows, run, mine)
     };
     segments.runs().map(take).collect()
+}
+
+/// [`shrink`], then [`expand`]: S and Y.
+pub fn shrink_expand(
+    x: &Tensor,
+    weight: Weight<'_>,
+    bias: Option<&Tensor>,
+    by: Shrink<'_>,
+    (b, parts): (&Tensor, usize),
+    shape: &[usize],
+) -> (Tensor, Tensor) {
+    let s = shrink(x, by.a, by.scale, by.segments);
+    let out = expand(x, weight, bias, Some((&s, b, parts)), by.segments, shape);
+    (s, out)
 }
 
 /// scale * dY B of every segment: grad [.., outer], b [adapters, outer, rank] -> [rows, parts * rank].

@@ -27,12 +27,11 @@ const WORKSPACE: usize = 32 << 20;
 const ALIGNMENT: u32 = 16;
 const OP: &str = "low_rank_linear";
 
-/// A product of row-major matrices, of m, n and k; is it added to what is there, has it a bias?
+/// A product of row-major matrices, of m, n and k; has it a bias?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
     layout: Layout,
     dims: [usize; 3],
-    add: bool,
     bias: bool,
 }
 
@@ -99,8 +98,7 @@ impl Blas {
         Ok(Self { gpu, handle, workspace, plans: Mutex::default() })
     }
 
-    /// `out` = A B + bias, or that added to `out`: m, n and k of matrices that lie so. False, and nothing done, when the library can't do
-    /// this.
+    /// `out` = A B + bias: m, n and k of matrices that lie so. False, and nothing done, when the library can't do this.
     ///
     /// # Errors
     /// Those of the library.
@@ -110,9 +108,8 @@ impl Blas {
         [a, b]: [&Tensor; 2],
         bias: Option<&Tensor>,
         out: &Tensor,
-        add: bool,
     ) -> Result<bool> {
-        let ([m, n, k], shape) = (dims, Shape { layout, dims, add, bias: bias.is_some() });
+        let ([m, n, k], shape) = (dims, Shape { layout, dims, bias: bias.is_some() });
         assert!(
             a.numel() == m * k && b.numel() == k * n && out.numel() == m * n,
             "the operands are of {shape:?}"
@@ -140,11 +137,11 @@ impl Blas {
             )?;
         }
         let stream = self.gpu.stream()?;
-        let (alpha, beta) = (1.0f32, if add { 1.0f32 } else { 0.0 });
+        let (alpha, beta) = (1.0f32, 0.0f32);
         let pointer = |address: u64| address as *const c_void;
         // Row-major C = A B is column-major C^T = B^T A^T: the operands change places.
         // SAFETY: the operands are of these sizes (asserted) on this device and stay allocated until the stream has passed; the
-        // factors are read during the call; `out` may be both the matrix to add and the result.
+        // factors are read during the call.
         let done = unsafe {
             result::matmul(
                 self.handle,

@@ -16,7 +16,6 @@ impl Blas {
         _operands: [&Tensor; 2],
         _bias: Option<&Tensor>,
         _out: &Tensor,
-        _add: bool,
     ) -> Result<bool> {
         match *self {}
     }

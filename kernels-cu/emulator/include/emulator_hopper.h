@@ -24,6 +24,7 @@ void named_barrier(uint32_t number, uint32_t threads);
 void named_barrier_arrive(uint32_t number, uint32_t threads);
 uint32_t cluster_rank();
 void cluster_sync();
+uint32_t word_in(const uint32_t* word, uint32_t rank);
 
 // Copies; `at`: coordinates from the innermost on, `blocks`: a bit for every rank of the cluster
 void prefetch(const CUtensorMap* map);
@@ -50,7 +51,7 @@ void multiply_wait(unsigned left);
 
 namespace hopper {
 
-using emu::barrier_init, emu::cluster_rank, emu::counter_next, emu::counter_wait, emu::cluster_sync, emu::named_barrier, emu::named_barrier_arrive, emu::prefetch,
+using emu::barrier_init, emu::cluster_rank, emu::counter_next, emu::counter_wait, emu::cluster_sync, emu::named_barrier, emu::named_barrier_arrive, emu::prefetch, emu::word_in,
     emu::shared_address, emu::store_commit;
 
 // Barriers
@@ -91,6 +92,8 @@ inline void store_wait() {
     emu::store_wait(N, true);
 }
 static inline void fence_async() {}
+static inline void fence_async_global() {}
+static inline uint32_t counter_pass(uint32_t* counter) { return emu::counter_next(counter); }
 static inline void counter_add(uint32_t* counter) { emu::counter_next(counter); }
 
 // Products

@@ -67,7 +67,7 @@ static void loads() {
     Encode e{a.address, {X, Y, Z}, {X * 2, X * Y * 2}, {64, 16, 2}};
     for (int swizzle : {0, 3}) {
         e.swizzle = swizzle;
-        for (auto [x0, y0, z0] : {std::array<int, 3>{0, 0, 0}, {-3, -5, -1}, {50, 10, 2}, {100, 0, 0}, {8, 4, 1}}) {
+        for (auto [x0, y0, z0] : {std::array<int, 3>{0, 0, 0}, {-8, -5, -1}, {48, 10, 2}, {104, 0, 0}, {8, 4, 1}}) {
             auto box = load(e.map(), 64 * 16 * 2 * 2, x0, y0, z0);
             for (int i = 0; i < 64 * 16 * 2; i++) {
                 int px = x0 + i % 64, py = y0 + i / 64 % 16, pz = z0 + i / 64 / 16;
@@ -353,6 +353,11 @@ static void too_large() {
     Array<uint16_t> x(64 * 64);
     load(matrix(x, 65, 64, 64).map(), 64 * 128, 0, 0, 0);
 }
+/// A box that starts within 16 bytes of a line.
+static void between() {
+    Array<uint16_t> x(64 * 64);
+    load(matrix(x, 64, 64, 64).map(), 64 * 128, 4, 0, 0);
+}
 static void no_map() { load({}, 64 * 128, 0, 0, 0); }
 
 static void hopper() {
@@ -366,6 +371,7 @@ const Cases HOPPER_CASES = {
     {"early_turns", early_turns},
     {"freed", freed},
     {"too_large", too_large},
+    {"between", between},
     {"no_map", no_map},
     {"pipeline_full", pipeline_mistake<1>},
     {"pipeline_empty", pipeline_mistake<2>},

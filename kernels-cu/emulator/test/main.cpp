@@ -414,7 +414,7 @@ static void hopper() {
     for (const char* seed : {"HYWU_EMULATOR_SEED=0", "HYWU_EMULATOR_SEED=1", "HYWU_EMULATOR_SEED=2"}) {
         EXPECT(run("hopper", {seed}) == 0);
         // What the emulator ends the process for.
-        for (const char* mistake : {"freed", "too_large", "no_map", "pipeline_full", "pipeline_empty", "pipeline_bytes",
+        for (const char* mistake : {"freed", "too_large", "between", "no_map", "pipeline_full", "pipeline_empty", "pipeline_bytes",
                                     "pipeline_arrivals", "pair_full", "pair_empty", "pair_exit", "no_arrival", "no_named",
                                     "no_init", "init_twice", "overwritten", "no_arrival_poll", "registers_written"}) {
             if (run(mistake, {seed}, true) != -SIGABRT) expect(false, mistake, __FILE__, __LINE__);

@@ -12,6 +12,7 @@ mod quantized;
 mod rows;
 mod shrink;
 mod warpgroup;
+mod within;
 
 pub use merge::merge;
 pub(super) use product::Layout;
@@ -21,7 +22,7 @@ pub(super) use shrink::Beside;
 
 use crate::{
     Error, Result, Tensor,
-    ops::low_rank_linear::{Segments, Weight, matrix},
+    ops::low_rank_linear::{Segments, Shrink, Weight, matrix},
 };
 use hywu_core::Dtype;
 use product::{Operand, Over, Product, Use};
@@ -105,27 +106,16 @@ fn expand_product<'a>(
     }
 }
 
-pub fn expand(
-    x: &Tensor,
-    weight: Weight<'_>,
-    bias: Option<&Tensor>,
-    low_rank: Option<Update>,
-    segments: Option<&Segments>,
-    shape: &[usize],
-) -> Result<Tensor> {
+/// The same by the kernels of Hopper.
+fn expand_on_hopper<'a>(
+    x: &'a Tensor,
+    weight: &'a Tensor,
+    bias: Option<&'a Tensor>,
+    low_rank: Option<Update<'a>>,
+    segments: Option<&'a Segments>,
+) -> warpgroup::Product<'a> {
     let [outer, inner] = matrix(weight.shape());
-    if let Weight::Quantized(weight) = weight
-        && x.dtype() == Dtype::Bf16
-    {
-        let codes = Operand::codes(weight);
-        return quantized::expand(&expand_product(x, codes, outer, bias, low_rank, segments), weight, shape);
-    }
-    let weight = &*weight.dense(x.dtype())?;
-    let product = expand_product(x, Operand::matrices(weight), outer, bias, low_rank, segments);
-    if let Some(out) = product.by_blas(Use::Everywhere, matrices(weight.shape()), shape)? {
-        return Ok(out);
-    }
-    let on_hopper = warpgroup::Product {
+    warpgroup::Product {
         layout: Layout::Nt,
         dims: [x.numel() / inner, outer, inner],
         a: x,
@@ -139,7 +129,58 @@ pub fn expand(
         }),
         bias,
         segments,
+    }
+}
+
+/// [`shrink()`], then [`expand`]: S and Y.
+pub fn shrink_expand(
+    x: &Tensor,
+    weight: Weight<'_>,
+    bias: Option<&Tensor>,
+    by: Shrink<'_>,
+    (b, parts): (&Tensor, usize),
+    shape: &[usize],
+) -> Result<(Tensor, Tensor)> {
+    let Shrink { a, scale, segments } = by;
+    let s = match weight {
+        Weight::Dense(weight) if x.dtype() == Dtype::Bf16 => {
+            let work = shrink::Work::new(x, x.numel() / x.dim_back(1), by, 1)?;
+            let term = Some((&work.s, b, parts));
+            let product = expand_on_hopper(x, weight.value(), bias, term, segments);
+            if product.fits()?
+                && let Some(out) = product.run_with_s(&work, shape)?
+            {
+                return Ok((work.s, out));
+            }
+            work.run(x)?
+        }
+        _ => shrink(x, a, scale, segments)?,
     };
+    let out = expand(x, weight, bias, Some((&s, b, parts)), segments, shape)?;
+    Ok((s, out))
+}
+
+pub fn expand(
+    x: &Tensor,
+    weight: Weight<'_>,
+    bias: Option<&Tensor>,
+    low_rank: Option<Update>,
+    segments: Option<&Segments>,
+    shape: &[usize],
+) -> Result<Tensor> {
+    let [outer, _] = matrix(weight.shape());
+    if let Weight::Quantized(weight) = weight
+        && x.dtype() == Dtype::Bf16
+    {
+        let codes = Operand::codes(weight);
+        return quantized::expand(&expand_product(x, codes, outer, bias, low_rank, segments), weight, shape);
+    }
+    let weight = &*weight.dense(x.dtype())?;
+    let product = expand_product(x, Operand::matrices(weight), outer, bias, low_rank, segments);
+    if let Some(out) = product.by_blas(Use::Everywhere, matrices(weight.shape()), shape)? {
+        return Ok(out);
+    }
+    let on_hopper = expand_on_hopper(x, weight, bias, low_rank, segments);
     if on_hopper.fits()? { on_hopper.run(shape) } else { product.run(shape) }
 }
 
@@ -203,14 +244,10 @@ pub fn expand_gradient(
         bias: None,
         segments,
     };
-    let fits = on_hopper.fits()?;
-    // Two terms are one product on Hopper, two by cuBLASLt.
-    let using = if fits && low_rank.is_some() { Use::Everywhere } else { Use::Gradients };
-    match product.by_blas(using, matrices(weight.shape()), shape)? {
-        Some(out) => Ok(out),
-        None if fits => on_hopper.run(shape),
-        None => product.run(shape),
+    if let Some(out) = product.by_blas(Use::Gradients, matrices(weight.shape()), shape)? {
+        return Ok(out);
     }
+    if on_hopper.fits()? { on_hopper.run(shape) } else { product.run(shape) }
 }
 
 pub fn weight_gradient(

@@ -235,30 +235,20 @@ impl Product<'_> {
         Ok(bytes)
     }
 
-    /// By cuBLASLt where it may be used for this, is there, and there is one weight: the first term and the bias, added to the other term,
-    /// which is rounded before.
+    /// By cuBLASLt where it may be used for this, is there, and there is one weight and one term: two would be rounded one after the other.
     pub fn by_blas(&self, using: Use, weights: usize, shape: &[usize]) -> Result<Option<Tensor>> {
         let (a, b) = (self.a.tensor, self.b.tensor);
-        if a.dtype() != Dtype::Bf16 || in_use() < using || weights != 1 {
+        if a.dtype() != Dtype::Bf16 || in_use() < using || weights != 1 || self.low_rank.is_some() {
             return Ok(None);
         }
         let Some(blas) = blas::of(on_gpu(OP, a)?.gpu())? else { return Ok(None) };
-        let out = match (&self.low_rank, &self.over) {
-            (Some(_), Over::Rows { segments, rows, adapters }) => {
-                let over = Over::Rows { segments: *segments, rows: *rows, adapters: *adapters };
-                let [m, n, _] = self.dims;
-                Product { over, dims: [m, n, 0], bias: None, ..*self }.run(shape)?
-            }
-            _ => a.empty_like(shape)?,
-        };
+        let out = a.empty_like(shape)?;
         // All rows are those of one product.
         let [m, n, k] = match self.layout {
             Layout::Tn => [self.dims[0], self.dims[1], a.numel() / self.dims[0]],
             Layout::Nt | Layout::Nn => [a.numel() / self.dims[2], self.parts * self.dims[1], self.dims[2]],
         };
-        let done =
-            blas.product((self.layout, [m, n, k]), [a, b], self.bias, &out, self.low_rank.is_some())?;
-        Ok(done.then_some(out))
+        Ok(blas.product((self.layout, [m, n, k]), [a, b], self.bias, &out)?.then_some(out))
     }
 }
 

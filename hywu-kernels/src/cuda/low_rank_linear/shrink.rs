@@ -48,37 +48,49 @@ impl Plan {
 }
 
 /// S = scale X A^T, to be computed: the sum of every part of the columns of X and of A goes to columns of its own.
-struct Work<'a> {
+pub(super) struct Work<'a> {
     /// [adapters, ranks, parts * k].
-    a: &'a Tensor,
+    pub a: &'a Tensor,
     scale: f32,
     parts: usize,
     rows: Rows,
     /// Banded.
-    s: Tensor,
+    pub s: Tensor,
 }
 
 impl<'a> Work<'a> {
     /// For so many rows of X, which will be where `like` is.
-    fn new(like: &Tensor, rows: usize, shrink: Shrink<'a>, parts: usize) -> Result<Self> {
+    ///
+    /// # Errors
+    /// Not enough memory; sizes beyond what a kernel takes.
+    pub fn new(like: &Tensor, rows: usize, shrink: Shrink<'a>, parts: usize) -> Result<Self> {
         let Shrink { a, scale, segments } = shrink;
         let s = like.empty_like(&banded(segments, rows, a.shape()[0], parts * a.shape()[1]))?;
         Ok(Self { a, scale, parts, rows: Rows::adapters(like, segments, rows, a.shape()[0])?, s })
     }
 
-    fn k(&self) -> usize {
+    /// Columns of X in a sum.
+    pub fn k(&self) -> usize {
         self.a.shape()[2] / self.parts
     }
 
     /// Columns of S that the last part writes: the padding too.
-    fn columns(&self) -> usize {
+    pub fn columns(&self) -> usize {
         self.s.shape()[1] - (self.parts - 1) * self.a.shape()[1]
     }
 
+    /// Rows of S.
+    pub fn lines(&self) -> usize {
+        self.s.shape()[0]
+    }
+
     /// `struct Sizes` of shrink.cuh.
-    fn sizes(&self) -> Result<Vec<u8>> {
+    ///
+    /// # Errors
+    /// Sizes beyond 2^31.
+    pub fn sizes(&self) -> Result<Vec<u8>> {
         let mut bytes = self.rows.bytes(self.s.shape()[1])?.to_vec();
-        for size in [self.s.shape()[0], self.k(), self.a.shape()[1]] {
+        for size in [self.lines(), self.k(), self.a.shape()[1]] {
             bytes.extend(int(size)?.to_le_bytes());
         }
         bytes.extend(self.scale.to_le_bytes());
@@ -87,10 +99,14 @@ impl<'a> Work<'a> {
 
     fn grid(&self, plan: Plan) -> Result<[u32; 3]> {
         let across = in_grid(OP, self.columns().div_ceil(plan.ranks), "blocks of ranks")?;
-        Ok([blocks(self.s.shape()[0], plan.height)?, across, in_grid(OP, self.parts, "parts")?])
+        Ok([blocks(self.lines(), plan.height)?, across, in_grid(OP, self.parts, "parts")?])
     }
 
-    fn run(self, x: &Tensor) -> Result<Tensor> {
+    /// By a launch of its own.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn run(self, x: &Tensor) -> Result<Tensor> {
         let plan = Plan::new(x.numel() / x.dim_back(1), self.k(), self.columns());
         let call = Call::new(OP, &plan.kernel(), x)?.tensor(x)?.tensor(self.a)?.tensor(&self.s)?;
         call.bytes(&self.sizes()?).launch(self.grid(plan)?, BLOCK, 0)?;

@@ -1,6 +1,6 @@
 //! Launcher of `kernels-cu/low_rank_linear/warpgroup.cuh`, the products of Hopper: which of its kernels, on which grid, with which boxes.
 
-use super::{Layout, OP, int, rows::Rows};
+use super::{Layout, OP, int, rows::Rows, shrink::Work, within};
 use crate::{
     Result, Tensor,
     cuda::{
@@ -27,18 +27,18 @@ const CACHE_BYTES: usize = 26;
 
 /// A kernel and its grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
+pub(super) struct Plan {
     columns: usize,
-    cluster: usize,
+    pub cluster: usize,
     /// Slots of the ring.
     stages: usize,
     /// Do results go through shared memory?
     engine_stores: bool,
-    blocks: usize,
+    pub blocks: usize,
 }
 
 impl Plan {
-    fn new(columns: usize, cluster: usize) -> Self {
+    pub fn new(columns: usize, cluster: usize) -> Self {
         let stages = match columns {
             256 => 4,
             128 => 5,
@@ -63,10 +63,13 @@ impl Plan {
         (multiprocessors / self.cluster * self.cluster).max(self.cluster)
     }
     /// Clocks of a tile: its products, or its boxes from the second-level cache, whichever takes longer; then its stores.
-    fn clocks(self, steps: usize) -> usize {
+    pub fn clocks(self, steps: usize) -> usize {
         let boxes = (TILE_ROWS + self.columns / self.cluster) * 2 * DEPTH;
-        let stores = TILE_ROWS * self.columns * 2 / CACHE_BYTES;
-        steps * (4 * self.columns).max(boxes / CACHE_BYTES) + stores
+        steps * (4 * self.columns).max(self.copies(boxes)) + self.copies(TILE_ROWS * self.columns * 2)
+    }
+    /// Clocks of so many bytes from or to the second-level cache, by one multiprocessor.
+    pub fn copies(self, bytes: usize) -> usize {
+        bytes / CACHE_BYTES
     }
     /// Bytes of dynamic shared memory: the stages, the boxes of the stores, the barriers, and what aligning the first may take.
     fn shared(self) -> usize {
@@ -149,6 +152,35 @@ pub(super) struct LowRank<'a> {
     pub parts: usize,
 }
 
+impl LowRank<'_> {
+    /// Zeros before the ranks of a part in its box of S, which starts at a whole pack.
+    fn before(&self, part: usize) -> usize {
+        part * self.ranks % pack(Dtype::Bf16)
+    }
+
+    /// k of S B2: what the part that needs most has before its ranks, and these.
+    fn depth(&self) -> usize {
+        (0..self.parts).map(|part| self.before(part) + self.ranks).max().unwrap_or(0)
+    }
+
+    /// B of [`Layout::Nt`] with lines of whole packs, in which the ranks lie as in the box of S.
+    ///
+    /// # Errors
+    /// Not enough memory; sizes beyond what a kernel takes.
+    fn placed(&self) -> Result<Tensor> {
+        let pitch = self.depth().next_multiple_of(pack(Dtype::Bf16));
+        if pitch == self.ranks {
+            return Ok(self.b.clone());
+        }
+        let (lines, n) = (self.b.numel() / self.ranks, self.b.numel() / self.ranks / self.adapters);
+        let out = self.b.empty_like(&[lines, pitch])?;
+        let call = Call::named(OP, "place_ranks", self.b)?.tensor(self.b)?.tensor(&out)?.long(lines);
+        let call = call.size(n)?.size(n / self.parts)?.size(self.ranks)?.size(pitch)?;
+        call.over(lines * pitch, pack(Dtype::Bf16))?;
+        Ok(out)
+    }
+}
+
 impl Product<'_> {
     /// Can it be computed here? The number of rows has no say, so that it does not show in a row's bits.
     ///
@@ -178,10 +210,15 @@ impl Product<'_> {
     }
 
     fn plan(&self) -> Result<Plan> {
-        let [m, n, k] = self.dims;
+        let [m, n, _] = self.dims;
         let parts = self.low_rank.map_or(1, |l| l.parts);
-        let steps = k.div_ceil(DEPTH) + self.low_rank.map_or(0, |l| l.ranks.div_ceil(DEPTH));
-        Ok(plan(|height| row_tiles(self.segments, m, height), [n, parts], steps, multiprocessors(self.a)?))
+        let tiles = |height| row_tiles(self.segments, m, height);
+        Ok(plan(tiles, [n, parts], self.steps(), multiprocessors(self.a)?))
+    }
+
+    /// Steps of a tile with rows of one adapter.
+    fn steps(&self) -> usize {
+        self.dims[2].div_ceil(DEPTH) + self.low_rank.map_or(0, |l| l.depth().div_ceil(DEPTH))
     }
 
     /// Into a new tensor.
@@ -190,7 +227,37 @@ impl Product<'_> {
     /// Sizes beyond 2^31, those of the device.
     pub fn run(&self, shape: &[usize]) -> Result<Tensor> {
         let plan = self.plan()?;
-        self.launch(plan, &plan.name(self.layout), shape)
+        self.launch(plan, &plan.name(self.layout), None, shape)
+    }
+
+    /// The same with S of A, which is computed too: what `work` has, not yet computed, is the second term's. None, and nothing done, where
+    /// a launch of its own is better. No bit of S or of the result shows it.
+    ///
+    /// # Errors
+    /// As [`Product::run`].
+    pub fn run_with_s(&self, work: &Work, shape: &[usize]) -> Result<Option<Tensor>> {
+        let ([m, n, k], plan) = (self.dims, self.plan()?);
+        let parts = self.low_rank.map_or(1, |l| l.parts);
+        let wide = (self.layout, plan.columns, plan.cluster) == (Layout::Nt, 256, 2);
+        if !wide || !within::fits(work) {
+            return Ok(None);
+        }
+        let blocks = plan.at_once(multiprocessors(self.a)?);
+        let tiles = plan.all_blocks(|height| row_tiles(self.segments, m, height), n, parts) / plan.cluster;
+        let idle = within::idle(tiles, blocks / plan.cluster);
+        if !within::pays(plan, idle, [m, k], self.steps()) {
+            return Ok(None);
+        }
+        self.launch_with_s(Plan { blocks, ..plan }, work, idle, shape).map(Some)
+    }
+
+    /// By so many clusters that compute S before their tiles.
+    ///
+    /// # Errors
+    /// As [`Product::run`].
+    pub fn launch_with_s(&self, plan: Plan, work: &Work, makers: usize, shape: &[usize]) -> Result<Tensor> {
+        let kernel = format!("{}_s", plan.name(self.layout));
+        self.launch(plan, &kernel, Some(&within::bytes(work, self.a, makers)?), shape)
     }
 
     /// The same by a step of the ladder, from 3 on.
@@ -201,10 +268,11 @@ impl Product<'_> {
         let [m, n, _] = self.dims;
         let tiles = |height| row_tiles(self.segments, m, height);
         let (plan, kernel) = Plan::of_step(step, tiles, n, multiprocessors(self.a)?);
-        self.launch(plan, kernel, shape)
+        self.launch(plan, kernel, None, shape)
     }
 
-    fn launch(&self, plan: Plan, kernel: &str, shape: &[usize]) -> Result<Tensor> {
+    /// `work`: that of the kernels that compute S too.
+    fn launch(&self, plan: Plan, kernel: &str, work: Option<&[u8]>, shape: &[usize]) -> Result<Tensor> {
         let [m, n, k] = self.dims;
         let out = self.a.empty_like(shape)?;
         let adapters = self.low_rank.map_or(0, |l| l.adapters);
@@ -231,36 +299,37 @@ impl Product<'_> {
         };
         let mut call = Call::named(OP, kernel, self.a)?.boxes(&of_a)?.boxes(&b)?;
         // Alive until the launch: memory that is given back may be taken by work that comes later only.
-        let padded;
-        let (mut pitch, mut ranks) = (0, 0);
-        call = match self.low_rank {
+        let placed;
+        let (mut pitch, mut k2) = (0, 0);
+        call = match &self.low_rank {
             None => call.boxes(&of_a)?.boxes(&b)?,
             Some(low) => {
-                let total = match self.layout {
-                    // Every part has its own ranks of S, or all ranks serve all columns.
-                    Layout::Nt => low.ranks * low.parts,
-                    Layout::Nn | Layout::Tn => low.ranks,
-                };
-                [pitch, ranks] = [low.s.dim_back(1), low.ranks];
-                padded = match self.layout {
-                    Layout::Nt => padded_lines(low.b, low.ranks)?,
+                [pitch, k2] = [low.s.dim_back(1), low.depth()];
+                placed = match self.layout {
+                    Layout::Nt => low.placed()?,
                     Layout::Nn | Layout::Tn => low.b.clone(),
                 };
-                let lines = low.s.numel() / pitch;
-                call.boxes(&boxes(low.s, [total, lines], pitch, [DEPTH, TILE_ROWS])?)?
-                    .boxes(&of_b(&padded, ranks)?)?
+                let (ranks, lines) = (low.ranks * low.parts, low.s.numel() / pitch);
+                call.boxes(&boxes(low.s, [ranks, lines], pitch, [DEPTH, TILE_ROWS])?)?
+                    .boxes(&of_b(&placed, k2)?)?
             }
         };
         let mut sizes = rows.bytes(pitch)?.to_vec();
         let address = |t: Option<&Tensor>| t.map_or(Ok(0), |t| on_gpu(OP, t).map(|v| v.address()));
         sizes.extend(address(self.bias)?.to_le_bytes());
         sizes.extend(address(Some(&out))?.to_le_bytes());
-        let parts = self.low_rank.map_or(1, |l| l.parts);
-        for size in [n, k, ranks, parts] {
+        let (ranks, parts) = self.low_rank.map_or((0, 1), |l| (l.ranks, l.parts));
+        for size in [n, k, k2, ranks, parts] {
             sizes.extend(int(size)?.to_le_bytes());
         }
         let grid = [blocks(plan.blocks, 1)?, 1, 1];
-        call.boxes(&flat)?.bytes(&sizes).launch(grid, THREADS, plan.shared())?;
+        call = call.boxes(&flat)?.bytes(&sizes);
+        let mut shared = plan.shared();
+        if let Some(work) = work {
+            call = call.bytes(work);
+            shared += within::SHARED;
+        }
+        call.launch(grid, THREADS, shared)?;
         Ok(out)
     }
 }
@@ -290,19 +359,6 @@ fn boxes(tensor: &Tensor, dims: [usize; 2], pitch: usize, size: [usize; 2]) -> R
         pitches: vec![line, matrix],
         size: vec![size[0] as u32, size[1] as u32, 1],
     })
-}
-
-/// Lines of `length`, each padded to whole packs where it is not: boxes want that.
-fn padded_lines(tensor: &Tensor, length: usize) -> Result<Tensor> {
-    let pitch = length.next_multiple_of(pack(Dtype::Bf16));
-    if pitch == length {
-        return Ok(tensor.clone());
-    }
-    let lines = tensor.numel() / length;
-    let out = tensor.empty_like(&[lines, pitch])?;
-    let call = Call::named(OP, "pad_lines", tensor)?.tensor(tensor)?.tensor(&out)?.long(lines);
-    call.size(length)?.size(pitch)?.over(lines * pitch, pack(Dtype::Bf16))?;
-    Ok(out)
 }
 
 #[cfg(test)]
@@ -389,7 +445,7 @@ mod tests {
                 let all = plan.all_blocks(|height| row_tiles(None, m, height), n, 1);
                 for blocks in [cluster, all] {
                     let plan = Plan { blocks, ..plan };
-                    results.push(product.launch(plan, &plan.name(self.layout), &[m, n])?);
+                    results.push(product.launch(plan, &plan.name(self.layout), None, &[m, n])?);
                 }
             }
             if self.layout == Layout::Nt {

@@ -1,9 +1,9 @@
 //! Y = X W^T + bias + scale (X A^T) B^T (LoRA, arXiv 2106.09685): rows in [`Segments`], each with a weight and an adapter or none.
 //!
 //! On a CUDA device a row's result depends on that row, its weight and its adapter alone, bit for bit: not on the rest of the batch, nor
-//! on the number of its rows (adapters and weights of finite numbers, that is). Gradients of bf16 tensors may come from cuBLASLt where it
-//! is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one kind, `HYWU_CUDA_BLAS=1` uses
-//! it in forward passes too, whose rows then may depend on their number.
+//! on the number of its rows (adapters and weights of finite numbers, that is). Gradients of bf16 tensors of one term, W's or without
+//! an adapter, may come from cuBLASLt where it is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one
+//! kind, `HYWU_CUDA_BLAS=1` uses it in forward passes without an adapter too, whose rows then may depend on their number.
 
 mod ladder;
 mod merge;
@@ -73,19 +73,26 @@ impl LowRankLinear<'_> {
             return Err(Error::invalid(OP, what));
         }
         // scale X A^T, kept for the backward pass.
-        let s = match (lora, shrunk) {
-            (None, _) => None,
-            (Some(_), Some(shrunk)) => Some(shrunk.tensor().clone()),
-            (Some(l), None) => Some(on_device!(
-                x.value(),
-                low_rank_linear::shrink(x.value(), l.a.value(), l.scale, segments)
-            )),
+        let of_bias = bias.map(Var::value);
+        let (s, out) = match (lora, shrunk) {
+            (Some(l), None) => {
+                let (by, term) = (Shrink::by(l, segments), (l.b.value(), parts));
+                let both = on_device!(
+                    x.value(),
+                    low_rank_linear::shrink_expand(x.value(), weight, of_bias, by, term, &shape)
+                );
+                (Some(both.0), both.1)
+            }
+            _ => {
+                let s = shrunk.map(|s| s.tensor().clone());
+                let term = s.as_ref().zip(lora).map(|(s, l)| (s, l.b.value(), parts));
+                let out = on_device!(
+                    x.value(),
+                    low_rank_linear::expand(x.value(), weight, of_bias, term, segments, &shape)
+                );
+                (s, out)
+            }
         };
-        let term = s.as_ref().zip(lora).map(|(s, l)| (s, l.b.value(), parts));
-        let out = on_device!(
-            x.value(),
-            low_rank_linear::expand(x.value(), weight, bias.map(Var::value), term, segments, &shape)
-        );
         let kept = Backward {
             x: x.clone(),
             weight: weight.kept(),
