@@ -3,8 +3,8 @@
 //     dV += P' dO,  dK += dS' Q,  dQ += dS K
 //
 // A block owns 128 keys of a head, two warpgroups 64 each, with dK and dV in their registers. The queries that see them come through two
-// rings, those of all heads of the group one after the other. P' and dS' are A of the next products as they are, from registers; for
-// dQ, dS' goes through shared memory too, and each warpgroup computes a piece of 64 x 64 of the tile.
+// rings, those of all heads of the group one after the other. P' is A of its next product as it is, from registers. dS' goes through
+// shared memory; of dQ each warpgroup computes a piece of 64 x 64 of the tile.
 //
 // Pieces of dQ are added up in global memory by the copy engine, in the order of the key blocks: a counter for every piece says whose turn
 // it is. A block waits for blocks of smaller numbers alone, and draws its number when it starts, so that those run already. All take
@@ -49,8 +49,8 @@ struct Sizes {
     // Of the scores: log2(e) / sqrt(channels).
     float factor;
     // Size of the second batch axis; heads of queries, and of keys; rows of queries and of keys in a head, tiles that a head has room for,
-    // and key blocks of the longest entry.
-    int size1, heads, key_heads, queries, keys, tiles, blocks;
+    // and key blocks of the longest entry; units (an entry's head of keys), and how many of them are worked on side by side.
+    int size1, heads, key_heads, queries, keys, tiles, blocks, units, together;
     Axes q, k, v, grad;
 };
 
@@ -59,7 +59,10 @@ struct Sizes {
 template <int WIDTH>
 struct Config {
     static constexpr int D = WIDTH, QUERIES = D == 64 ? 128 : 64, BOXES = D / 64;
-    static constexpr int OWN = KEYS * D * 2, ROWS = QUERIES * D * 2, SCORES = KEYS * QUERIES * 2, NUMBERS = QUERIES * 4;
+    static constexpr int OWN = KEYS * D * 2, ROWS = QUERIES * D * 2, SCORES = KEYS * QUERIES * 2;
+    // Numbers of the rows lie as the accumulators' columns do: those of a thread together, and 16 bytes between for the banks.
+    static constexpr int NUMBERS = QUERIES * 4 + 4 * 16;
+    static __device__ __forceinline__ int number(int row) { return row % 8 / 2 * (QUERIES / 4 + 4) + row / 8 * 2 + row % 2; }
     static constexpr int VALUES = OWN, RING = 2 * OWN, GRADS = RING + QUERY_STAGES * ROWS, D_SCORES = GRADS + GRAD_STAGES * ROWS;
     static constexpr int PIECES = D_SCORES + 2 * SCORES, LSE = PIECES + GROUPS * PIECE, LIMITS = LSE + QUERY_STAGES * NUMBERS;
     static constexpr int PRODUCER_REGISTERS = D == 64 ? 40 : 24, CONSUMER_REGISTERS = D == 64 ? 232 : 240;
@@ -97,8 +100,11 @@ struct Barriers {
 template <class C>
 __device__ __forceinline__ Work find_work(const Sizes& s, int number) {
     Work w;
-    int unit = number / s.blocks;
-    w.entry = unit / s.key_heads, w.head = unit - w.entry * s.key_heads, w.block = number - unit * s.blocks;
+    // Blocks of several units take turns, so that one does not begin long before its turn to add.
+    int group = number / (s.blocks * s.together), unit = group * s.together, count = min(s.together, s.units - unit);
+    number -= unit * s.blocks;
+    w.block = number / count, unit += number - w.block * count;
+    w.entry = unit / s.key_heads, w.head = unit - w.entry * s.key_heads;
     w.key = w.block * KEYS;
     w.tokens = s.extents.entry(w.entry);
     int tiles = (w.tokens.queries + C::QUERIES - 1) / C::QUERIES;
@@ -157,8 +163,8 @@ __device__ __forceinline__ void produce(const CUtensorMap& map, const Axes& axes
 #pragma unroll
         for (int j = lane; j < C::QUERIES; j += WARP) {
             // Weights of queries that are not there are 2^-infinity.
-            to[j] = j < rest ? from[j] : GRADS ? 0.0f : INFINITY;
-            if (!GRADS) limits[j] = s.extents.limit(w.tokens, first + min(j, rest - 1));
+            to[C::number(j)] = j < rest ? from[j] : GRADS ? 0.0f : INFINITY;
+            if (!GRADS) limits[C::number(j)] = s.extents.limit(w.tokens, first + min(j, rest - 1));
         }
         __syncwarp();
         if (lane == 0) {
@@ -206,21 +212,31 @@ __device__ __forceinline__ void clear_lines(unsigned char* tile, int lines, int 
     }
 }
 
+template <bool VALUE>
+struct Bool {
+    static constexpr bool value = VALUE;
+};
+
 // The barrier of the threads that compute.
 __device__ __forceinline__ void meet() { named_barrier(1, 128 * GROUPS); }
 
-// d = or += A B over 16 STEPS of k; a side's step is in bytes / 16. Of A in registers, a[i] is that of step i.
+// A descriptor of what lies so many bytes behind: its lower half counts them in 16.
+__device__ __forceinline__ uint64_t behind(uint64_t descriptor, int bytes) {
+    return (descriptor & ~0xffffffffull) | (uint32_t(descriptor) + (bytes >> 4));
+}
+
+// d = or += A B over 16 STEPS of k. Of A in registers, a[i] is that of step i.
 template <int N, bool A_ALONG_K, bool B_ALONG_K, int STEPS>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
 #pragma unroll
     for (int i = 0; i < STEPS; i++)
-        wgmma<N, A_ALONG_K, B_ALONG_K>(d, a + i * ((A_ALONG_K ? 32 : 16 * LINE) >> 4), b + i * ((B_ALONG_K ? 32 : 16 * LINE) >> 4),
+        wgmma<N, A_ALONG_K, B_ALONG_K>(d, behind(a, i * (A_ALONG_K ? 32 : 16 * LINE)), behind(b, i * (B_ALONG_K ? 32 : 16 * LINE)),
                                        add || i > 0);
 }
 template <int N, int STEPS>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], const uint32_t (&a)[STEPS][4], uint64_t b, bool add) {
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) wgmma<N, false>(d, a[i], b + i * (16 * LINE >> 4), add || i > 0);
+    for (int i = 0; i < STEPS; i++) wgmma<N, false>(d, a[i], behind(b, i * 16 * LINE), add || i > 0);
 }
 
 // d = rows of `own` times N rows of `other`, over all channels: both lie along k, in boxes of 64 channels.
@@ -234,23 +250,59 @@ __device__ __forceinline__ void rows_by_rows(float (&d)[N / 2], const unsigned c
     wgmma_commit();
 }
 
-// Gradients of a warpgroup's keys from registers: this warp's begin with `key` of the block's `count`.
+// Zeros as the gradients of keys that nobody sees, where rows are written. Packed ones are not read then.
+__device__ __forceinline__ void clear_rows(const Target& to, const Sizes& s, const Work& w) {
+    if (!to.rows) return;
+    int column = threadIdx.x % WARP * 8, count = column < to.layout.channels ? min(w.tokens.keys - w.key, KEYS) : 0;
+    bf16* rows = to.rows + to.layout.start(int(place(s, w)), w.head) + column;
+#pragma unroll 1
+    for (int line = threadIdx.x / WARP; line < count; line += THREADS / WARP)
+        *reinterpret_cast<uint4*>(rows + (w.tokens.key + w.key + line) * to.layout.token) = make_uint4(0, 0, 0, 0);
+}
+
+// Of 4 x 4 words, a lane of a quad has a column, and then that row.
+__device__ __forceinline__ void transpose(uint32_t (&words)[4]) {
+    int lane = threadIdx.x;
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            bool second = lane & bit;
+            uint32_t other = __shfl_xor_sync(0xffffffffu, second ? words[i] : words[i + bit], bit);
+            (second ? words[i] : words[i + bit]) = other;
+        }
+}
+
+// Gradients of a warpgroup's keys from registers: this warp's begin with `key` of the block's `count`. The lanes of a quad exchange theirs,
+// so that each has whole chunks of 8 channels.
 template <int D>
 __device__ __forceinline__ void write_rows(const float (&d)[D / 2], const Target& to, const Sizes& s, const Work& w, int key, int count) {
-    int lane = threadIdx.x % WARP, t2 = lane % 4 * 2;
+    int lane = threadIdx.x % WARP;
     int64_t packed = (place(s, w) * s.key_heads + w.head) * s.keys + w.tokens.key + w.key;
-    int64_t start = to.rows ? to.layout.start(w.entry, w.head) : 0;
+    int64_t start = to.rows ? to.layout.start(int(place(s, w)), w.head) : 0;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int line = key + lane / 4 + 8 * r;
-        if (line >= count) continue;
-        bf16* row = to.rows + start + (w.tokens.key + w.key + line) * to.layout.token + t2;
-        float* packed_row = to.packed + (packed + line) * D + t2;
+        bf16* row = to.rows + start + (w.tokens.key + w.key + line) * to.layout.token;
+        float* packed_row = to.packed + (packed + line) * D;
 #pragma unroll
-        for (int j = 0; j < D / 8; j++) {
-            float low = d[4 * j + 2 * r], high = d[4 * j + 2 * r + 1];
-            if (!to.rows) *reinterpret_cast<float2*>(packed_row + 8 * j) = make_float2(low, high);
-            else if (8 * j < to.layout.channels) *reinterpret_cast<uint32_t*>(row + 8 * j) = narrow(to.factor * low, to.factor * high);
+        for (int j = 0; j < D / 8; j += 4) {
+            int column = 8 * (j + lane % 4);
+            uint32_t low[4], high[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float x = d[4 * (j + i) + 2 * r], y = d[4 * (j + i) + 2 * r + 1];
+                low[i] = to.rows ? narrow(to.factor * x, to.factor * y) : __float_as_uint(x), high[i] = __float_as_uint(y);
+            }
+            transpose(low);
+            if (to.rows) {
+                if (line < count && column < to.layout.channels) *reinterpret_cast<uint4*>(row + column) = make_uint4(low[0], low[1], low[2], low[3]);
+            } else {
+                transpose(high);
+                uint4* chunk = reinterpret_cast<uint4*>(packed_row + column);
+                if (line < count) chunk[0] = make_uint4(low[0], high[0], low[1], high[1]), chunk[1] = make_uint4(low[2], high[2], low[3], high[3]);
+            }
         }
     }
 }
@@ -259,8 +311,7 @@ __device__ __forceinline__ void write_rows(const float (&d)[D / 2], const Target
 // wherever it is needed, and with it the addresses that follow: kept, they would take registers of the products.
 struct Part {
     unsigned line, column;
-    __device__ __forceinline__ Part() {
-        unsigned thread = threadIdx.x;
+    __device__ __forceinline__ Part(unsigned thread) {
         asm volatile("" : "+r"(thread));
         line = thread % 128 / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
     }
@@ -269,100 +320,151 @@ struct Part {
     __device__ __forceinline__ unsigned chunk(unsigned c) const {
         return (line * (8 << SHIFT) + (line % 8 << SHIFT)) ^ (c << SHIFT);
     }
+    // The numbers of its columns in those of all: four for every two chunks.
+    template <class C, class Four>
+    __device__ __forceinline__ const Four* numbers(const void* all) const {
+        return reinterpret_cast<const Four*>(static_cast<const unsigned char*>(all) + column / 2 * (C::NUMBERS / 4));
+    }
 };
 
-// Scores become weights: 2^(factor score - lse), and zero for queries that don't see this thread's two keys; the warpgroup's
-// begin with `key`.
-template <bool MASKED, int N>
-__device__ __forceinline__ void weigh(float (&scores)[N], const float* lse, const int* limits, float factor,
-                                      int key) {
-    Part part;
-    key += part.line;
+// The numbers of a thread's columns of 64 rows, four for every two chunks. They are loaded ahead of the products that are waited for.
+struct Numbers {
+    float4 of[4];
+    __device__ __forceinline__ explicit Numbers(const float4* from) {
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        float2 sums = *reinterpret_cast<const float2*>(lse + 8 * j + part.column);
-        int2 limit = MASKED ? *reinterpret_cast<const int2*>(limits + 8 * j + part.column) : make_int2(0, 0);
+        for (int j = 0; j < 4; j++) of[j] = from[j];
+    }
+};
+
+// Scores of 64 queries, from the PART of them on, become weights: 2^(factor score - lse), and zero for queries that don't see this thread's
+// two keys, `key` and the eighth after.
+template <bool MASKED, int PART, int N>
+__device__ __forceinline__ void weigh(float (&scores)[N], const Numbers& lse, const int4* limits, float factor, int key) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float low = exp2_approximate(fmaf(scores[4 * j + 2 * r], factor, -sums.x));
-            float high = exp2_approximate(fmaf(scores[4 * j + 2 * r + 1], factor, -sums.y));
-            if (MASKED) low = key + 8 * r < limit.x ? low : 0.0f, high = key + 8 * r < limit.y ? high : 0.0f;
-            scores[4 * j + 2 * r] = low, scores[4 * j + 2 * r + 1] = high;
-        }
+    for (int j = 0; j < 4; j++) {
+        float4 sums = lse.of[j];
+        int4 limit = MASKED ? limits[j] : make_int4(0, 0, 0, 0);
+        auto weight = [&](int i, float sum, int limit) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float& x = scores[32 * PART + 8 * j + i + 2 * r];
+                x = exp2_approximate(fmaf(x, factor, -sum));
+                if (MASKED) x = key + 8 * r < limit ? x : 0.0f;
+            }
+        };
+        weight(0, sums.x, limit.x), weight(1, sums.y, limit.y), weight(4, sums.z, limit.z), weight(5, sums.w, limit.w);
     }
 }
 
 // Gradients of scores for 64 queries, as a box in shared memory: a line for each key.
-__device__ __forceinline__ void differentiate(const float* weights, const float (&d_weights)[32], const float* delta, unsigned char* lines) {
-    Part part;
+__device__ __forceinline__ void differentiate(const uint32_t (&weights)[4][4], const float (&d_weights)[32], const Numbers& delta,
+                                              const Part& part, unsigned char* lines) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        float2 deltas = *reinterpret_cast<const float2*>(delta + 8 * j + part.column);
+    for (int j = 0; j < 4; j++) {
+        float4 deltas = delta.of[j];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int i = 4 * j + 2 * r;
-            *reinterpret_cast<uint32_t*>(lines + part.chunk<4>(j) + 8 * r * LINE + part.column * 2) =
-                narrow(weights[i] * (d_weights[i] - deltas.x), weights[i + 1] * (d_weights[i + 1] - deltas.y));
+        for (int i = 0; i < 4; i++) {
+            // The chunk's column, and the key or the eighth after it.
+            int chunk = 2 * j + i / 2, r = i % 2;
+            float low, high, x = i < 2 ? deltas.x : deltas.z, y = i < 2 ? deltas.y : deltas.w;
+            widen(weights[j][i], low, high);
+            *reinterpret_cast<uint32_t*>(lines + part.chunk<4>(chunk) + 8 * r * LINE + part.column * 2) =
+                narrow(low * (d_weights[8 * j + 2 * i] - x), high * (d_weights[8 * j + 2 * i + 1] - y));
         }
     }
 }
 
-// The order of the products is such that the tensor cores have work meanwhile: the gradients of queries and keys while the next weights are
-// computed and the piece is stored, those of values during the gradients of scores, and the next scores while the warpgroups wait
-// for each other.
+// The order of the products is such that the tensor cores have work meanwhile: gradients of values and the next scores while gradients of
+// scores are computed, the gradients of queries and keys while the next weights are computed and the piece is stored. So that the
+// next scores have a place, gradients of scores are computed from the narrowed weights.
 template <class C>
 __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned char* shared, Barriers& bars) {
     constexpr int N = C::QUERIES;
-    // Taken from one lane, so that the compiler knows it for the same in all, and keeps what follows in registers of the warp.
-    int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
-    auto lane = []() { return threadIdx.x % WARP; };
+    // Taken from one lane, so that the compiler knows them for the same in all, and keeps what follows in registers of the warp.
+    int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1, steps = __shfl_sync(0xffffffffu, w.steps, 0);
+    unsigned thread = threadIdx.x;
     int own_rows = min(w.tokens.keys - w.key, KEYS);
+    // Is any tile short, and may any query not see all these keys? Most often not, and then nobody looks.
+    bool short_tiles = __shfl_sync(0xffffffffu, w.tokens.queries % N != 0, 0);
+    bool masks = __shfl_sync(0xffffffffu, s.extents.limits || own_rows < KEYS, 0);
     const unsigned char *own_keys = shared + group * 64 * LINE, *own_values = own_keys + C::VALUES;
-    unsigned char* pieces = shared + C::PIECES + group * PIECE;
 
     // Scores, then their weights; gradients of weights, or a piece of the gradient of queries.
     float d_keys[C::D / 2], d_values[C::D / 2], weights[N / 2], piece[32];
     uint32_t rounded[N / 64][4][4];
     // The step. Slots follow from it, of queries and of gradients of the output, which share theirs with the gradients of scores.
     int i = 0;
-    auto query_slot = [](int step) { return step % QUERY_STAGES; };
-    auto grad_slot = [&]() { return i % GRAD_STAGES; };
-    auto d_scores = [&]() { return shared + C::D_SCORES + grad_slot() * C::SCORES; };
+    auto queries = [&](int step) { return shared + C::RING + step % QUERY_STAGES * C::ROWS; };
+    auto d_scores = [&]() { return shared + C::D_SCORES + i % GRAD_STAGES * C::SCORES; };
 
     // Rows of a tile, with zeros in place of those of others.
     auto wait_rows = [&](unsigned char* tile, uint64_t* full, uint32_t parity, const int* rows) {
         barrier_wait(full, parity);
-        if (*rows < N) {
+        if (short_tiles && *rows < N) {
             clear_lines<C::BOXES>(tile, N, *rows);
             fence_async();
             meet();
         }
     };
-    auto queries = [&](int slot) { return shared + C::RING + slot * C::ROWS; };
+    // All lanes have read what the slot holds.
+    auto release = [&](uint64_t* empty) {
+        __syncwarp();
+        if (thread % WARP == 0) barrier_arrive(empty);
+    };
     auto begin_scores = [&](int step) {
-        int slot = query_slot(step);
-        wait_rows(queries(slot), bars.full + slot, step / QUERY_STAGES & 1, bars.rows + slot);
-        rows_by_rows<C, N>(weights, own_keys, queries(slot));
+        int slot = step % QUERY_STAGES;
+        wait_rows(queries(step), bars.full + slot, step / QUERY_STAGES & 1, bars.rows + slot);
+        rows_by_rows<C, N>(weights, own_keys, queries(step));
     };
-    auto weigh_scores = [&](int step) {
-        int slot = query_slot(step);
-        const float* lse = reinterpret_cast<const float*>(shared + C::LSE + slot * C::NUMBERS);
-        const int* limits = reinterpret_cast<const int*>(shared + C::LIMITS + slot * C::NUMBERS);
-        if (limits[0] < w.key + KEYS) weigh<true>(weights, lse, limits, s.factor, w.key + group * 64);
-        else weigh<false>(weights, lse, limits, s.factor, 0);
+    auto lse = [&](int step) {
+        return Part(thread).numbers<C, float4>(shared + C::LSE + step % QUERY_STAGES * C::NUMBERS);
     };
-    // 64 queries of the step: gradients of weights and, left under way, of values; then those of scores. What was before has ended.
-    auto take_weights = [&](int part) {
-        const unsigned char* grads = shared + C::GRADS + grad_slot() * C::ROWS + part * 64 * LINE;
-        const float* delta = reinterpret_cast<const float*>(shared + C::DELTA + grad_slot() * C::NUMBERS) + part * 64;
-        rows_by_rows<C, 64>(piece, own_values, grads);
+    auto weigh_scores = [&](int step, const Numbers& first) {
+        const unsigned char* limits = shared + C::LIMITS + step % QUERY_STAGES * C::NUMBERS;
+        auto parts = [&](auto masked) {
+            constexpr bool MASKED = decltype(masked)::value;
+            Part part(thread);
+            const int4* own_limits = part.numbers<C, int4>(limits);
+            int key = w.key + group * 64 + part.line;
+            weigh<MASKED, 0>(weights, first, own_limits, s.factor, key);
+            if constexpr (N > 64) weigh<MASKED, 1>(weights, Numbers(lse(step) + 4), own_limits + 4, s.factor, key);
+        };
+        if (masks && *reinterpret_cast<const int*>(limits) < w.key + KEYS) parts(Bool<true>());
+        else parts(Bool<false>());
+    };
+    // A stored piece may be added. The next products need not wait for its stores.
+    auto publish_piece = [&]() {
+        fence_async();
+        release(bars.piece_full + group);
+    };
+    // Of 64 queries of the step, in turn: gradients of weights, those of values, left under way, and of scores. After the last ones, NEXT
+    // scores are begun. What was before has ended when the first ones are at hand.
+    auto take_weights = [&](auto next) {
+        constexpr bool NEXT = decltype(next)::value;
+        int slot = i % GRAD_STAGES;
+        unsigned char* grads = shared + C::GRADS + slot * C::ROWS;
+        wait_rows(grads, bars.grad_full + slot, i / GRAD_STAGES & 1, bars.grad_rows + slot);
 #pragma unroll
-        for (int i = 0; i < 16; i++) rounded[part][i / 4][i % 4] = narrow(weights[part * 32 + 2 * i], weights[part * 32 + 2 * i + 1]);
-        wgmma_fence();
-        multiply<C::D>(d_values, rounded[part], descriptor(grads, N * LINE, 8 * LINE), true);
-        wgmma_commit();
-        wgmma_wait<1>();
-        differentiate(weights + part * 32, piece, delta, d_scores() + (part * KEYS + group * 64) * LINE);
+        for (int part = 0; part < N / 64; part++) {
+            rows_by_rows<C, 64>(piece, own_values, grads + part * 64 * LINE);
+            if (part == 0 && i > 0) publish_piece();
+#pragma unroll
+            for (int j = 0; j < 16; j++) rounded[part][j / 4][j % 4] = narrow(weights[part * 32 + 2 * j], weights[part * 32 + 2 * j + 1]);
+            wgmma_fence();
+            multiply<C::D>(d_values, rounded[part], descriptor(grads + part * 64 * LINE, N * LINE, 8 * LINE), true);
+            wgmma_commit();
+            Part own(thread);
+            Numbers delta(own.numbers<C, float4>(shared + C::DELTA + slot * C::NUMBERS) + part * 4);
+            if (NEXT && part + 1 == N / 64) {
+                begin_scores(i + 1);
+                wgmma_wait<2>();
+            } else {
+                wgmma_wait<1>();
+            }
+            if (part == 0 && i > 0) release(bars.empty + (i - 1) % QUERY_STAGES);
+            differentiate(rounded[part], piece, delta, own, d_scores() + (part * KEYS + group * 64) * LINE);
+        }
+        fence_async();
     };
     auto begin_queries_and_keys = [&]() {
         meet();
@@ -375,21 +477,19 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
 #pragma unroll
         for (int j = 0; j < N / 64; j++)
             multiply<C::D, true, false, 4>(d_keys, descriptor(d_scores() + j * KEYS * LINE + group * 64 * LINE, 16, 8 * LINE),
-                                           descriptor(queries(query_slot(i)) + j * 64 * LINE, N * LINE, 8 * LINE), true);
+                                           descriptor(queries(i) + j * 64 * LINE, N * LINE, 8 * LINE), true);
         wgmma_commit();
     };
-    auto add_piece = [&]() {
+    auto store_piece = [&]() {
         barrier_wait(bars.piece_empty + group, ~i & 1);
-        Part part;
+        Part part(thread);
+        unsigned char* pieces = shared + C::PIECES + group * PIECE;
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int r = 0; r < 2; r++)
                 *reinterpret_cast<float2*>(pieces + part.chunk<5>(j) + 8 * r * 256 + part.column * 4) =
                     make_float2(piece[4 * j + 2 * r], piece[4 * j + 2 * r + 1]);
-        fence_async();
-        __syncwarp();
-        if (lane() == 0) barrier_arrive(bars.piece_full + group);
     };
 
     barrier_wait(&bars.own, 0);
@@ -403,29 +503,22 @@ __device__ __forceinline__ void consume(const Sizes& s, const Work& w, unsigned 
     for (int j = 0; j < C::D / 2; j++) d_keys[j] = d_values[j] = 0.0f;
     begin_scores(0);
     wgmma_wait<0>();
-    weigh_scores(0);
-    for (;; i++) {
-        wait_rows(shared + C::GRADS + grad_slot() * C::ROWS, bars.grad_full + grad_slot(), i / GRAD_STAGES & 1,
-                  bars.grad_rows + grad_slot());
-#pragma unroll
-        for (int part = 0; part < N / 64; part++) {
-            take_weights(part);
-            // The gradients of keys of the step before have been waited for.
-            if (part == 0 && i > 0 && lane() == 0) barrier_arrive(bars.empty + query_slot(i - 1));
-        }
-        fence_async();
-        if (i + 1 == w.steps) break;
-        begin_scores(i + 1);
+    weigh_scores(0, Numbers(lse(0)));
+    for (; i + 1 < steps; i++) {
+        take_weights(Bool<true>());
         begin_queries_and_keys();
+        Numbers first(lse(i + 1));
         wgmma_wait<2>();  // Gradients of values, and scores.
-        if (lane() == 0) barrier_arrive(bars.grad_empty + grad_slot());
-        weigh_scores(i + 1);
+        release(bars.grad_empty + i % GRAD_STAGES);
+        weigh_scores(i + 1, first);
         wgmma_wait<1>();  // The gradient of queries.
-        add_piece();
+        store_piece();
     }
+    take_weights(Bool<false>());
     begin_queries_and_keys();
     wgmma_wait<0>();
-    add_piece();
+    store_piece();
+    publish_piece();
 
     int own = (threadIdx.x - 128) / WARP * 16;
     write_rows<C::D>(d_keys, s.d_k, s, w, own, own_rows);
@@ -439,19 +532,24 @@ __device__ __forceinline__ void gradients(const CUtensorMap& q, const CUtensorMa
     DYNAMIC_SHARED(unsigned char, dynamic);
     unsigned char* shared = dynamic + (-shared_address(dynamic) & 1023);
     Barriers& bars = *reinterpret_cast<Barriers*>(shared + C::BARRIERS);
+    if (threadIdx.x == WARP) prefetch(&q), prefetch(&k), prefetch(&v), prefetch(&grad);
     if (threadIdx.x == 0) {
-        bars.number = counter_next(s.counters);
+        uint32_t number = counter_next(s.counters);
         barrier_init(&bars.own, 1);
         // The boxes, and the numbers that come with them; a lane of each warp that reads them.
         for (int i = 0; i < QUERY_STAGES; i++) barrier_init(bars.full + i, 2), barrier_init(bars.empty + i, 4 * GROUPS);
         for (int i = 0; i < GRAD_STAGES; i++) barrier_init(bars.grad_full + i, 2), barrier_init(bars.grad_empty + i, 4 * GROUPS);
         for (int i = 0; i < GROUPS; i++) barrier_init(bars.piece_full + i, 4), barrier_init(bars.piece_empty + i, 1);
         barrier_init_fence();
+        bars.number = number;
     }
     __syncthreads();
     Work w = find_work<C>(s, bars.number);
-    // Nothing reads the gradients of keys that nobody sees.
-    if (w.steps == 0) return;
+    if (w.steps == 0) {
+        clear_rows(s.d_k, s, w);
+        clear_rows(s.d_v, s, w);
+        return;
+    }
     if (threadIdx.x == 0) bars.work = w;
     __syncthreads();
     if (threadIdx.x < 128) {

@@ -139,12 +139,14 @@ pub struct Gradients {
 
 /// The gradients of sum(`grad` * output), one weight at a time. `round` is applied where a kernel with operands of low precision rounds:
 /// to queries and keys after norm and rotation, to weights, and to the gradients of scores; `out` is the output that the kernel has
-/// saved, where it computes from that what a row's gradients have in common, and not from all weights of the row.
+/// saved, where it computes from that what a row's gradients have in common, and not from all weights of the row. `narrowed`: gradients of
+/// scores are computed from the rounded weights too.
 pub fn gradients(
     args: &Attention,
     [q, k, v]: [&[f64]; 3],
     norm: Option<(&[f64], &[f64])>,
     (out, grad): (Option<&[f64]>, &[f64]),
+    narrowed: bool,
     round: impl Fn(f64) -> f64,
 ) -> Gradients {
     let d = args.head_dim;
@@ -179,7 +181,8 @@ pub fn gradients(
             for (j, score) in seen.zip(&scores) {
                 let weight = (score - most).exp() / sum;
                 let value = unit.of_key(&args.v, j);
-                let d_score = round(weight * (of_weight(j) - common));
+                let kept = if narrowed { round(weight) } else { weight };
+                let d_score = round(kept * (of_weight(j) - common));
                 // The forward pass divides by the sum at the end.
                 let before = round((score - most).exp()) / sum;
                 for c in 0..d {

@@ -156,7 +156,8 @@ fn check_any_at(place: Place, args: &Attention, operands: &[Tensor; 3], norm: Op
     let weights = weights.as_ref().map(|(q, k)| (q.as_slice(), k.as_slice()));
     let zeros = vec![0.0; out.numel()];
     let expected =
-        reference::attention::gradients(args, [&q, &k, &v], weights, (Some(&zeros), &zeros), to_bf16).out;
+        reference::attention::gradients(args, [&q, &k, &v], weights, (Some(&zeros), &zeros), false, to_bf16)
+            .out;
     assert_close(host(&out).data(), &expected, ROUNDING);
 }
 

@@ -79,9 +79,13 @@ pub(super) fn check_all_at(place: Place, args: &Attention, operands: &[Tensor; 3
     let grad = place.rounded(&random(0x77, &args.out_shape));
     let exact = place.dtype == Dtype::F32;
     let round = |x| if exact { x } else { to_bf16(x) };
-    let gradients = |out| reference::attention::gradients(args, values, weights, (out, &grad), round);
-    // Kernels may compute from the saved output, or from all weights of a row.
-    let expected = [gradients(Some(&widen(&out))), gradients(None)];
+    let gradients = |(out, narrowed): (Option<&[f64]>, bool)| {
+        reference::attention::gradients(args, values, weights, (out, &grad), narrowed, round)
+    };
+    // Kernels may compute from the saved output, or from all weights of a row; and gradients of scores from rounded weights.
+    let saved = widen(&out);
+    let expected =
+        [(Some(&*saved), false), (None, false), (Some(&*saved), true), (None, true)].map(gradients);
     assert_close(out.data(), &expected[0].out, if exact { TOLERANCE } else { ROUNDING });
     let all: Vec<Vec<&Vec<f64>>> =
         expected.iter().map(|e| e.operands.iter().chain(&e.norm).collect()).collect();
@@ -93,7 +97,7 @@ pub(super) fn check_all_at(place: Place, args: &Attention, operands: &[Tensor; 3
             0.0 => size(&widen(grad)),
             own => relative_error(grad.data(), expected) * own,
         };
-        let errors = [error(all[0][i]), error(all[1][i])];
+        let errors: Vec<f64> = all.iter().map(|all| error(all[i])).collect();
         let own = size(all[0][i]);
         let most = if exact { 2.0 * TOLERANCE } else { ROUNDING } * own.max(0.1 * largest);
         assert!(

@@ -1,6 +1,6 @@
 //! Launcher of `kernels-cu/attention/warpgroup_backward.cuh`, the backward pass of Hopper.
 
-use super::{OP, Operand, Operands, Rows, Tables, entries, integers, score_factor, warpgroup};
+use super::{OP, Operand, Operands, Rows, entries, integers, score_factor, warpgroup};
 use crate::{
     Result, Tensor,
     cuda::{Call, blocks, call::on_gpu, pack},
@@ -46,11 +46,17 @@ impl Plan {
     fn room(self) -> usize {
         self.tiles * self.rows
     }
+    /// Units whose blocks take turns: as many as are worked on at a time; where blocks have the more work the smaller their number, several
+    /// times as many, so that the short ones come last.
+    fn together(self, multiprocessors: usize, limits: bool) -> usize {
+        let places = if limits { 4 * multiprocessors } else { multiprocessors };
+        ((places + self.blocks / 2) / self.blocks.max(1)).max(1)
+    }
     /// Bytes of dynamic shared memory, as `Config` lays it out, and what aligning it may take.
     fn shared(self) -> usize {
         let (own, tile, scores) = (KEYS * self.width * 2, self.rows * self.width * 2, KEYS * self.rows * 2);
         let pieces = PIECES * 64 * 64 * 4;
-        let numbers = (2 * STAGES[0] + STAGES[1]) * self.rows * 4;
+        let numbers = (2 * STAGES[0] + STAGES[1]) * (self.rows * 4 + 64);
         // The struct `Barriers`: those, what the block works on, rows of the slots, the block's number.
         let slots = STAGES[0] + STAGES[1];
         let barriers = 8 * (1 + 2 * (slots + PIECES)) + 4 * (12 + slots + 1);
@@ -83,12 +89,11 @@ impl<'a> Target<'a> {
     fn new(
         args: &Attention,
         operand: &Operand<'_>,
-        tables: &Tables,
         width: usize,
         (out, factor): (Option<&'a Tensor>, f32),
     ) -> Result<Self> {
-        // Where all entries are alike every key has a gradient, so that its row is written.
-        let plain = operand.norm.is_none() && operand.rotary.is_none() && tables.extents.entries.is_empty();
+        // Every key is one of an entry's, so that its row is written, but where keys are masked by their number.
+        let plain = operand.norm.is_none() && operand.rotary.is_none() && args.key_lengths.is_none();
         match out.filter(|_| plain && operand.rows.aligned(pack(Dtype::Bf16))) {
             Some(out) => Ok(Self::Rows { out, rows: operand.rows, factor }),
             None => Ok(Self::Packed(operand.data.empty_as(&[operand.rows.count(args), width], Dtype::F32)?)),
@@ -137,7 +142,7 @@ pub(super) fn gradients(
     let plan = Plan::new(args.head_dim, args.queries, ragged, tables.extents.most_keys());
     let heads = operands.q.rows.count(args) / args.queries;
     let d_q = lse.empty_like(&[heads, plan.room(), plan.width])?;
-    let target = |operand, out, factor| Target::new(args, operand, tables, plan.width, (out, factor));
+    let target = |operand, out, factor| Target::new(args, operand, plan.width, (out, factor));
     let scale = 1.0 / (args.head_dim as f32).sqrt();
     let d_k = target(&operands.k, outs[0], scale)?;
     let d_v = target(&operands.v, outs[1], 1.0)?;
@@ -151,7 +156,7 @@ pub(super) fn gradients(
         mapped(&operands.v, KEYS)?,
         mapped(grad, plan.rows)?,
     ];
-    let mut sizes = Vec::with_capacity(328);
+    let mut sizes = Vec::with_capacity(336);
     let address = |t: &Tensor| on_gpu(OP, t).map(|view| view.address().to_le_bytes());
     for tensor in [lse, delta] {
         sizes.extend(address(tensor)?);
@@ -164,14 +169,18 @@ pub(super) fn gradients(
     sizes.extend(score_factor(args.head_dim).to_le_bytes());
     let [heads, kv_heads] = [args.heads, args.kv_heads];
     let [queries, keys] = [args.queries, args.keys];
-    sizes.extend(integers(&[args.batch[1], heads, kv_heads, queries, keys, plan.tiles, plan.blocks])?);
+    let units = entries(args) * kv_heads;
+    let multiprocessors = on_gpu(OP, grad.data)?.gpu().properties().multiprocessors as usize;
+    let together = plan.together(multiprocessors, !tables.extents.limits.is_empty());
+    let counts = [args.batch[1], heads, kv_heads, queries, keys, plan.tiles, plan.blocks, units, together];
+    sizes.extend(integers(&counts)?);
     let kernel = format!("warpgroup_backward_{}", plan.width);
     let mut call = Call::named(OP, &kernel, grad.data)?;
     for (_, map) in &operands {
         call = call.boxes(&map.boxes)?;
         sizes.extend(map.bytes());
     }
-    let grid = blocks(entries(args) * args.kv_heads * plan.blocks, 1)?;
+    let grid = blocks(units * plan.blocks, 1)?;
     call.bytes(&sizes).launch([grid, 1, 1], THREADS, plan.shared())?;
     Ok(Some(Gradients { q: d_q, room: plan.room(), k: d_k.packed(), v: d_v.packed(), width: plan.width }))
 }
@@ -211,11 +220,18 @@ mod tests {
     }
 
     #[test]
+    fn units_take_turns_where_several_run() {
+        let together = |keys| Plan::new(128, 1, None, keys).together(132, false);
+        assert_eq!([1, 128, 512, 4096, 8192, 16384, 1 << 20].map(together), [132, 132, 33, 4, 2, 1, 1]);
+        assert_eq!(Plan::new(128, 1, None, 8192).together(132, true), 8);
+    }
+
+    #[test]
     fn shared_memory_is_what_a_block_may_have() {
         for head_dim in [64, 128] {
             assert!(Plan::new(head_dim, 1, None, 1).shared() <= 227 << 10);
         }
-        let numbers = 8 * 64 * 4;
+        let numbers = 8 * (64 * 4 + 64);
         assert_eq!(Plan::new(128, 1, None, 1).shared(), (208 << 10) + numbers + 8 * 15 + 4 * 18 + 1024);
     }
 }
