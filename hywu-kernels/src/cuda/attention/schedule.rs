@@ -65,7 +65,7 @@ pub(super) fn schedule(
             }
             chunk.sort_by_key(|&(cost, _)| Reverse(cost));
             for (cost, tile) in chunk.drain(..) {
-                let Some(mut least) = free.peek_mut() else { return None };
+                let mut least = free.peek_mut()?;
                 let Reverse((load, block)) = *least;
                 *least = Reverse((load + cost, block));
                 taken[block].push(tile);
