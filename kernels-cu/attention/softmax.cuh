@@ -22,37 +22,40 @@ struct Softmax {
     // What the weights of a row refer to, the largest scaled score when it was last set; minus infinity until a key is seen. The sum of
     // the weights that this thread has seen, and what the sums so far are to be multiplied with.
     float reference[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, before[2];
+    // The largest of the scores that this thread has, unscaled.
+    float most[2];
 
     // Scores of minus infinity alone: any finite number gives them weights of 0.
     static __device__ __forceinline__ float finite(float reference) { return reference == -INFINITY ? 0.0f : reference; }
 
-    // Looks for the largest scores, and sets the reference.
+    // Looks for the largest of this thread's scores.
     template <int N>
-    __device__ __forceinline__ void look(const float (&scores)[N], float scale) {
+    __device__ __forceinline__ void look(const float (&scores)[N]) {
         // Chains that don't wait for one another. Maxima ignore NaN; the exponentials and with them the sums do not.
-        float largest[8];
+        float chain[8];
 #pragma unroll
-        for (int i = 0; i < N; i++) largest[i % 8] = i < 8 ? scores[i] : fmaxf(largest[i % 8], scores[i]);
+        for (int i = 0; i < N; i++) chain[i % 8] = i < 8 ? scores[i] : fmaxf(chain[i % 8], scores[i]);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float* chain = largest + 2 * r;
-            float most = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[4], chain[5]));
-            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-            // A rounded product, and the same wherever it is used: a difference of it to itself in a fused multiply-add would be of its
-            // rounding.
-            most = __fmul_rn(most, scale);
-            // Each row decides for itself; where another one of the warp moves, it is multiplied by 1.
-            float from = reference[r];
-            if (most > from + SLACK) reference[r] = most;
-            before[r] = from == -INFINITY ? 0.0f : hopper::exp2_approximate(from - reference[r]);
-        }
+        for (int r = 0; r < 2; r++) most[r] = fmaxf(fmaxf(chain[2 * r], chain[2 * r + 1]), fmaxf(chain[2 * r + 4], chain[2 * r + 5]));
     }
     // Replaces the scores, after the look at them, by weights, 2^(scale score - reference).
     template <int N>
     __device__ __forceinline__ void weigh(float (&scores)[N], float scale) {
+        float to[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            most[r] = fmaxf(most[r], __shfl_xor_sync(0xffffffffu, most[r], 1));
+            most[r] = fmaxf(most[r], __shfl_xor_sync(0xffffffffu, most[r], 2));
+            // A rounded product, and the same wherever it is used: a difference of it to itself in a fused multiply-add would be of its
+            // rounding.
+            float now = __fmul_rn(most[r], scale), from = reference[r];
+            // Each row decides for itself; where another one of the warp moves, it is multiplied by 1.
+            if (now > from + SLACK) reference[r] = now;
+            before[r] = from == -INFINITY ? 0.0f : hopper::exp2_approximate(from - reference[r]);
+            to[r] = finite(reference[r]);
+        }
         // Two sums for a row, as one would wait for itself.
-        float to[2] = {finite(reference[0]), finite(reference[1])}, here[2][2] = {};
+        float here[2][2] = {};
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int r = i / 2 % 2;

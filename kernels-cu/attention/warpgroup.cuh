@@ -259,7 +259,7 @@ struct Consumer {
         int most = item.most, tiles = (most + C::KEYS - 1) / C::KEYS, whole = limit(s.extents, item.entry, first) / C::KEYS;
         auto look = [&](int j) {
             if (j >= whole) mask(scores, j * C::KEYS, limits);
-            softmax.look(scores, s.scale);
+            softmax.look(scores);
         };
         if (C::OVERLAP) {
             await_keys();
@@ -286,7 +286,7 @@ struct Consumer {
                 if (j + 1 == tiles) release_queries();
                 // A warp can't issue a product with weights from registers until the tensor cores are nearly there, so the largest
                 // scores are looked for meanwhile.
-                if (j < whole) softmax.look(scores, s.scale);
+                if (j < whole) softmax.look(scores);
                 wgmma_fence();
 #pragma unroll
                 for (int i = C::AHEAD_STEPS; i < C::VALUE_STEPS; i++) value_step(tile, i, true);
