@@ -46,11 +46,12 @@ impl Plan {
     fn room(self) -> usize {
         self.tiles * self.rows
     }
-    /// Units whose blocks take turns: as many as are worked on at a time; where blocks have the more work the smaller their number, several
-    /// times as many, so that the short ones come last.
-    fn together(self, multiprocessors: usize, limits: bool) -> usize {
-        let places = if limits { 4 * multiprocessors } else { multiprocessors };
-        ((places + self.blocks / 2) / self.blocks.max(1)).max(1)
+    /// Of so many units, how many take turns with their blocks: twice as many as run at a time, so that a block's turn to add has come when it
+    /// starts; with limits twice that, since blocks have the less work the larger their number, and short ones shall come last.
+    fn together(self, units: usize, multiprocessors: usize, limits: bool) -> usize {
+        let places = if limits { 4 * multiprocessors } else { 2 * multiprocessors };
+        let groups = units.div_ceil((places / self.blocks.max(1)).max(1)).max(1);
+        units.div_ceil(groups)
     }
     /// Bytes of dynamic shared memory, as `Config` lays it out, and what aligning it may take.
     fn shared(self) -> usize {
@@ -171,7 +172,7 @@ pub(super) fn gradients(
     let [queries, keys] = [args.queries, args.keys];
     let units = entries(args) * kv_heads;
     let multiprocessors = on_gpu(OP, grad.data)?.gpu().properties().multiprocessors as usize;
-    let together = plan.together(multiprocessors, !tables.extents.limits.is_empty());
+    let together = plan.together(units, multiprocessors, !tables.extents.limits.is_empty());
     let counts = [args.batch[1], heads, kv_heads, queries, keys, plan.tiles, plan.blocks, units, together];
     sizes.extend(integers(&counts)?);
     let kernel = format!("warpgroup_backward_{}", plan.width);
@@ -221,9 +222,12 @@ mod tests {
 
     #[test]
     fn units_take_turns_where_several_run() {
-        let together = |keys| Plan::new(128, 1, None, keys).together(132, false);
-        assert_eq!([1, 128, 512, 4096, 8192, 16384, 1 << 20].map(together), [132, 132, 33, 4, 2, 1, 1]);
-        assert_eq!(Plan::new(128, 1, None, 8192).together(132, true), 8);
+        let together = |units, keys, limits| Plan::new(128, 1, None, keys).together(units, 132, limits);
+        let plain = [(5, 1), (64, 512), (64, 4096), (48, 5516), (32, 8192), (16, 16384), (16, 1 << 20)];
+        assert_eq!(plain.map(|(units, keys)| together(units, keys, false)), [5, 64, 8, 6, 4, 2, 1]);
+        assert_eq!(together(32, 8192, true), 8);
+        // Alike groups.
+        assert_eq!(together(9, 4096, false), 5);
     }
 
     #[test]
