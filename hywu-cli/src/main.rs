@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     let result = start_workers().and_then(|()| run(command));
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) if matches!(e.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)) => {
+        Err(e) if interrupted(&e) => {
             eprintln!("interrupted");
             ExitCode::from(130)
         }
@@ -49,6 +49,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Did the user stop it?
+fn interrupted(e: &anyhow::Error) -> bool {
+    matches!(e.downcast_ref(), Some(hywu_diffusion::Error::Interrupted))
+        || matches!(e.downcast_ref(), Some(hywu_generator::Error::Interrupted))
 }
 
 /// As many workers as processors (RAYON_NUM_THREADS overrides), the main thread among them: handing every call to another thread

@@ -23,6 +23,12 @@ pub fn finite(text: &str) -> Result<f32, String> {
     number.ok_or_else(|| "a finite number is expected".into())
 }
 
+/// Bytes: a number, alone or with a unit such as GB or MiB.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let bytes = text.parse::<bytesize::ByteSize>().ok().map(|b| b.as_u64()).filter(|&b| b > 0);
+    bytes.ok_or_else(|| "a number of bytes is expected, such as 6GB or 512MiB".into())
+}
+
 fn number(text: &str) -> Result<usize, String> {
     text.parse().map_err(|_| "a whole number is expected".into())
 }

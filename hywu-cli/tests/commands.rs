@@ -96,6 +96,112 @@ fn generate_refuses_bad_checkpoints() {
     generate(&bad, &unnamed, &output).assert().code(1).stderr(contains("condition"));
 }
 
+/// A config of which the rows come in several lots.
+const CONFIG: &str = r#"{"num_base_model_layers": 4, "rank": 4, "token_dim": 32, "output_dim": 32, "dim_accumulation": 2,
+    "d_model": 64, "head_dim": 16, "num_pg_layers": 2, "input_dim": 20,
+    "pg_mapping": {"proj": {"lora_A_dim": 600, "lora_B_dim": 700}}}"#;
+
+fn random_checkpoint(what: impl AsRef<std::ffi::OsStr>, output: &Path, seed: &str) -> Command {
+    let mut command = hywu();
+    command.args(["generate", "--seed", seed, "--random-checkpoint"]).arg(what.as_ref());
+    command.arg("--output").arg(output);
+    command
+}
+
+#[test]
+fn random_checkpoints_can_be_generated_with() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = dir.path().join("my.json");
+    fs::write(&config, CONFIG).expect("writable");
+    let folders = ["a", "b", "c"].map(|name| dir.path().join(name));
+    for (folder, seed) in folders.iter().zip(["1", "1", "2"]) {
+        random_checkpoint(&config, folder, seed).assert().success().stderr(contains("random weights"));
+    }
+    let weights = |folder: &PathBuf| fs::read(folder.join("model.safetensors")).expect("readable");
+    assert!(weights(&folders[0]) == weights(&folders[1]) && weights(&folders[0]) != weights(&folders[2]));
+
+    let output = dir.path().join("adapter.safetensors");
+    let condition = folders[0].join("condition.safetensors");
+    generate(&folders[0], &condition, &output).args(["--dtype", "bf16"]).assert().success();
+    let file = Checkpoint::open(&output).expect("a readable file");
+    assert_eq!(file.names().len(), 4 * 2 + 1);
+    let (shape, dtype) = file.info("model.layers.3.proj.lora_B").expect("there");
+    assert_eq!((shape, dtype), (vec![1, 700, 4], Dtype::Bf16));
+
+    // What stands there stays; names that mean nothing are told with those that do.
+    let written = weights(&folders[0]);
+    random_checkpoint(&config, &folders[0], "3").assert().code(1).stderr(contains("not empty"));
+    assert!(weights(&folders[0]) == written);
+    random_checkpoint("1/3", &dir.path().join("d"), "0").assert().code(1).stderr(contains("1/64, 1/16, 1/4"));
+    random_checkpoint("1/64", &dir.path().join("d"), "0").args(["--device", "cpu"]).assert().code(2);
+    hywu().args(["generate", "--output", "x"]).assert().code(2).stderr(contains("--checkpoint"));
+}
+
+#[test]
+fn too_little_memory_is_told_with_what_is_enough() {
+    let (dir, folder) = (tempfile::tempdir().expect("a temporary folder"), golden("tiny-moe"));
+    let (condition, output) = (folder.join("condition.safetensors"), dir.path().join("out.safetensors"));
+    let with = |memory: &str| {
+        let mut command = generate(&folder, &condition, &output);
+        command.args(["--max-memory", memory]);
+        command
+    };
+    let refused = with("512KiB").assert().code(1);
+    let text = String::from_utf8_lossy(&refused.get_output().stderr).into_owned();
+    assert!(text.contains("524288 bytes of memory are too little"), "{text}");
+    let least = text.trim().rsplit(' ').next().expect("the least");
+    assert!(!output.exists());
+    with(least).assert().success();
+    for bad in ["0", "many", "-1GB"] {
+        generate(&folder, &condition, &output).arg(format!("--max-memory={bad}")).assert().code(2);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_no_random_checkpoint() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = dir.path().join("my.json");
+    fs::write(&config, CONFIG).expect("writable");
+    let program = assert_cmd::cargo::cargo_bin("hywu");
+    let output = dir.path().join("big");
+    let script = format!(
+        "trap '' XFSZ; ulimit -f 100; exec {program:?} generate --random-checkpoint {config:?} --output {output:?}"
+    );
+    Command::new("sh").arg("-c").arg(script).assert().code(1).stderr(contains("big"));
+    assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_in_a_long_pass_ends_with_130_and_no_file() {
+    use std::{process::Stdio, time::Duration};
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    // Wide enough that no machine is done before it is stopped.
+    let config = CONFIG.replace("\"num_pg_layers\": 2", "\"num_pg_layers\": 40").replace("64", "256");
+    let (file, folder) = (dir.path().join("my.json"), dir.path().join("big"));
+    fs::write(&file, config).expect("writable");
+    random_checkpoint(&file, &folder, "0").assert().success();
+    let condition = folder.join("condition.safetensors");
+    let output = dir.path().join("out").join("adapter.safetensors");
+    fs::create_dir(dir.path().join("out")).expect("writable");
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("hywu"));
+    command
+        .args(["generate", "--device", "cpu", "--checkpoint"])
+        .arg(&folder)
+        .arg("--condition")
+        .arg(condition);
+    let mut child = command.arg("--output").arg(&output).stderr(Stdio::null()).spawn().expect("it starts");
+    // The file is begun when the pass starts.
+    let begun = || fs::read_dir(dir.path().join("out")).expect("a folder").count() > 0;
+    while !begun() && child.try_wait().expect("a child").is_none() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    assert!(!begun());
+}
+
 #[test]
 fn inspect_lists_tensors_and_layers() {
     let file = golden("tiny-dense").join("model.safetensors");

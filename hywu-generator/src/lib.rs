@@ -17,5 +17,6 @@ pub use config::GeneratorConfig;
 pub use error::{Error, Result};
 pub use generator::Generator;
 pub use inference::{Inference, LayerTokens, Limits, Progress};
+pub use random::{RandomCheckpoint, write_random_checkpoint};
 pub use size::Size;
 pub use train::{TrainStats, train_step};

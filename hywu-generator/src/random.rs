@@ -1,8 +1,8 @@
 //! Random weights of a trained generator's sizes, for trying size and speed without a checkpoint.
 
-use crate::{Generator, GeneratorConfig, Result};
+use crate::{Error, Generator, GeneratorConfig, Progress, Result};
 use half::bf16;
-use hywu_core::{Dtype, Philox};
+use hywu_core::{Dtype, Philox, TensorFile, TensorWriter, write_atomic};
 use hywu_kernels::{
     Device, ParamSet, Tape, Tensor, Var,
     ops::{
@@ -11,6 +11,8 @@ use hywu_kernels::{
     },
 };
 use rayon::prelude::*;
+use serde_json::json;
+use std::{collections::BTreeMap, io, ops::ControlFlow, path::Path};
 
 /// Normal numbers, rounded to bf16 as published weights are: number i of weight w is number i of stream w.
 #[derive(Clone, Copy)]
@@ -44,6 +46,8 @@ pub(crate) struct RandomWeights {
     seed: u64,
 }
 
+/// Numbers that are drawn before they are written.
+const PIECE: usize = 1 << 22;
 /// Numbers that a task draws.
 const CHUNK: usize = 1 << 14;
 
@@ -94,7 +98,8 @@ impl RandomWeights {
 
 impl Generator {
     /// A generator with random weights of sane sizes, made where `device` is, without a file: on a CUDA device in `dtype`, on the CPU
-    /// in f32. The same seed gives the same weights everywhere, rounded to bf16 whatever the dtype.
+    /// in f32. The same seed gives the same weights everywhere, rounded to bf16 whatever the dtype: those that
+    /// [`write_random_checkpoint`] writes.
     ///
     /// Its adapters do something, unlike those of [`Generator::new`]; they mean nothing.
     ///
@@ -109,4 +114,160 @@ impl Generator {
         }
         Self::with(config, params)
     }
+}
+
+/// What [`write_random_checkpoint`] writes.
+#[derive(Clone, Copy, Debug)]
+pub struct RandomCheckpoint<'a> {
+    /// Sizes and map.
+    pub config: &'a GeneratorConfig,
+    /// The same seed gives the same files.
+    pub seed: u64,
+    /// Tokens of the condition that comes along.
+    pub condition: usize,
+    /// Most bytes of a shard, unless one tensor has more.
+    pub shard: u64,
+}
+
+/// A shard in the making: the weights in it by their place in [`GeneratorConfig::weights`].
+struct Shard {
+    file: String,
+    weights: Vec<usize>,
+}
+
+/// Writes a folder as published generators are: `config.json`, bf16 weights in `model.safetensors` or in shards with their index, and
+/// beside them `condition.safetensors`, a random condition. The folder appears when all is written, or not at all. Weights come in the
+/// order in which a pass uses them; `progress` counts bytes.
+///
+/// # Errors
+/// A bad config; something other than an empty folder that stands at `folder`; a disk without room for it; [`Error::Interrupted`] when
+/// `progress` breaks.
+pub fn write_random_checkpoint(
+    what: &RandomCheckpoint<'_>,
+    folder: impl AsRef<Path>,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<()> {
+    let folder = folder.as_ref();
+    let fail = |e| hywu_core::Error::io(folder, e);
+    let weights = what.config.weights()?;
+    match std::fs::read_dir(folder).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => {}
+        Ok(false) => {
+            let e = io::Error::new(io::ErrorKind::AlreadyExists, "the folder is not empty");
+            return Err(fail(e).into());
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(fail(e).into()),
+    }
+    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".hywu-");
+    // The temporary folder's own mode is 0700; a new one should have the usual, less the umask.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    let made = builder.tempdir_in(parent).map_err(|e| fail(e.kind().into()))?;
+    what.write(&weights, made.path(), progress).map_err(|e| match e {
+        Error::Core(hywu_core::Error::Io { path, source }) => {
+            let there = path.strip_prefix(made.path()).map(|file| folder.join(file));
+            hywu_core::Error::io(there.unwrap_or(path), source).into()
+        }
+        other => other,
+    })?;
+    std::fs::rename(made.path(), folder).map_err(fail)?;
+    // It stands under its name now.
+    let _ = made.keep();
+    Ok(())
+}
+
+impl RandomCheckpoint<'_> {
+    fn write(
+        &self,
+        weights: &[(String, Vec<usize>)],
+        folder: &Path,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let numel = |index: usize| weights[index].1.iter().product::<usize>();
+        let metadata: BTreeMap<_, _> = [("format".to_owned(), "pt".to_owned())].into();
+        let shards = self.shards(weights);
+        // All of them at once: if the disk has no room, that is known before any work is done.
+        let mut files = Vec::new();
+        for shard in &shards {
+            let tensors =
+                shard.weights.iter().map(|&i| (weights[i].0.clone(), Dtype::Bf16, weights[i].1.clone()));
+            files.push(TensorFile::create(folder.join(&shard.file), tensors, &metadata)?);
+        }
+        let total: usize = (0..weights.len()).map(numel).sum();
+        let (random, mut done) = (RandomWeights::new(self.seed), 0);
+        let mut values = Vec::new();
+        for (shard, mut file) in shards.iter().zip(files) {
+            for &i in &shard.weights {
+                let (name, shape) = &weights[i];
+                for start in (0..numel(i)).step_by(PIECE) {
+                    values.resize(PIECE.min(numel(i) - start), bf16::ZERO);
+                    random.fill(i, name, shape, start, &mut values);
+                    file.put_bf16(name, start, &values)?;
+                    done += values.len();
+                    let at = Progress { done: 2.0 * done as f64, total: 2.0 * total as f64 };
+                    if progress(at).is_break() {
+                        return Err(Error::Interrupted);
+                    }
+                }
+            }
+            file.finish()?;
+        }
+        if shards.len() > 1 {
+            let pairs =
+                shards.iter().flat_map(|s| s.weights.iter().map(|&i| (weights[i].0.clone(), s.file.clone())));
+            let map: BTreeMap<_, _> = pairs.collect();
+            let sizes = json!({"total_parameters": total, "total_size": 2 * total});
+            write_json(
+                &folder.join("model.safetensors.index.json"),
+                &json!({"metadata": sizes, "weight_map": map}),
+            )?;
+        }
+        let mut config =
+            serde_json::to_value(self.config).map_err(|e| hywu_core::Error::Config(e.to_string()))?;
+        config["model_type"] = "parameter_generator".into();
+        config["dtype"] = "bfloat16".into();
+        write_json(&folder.join("config.json"), &config)?;
+        let shape = [1, 1, self.condition, self.config.input_dim];
+        let mut condition = vec![0.0; shape.iter().product()];
+        // A stream that no weight has.
+        random.philox.fill_normal(u64::MAX, 0, &mut condition);
+        let mut file = TensorWriter::new();
+        file.add("condition", &shape, &condition, Dtype::F32);
+        Ok(file.write(folder.join("condition.safetensors"))?)
+    }
+
+    /// Which weights go where: those outside of blocks, then one block after the other.
+    fn shards(&self, weights: &[(String, Vec<usize>)]) -> Vec<Shard> {
+        let block = |name: &str| -> Option<usize> {
+            name.strip_prefix("model.blocks.")?.split('.').next()?.parse().ok()
+        };
+        let mut order: Vec<usize> = (0..weights.len()).collect();
+        order.sort_by_key(|&i| block(&weights[i].0));
+        let mut shards: Vec<Vec<usize>> = Vec::new();
+        let mut room = 0;
+        for i in order {
+            let bytes = 2 * weights[i].1.iter().product::<usize>() as u64;
+            if shards.is_empty() || bytes > room {
+                shards.push(Vec::new());
+                room = self.shard;
+            }
+            room = room.saturating_sub(bytes);
+            if let Some(last) = shards.last_mut() {
+                last.push(i);
+            }
+        }
+        let count = shards.len();
+        let file = |i: usize| match count {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+        };
+        shards.into_iter().enumerate().map(|(i, weights)| Shard { file: file(i), weights }).collect()
+    }
+}
+
+fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    Ok(write_atomic(path, |w| w.write_all(format!("{value:#}\n").as_bytes()))?)
 }

@@ -1,54 +1,150 @@
+use crate::{interrupt, values};
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use hywu_core::{Checkpoint, Dtype};
-use hywu_generator::Generator;
+use hywu_generator::{
+    GeneratorConfig, Inference, Limits, Progress, RandomCheckpoint, Size, write_random_checkpoint,
+};
 use hywu_kernels::{Device, Tensor};
-use std::{path::PathBuf, time::Instant};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{io::IsTerminal, ops::ControlFlow, path::Path, path::PathBuf, time::Instant};
 
 /// Run a parameter generator checkpoint on a condition and write the adapter
+///
+/// Or write a random checkpoint, with --random-checkpoint: size and speed can then be tried without trained weights.
 #[derive(Args, Debug)]
 pub struct GenerateArgs {
     /// Folder with config.json and model.safetensors (or shards and their index)
-    #[arg(long, value_name = "DIR")]
-    checkpoint: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "random_checkpoint")]
+    checkpoint: Option<PathBuf>,
     /// Safetensors file with the tensor `condition` (batch, 1, length, input_dim)
-    #[arg(long, value_name = "FILE")]
-    condition: PathBuf,
-    /// The safetensors file to write
+    #[arg(long, value_name = "FILE", required_unless_present = "random_checkpoint")]
+    condition: Option<PathBuf>,
+    /// The safetensors file to write; with --random-checkpoint the folder
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
     /// Where to compute: auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", conflicts_with = "random_checkpoint")]
     device: Device,
+    /// Type of the values written, and of the arithmetic on a CUDA device (the CPU computes in f32). Default: f32 on the CPU, bf16 there
+    #[arg(long, conflicts_with = "random_checkpoint")]
+    dtype: Option<Type>,
+    /// Most memory to take beyond the mapped checkpoint, e.g. 6GB or 512MiB; of the device's own on a CUDA device, where a checkpoint that
+    /// does not fit is read while it is used
+    #[arg(long, value_name = "BYTES", value_parser = values::bytes, conflicts_with = "random_checkpoint")]
+    max_memory: Option<u64>,
+    /// Write a checkpoint with random weights, and a condition: of a size (published, 1/4, 1/16, 1/64) or of a config.json
+    #[arg(long, value_name = "SIZE|CONFIG", conflicts_with_all = ["checkpoint", "condition"])]
+    random_checkpoint: Option<String>,
+    /// Seed of the random weights
+    #[arg(long, default_value_t = 0, requires = "random_checkpoint")]
+    seed: u64,
     /// No messages but errors
     #[arg(long)]
     quiet: bool,
 }
 
+/// `--dtype`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Type {
+    F32,
+    Bf16,
+}
+
+/// Largest shard of a random checkpoint.
+const SHARD: u64 = 4_000_000_000;
+/// Tokens of a random condition for a config of the user's own.
+const CONDITION: usize = 1000;
+
 /// Runs `hywu generate`.
 pub fn run(args: &GenerateArgs) -> Result<()> {
+    interrupt::install()?;
+    match (&args.random_checkpoint, &args.checkpoint, &args.condition) {
+        (Some(what), ..) => write_random(args, what),
+        (None, Some(checkpoint), Some(condition)) => generate(args, checkpoint, condition),
+        // clap asks for both.
+        _ => bail!("--checkpoint and --condition are needed"),
+    }
+}
+
+fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<()> {
     args.device.check()?;
     // A mistyped folder should not cost a long run.
     let folder = args.output.parent().filter(|p| !p.as_os_str().is_empty());
     if let Some(folder) = folder.filter(|f| !f.is_dir()) {
         bail!("{}: the folder {} does not exist", args.output.display(), folder.display());
     }
-    let file = Checkpoint::open(&args.condition)?;
+    let file = Checkpoint::open(condition)?;
     let condition = file.read("condition").context("the condition file needs a tensor named `condition`")?;
-    let generator = Generator::load(&args.checkpoint)?.to(args.device, Dtype::Bf16)?;
+    let condition = Tensor::from_array(&condition);
+    let dtype = match (args.dtype, args.device) {
+        (Some(Type::F32), _) | (None, Device::Cpu) => Dtype::F32,
+        (Some(Type::Bf16), _) | (None, Device::Cuda(_)) => Dtype::Bf16,
+    };
+    let limits = Limits { memory: args.max_memory, rows: None };
+    if let Some(most) = args.max_memory {
+        args.device.limit_memory(usize::try_from(most).unwrap_or(usize::MAX))?;
+    }
+    let length = condition.dim_back(2);
+    let inference = Inference::open(checkpoint, args.device, dtype, limits, length)?;
     let start = Instant::now();
-    let mut adapter = generator.generate(&Tensor::from_array(&condition))?;
-    adapter.metadata.insert("program".into(), format!("hywu {}", env!("CARGO_PKG_VERSION")));
-    adapter.save(&args.output)?;
+    let metadata = [("program".to_owned(), format!("hywu {}", env!("CARGO_PKG_VERSION")))].into();
+    let bar = progress_bar(args.quiet);
+    let done = inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&bar, at));
+    bar.finish_and_clear();
+    done?;
     if !args.quiet {
-        let values: usize = adapter.modules.values().map(|m| m.lora_a.len() + m.lora_b.len()).sum();
+        let spec = inference.spec();
+        let values: usize = spec.parameters().iter().map(|p| p.numel()).sum();
+        let batch = condition.shape().first().copied().unwrap_or(1);
         eprintln!(
-            "{}: {} modules, {values} values, scale {}, {:.2} s",
+            "{}: {} modules, {} values, scale {}, {:.2} s",
             args.output.display(),
-            adapter.modules.len(),
-            adapter.scale,
+            spec.module_names().count(),
+            batch * spec.layers * values,
+            spec.scale(),
             start.elapsed().as_secs_f64()
         );
     }
     Ok(())
+}
+
+fn write_random(args: &GenerateArgs, what: &str) -> Result<()> {
+    let (config, condition) = match what.parse::<Size>() {
+        Ok(size) => (GeneratorConfig::scaled(size), size.condition_length()),
+        Err(e) => {
+            let text = std::fs::read(what).with_context(|| format!("{e}, and the file can't be read"))?;
+            (GeneratorConfig::from_json(&text).with_context(|| what.to_owned())?, CONDITION)
+        }
+    };
+    let start = Instant::now();
+    let checkpoint = RandomCheckpoint { config: &config, seed: args.seed, condition, shard: SHARD };
+    let bar = progress_bar(args.quiet);
+    let done = write_random_checkpoint(&checkpoint, &args.output, &mut |at| show(&bar, at));
+    bar.finish_and_clear();
+    done?;
+    if !args.quiet {
+        let weights: usize = config.weights()?.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        eprintln!(
+            "{}: {weights} random weights, and a condition of {condition} tokens, {:.2} s",
+            args.output.display(),
+            start.elapsed().as_secs_f64()
+        );
+    }
+    Ok(())
+}
+
+/// Thousandths of the work, and how long the rest will take.
+fn progress_bar(quiet: bool) -> ProgressBar {
+    if quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("[{bar:30}] {percent} %, {elapsed} so far, {eta} left")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(1000).with_style(style)
+}
+
+fn show(bar: &ProgressBar, at: Progress) -> ControlFlow<()> {
+    bar.set_position((1000.0 * at.done / at.total) as u64);
+    if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }

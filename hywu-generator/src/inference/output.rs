@@ -7,12 +7,12 @@ use hywu_kernels::Tensor;
 use ndarray::{ArrayD, IxDyn};
 use std::{collections::BTreeMap, ops::ControlFlow, path::Path};
 
-/// How far a pass is.
+/// How far long work is, in what it takes: a pass FLOPs, a file bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Progress {
-    /// FLOPs done.
+    /// Done.
     pub done: f64,
-    /// FLOPs in all.
+    /// In all.
     pub total: f64,
 }
 
