@@ -260,4 +260,10 @@ fn fills_the_device() {
     there.empty_like(&[free / 4 / 8 * 3]).expect("pieces of other sizes are given back");
     device.limit_memory(usize::MAX).expect("the device works");
     there.empty_like(&[free / 4 / 4 * 3]).expect("there is no limit any more");
+    // That is kept for the next tensor, until it is given back.
+    let unused = || device.memory().expect("the device works").expect("a CUDA device").0;
+    assert!(unused() <= free / 2, "{} of {free}", unused());
+    device.trim().expect("the device works");
+    assert!(unused() >= free / 4 * 3, "{} of {free}", unused());
+    assert_eq!(there.to_host().expect("works").data(), x.data(), "what is in use stays");
 }

@@ -44,6 +44,10 @@ pub(crate) struct Memory {
     length: usize,
     /// Throughout the pass.
     fixed: u64,
+    /// Rows of the stream.
+    all: usize,
+    /// What the third sub-layer made of all rows at once, which a device adds when the fourth reads them.
+    late: u64,
     sublayers: [Demand; 4],
 }
 
@@ -88,7 +92,10 @@ impl Memory {
             demand((2 + packed) * (batch * l) as u64 * width, 4 * width + heads, LEAST_ROWS, rows),
             demand(0, 10 * width, LEAST_ROWS, if on_device { rows / 8 } else { rows }),
         ];
-        Ok(Self { length: l, fixed: stream + condition + tables + weights + kept, sublayers })
+        let all = batch * n * s;
+        let late = if on_device { all as u64 * width } else { 0 };
+        let fixed = stream + condition + tables + weights + kept;
+        Ok(Self { length: l, fixed, all, late, sublayers })
     }
 
     /// Bytes that are enough for a pass.
@@ -99,8 +106,11 @@ impl Memory {
     /// Bytes that a pass takes with so many rows at a time.
     #[cfg(test)]
     fn taken(&self, rows: [usize; 4]) -> u64 {
-        let taken = |(d, rows): (&Demand, usize)| d.fixed + rows as u64 * d.row;
-        self.fixed + self.sublayers.iter().zip(rows).map(taken).max().unwrap_or(0)
+        let taken = |(i, d): (usize, &Demand)| {
+            let late = if i == 3 && rows[2] >= self.all { self.late } else { 0 };
+            d.fixed + late + rows[i] as u64 * d.row
+        };
+        self.fixed + self.sublayers.iter().enumerate().map(taken).max().unwrap_or(0)
     }
     /// # Errors
     /// [`Error::Memory`] when a pass does not fit.
@@ -119,12 +129,16 @@ impl Memory {
         if let Some(budget) = limits.memory {
             self.check(budget)?;
         }
-        Ok(self.sublayers.map(|d| {
-            let fit = limits
-                .memory
-                .map_or(usize::MAX, |budget| (budget.saturating_sub(self.fixed + d.fixed) / d.row) as usize);
+        let rows = |d: &Demand, late: u64| {
+            let taken = self.fixed + d.fixed + late;
+            let fit =
+                limits.memory.map_or(usize::MAX, |budget| (budget.saturating_sub(taken) / d.row) as usize);
             fit.min(limits.rows.unwrap_or(usize::MAX)).clamp(d.least, d.most)
-        }))
+        };
+        let [a, b, c, d] = &self.sublayers;
+        let third = rows(c, 0);
+        let late = if third >= self.all { self.late } else { 0 };
+        Ok([rows(a, 0), rows(b, 0), third, rows(d, late)])
     }
 }
 
@@ -155,7 +169,8 @@ mod tests {
         for streamed in [false, true] {
             let memory = published(Device::Cuda(0), Dtype::Bf16, streamed);
             let least = memory.least();
-            for budget in [least, least + (1 << 28), least + (4 << 30)] {
+            for budget in [least, least + (1 << 28), least + (4 << 30), least + (6 << 30), least + (40 << 30)]
+            {
                 let rows = memory.rows(Limits { memory: Some(budget), rows: None }).expect("enough");
                 assert!(memory.taken(rows) <= budget, "{budget}: {rows:?}");
             }

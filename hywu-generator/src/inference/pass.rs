@@ -73,7 +73,7 @@ impl<'a> Layers<'a> {
         let (w, bias) = (self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?);
         Ok(linear(&self.tape, &Var::constant(x.clone()), w, Some(bias))?.value().clone())
     }
-    fn norm(&self, stream: &Stream, runs: Runs, name: &str) -> Result<Tensor> {
+    fn norm(&self, stream: &mut Stream, runs: Runs, name: &str) -> Result<Tensor> {
         Ok(stream.read(runs, self.weight(&format!("{name}.weight"))?.value(), EPS)?)
     }
     fn attention(&self, args: &Attention, q: Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
@@ -156,7 +156,7 @@ impl Inference {
         }
         drop(e);
         let weights = self.weights.part(Part::End)?;
-        pass.write(&weights, &stream, sink)
+        pass.write(&weights, &mut stream, sink)
     }
 
     fn kept_start(&self) -> Option<&Tensor> {
@@ -217,10 +217,10 @@ impl Pass<'_> {
         self.batch = batch;
         match &self.of.start {
             Some(kept) => {
-                let kept = kept.get_or_init(|| stream.into_value());
-                Ok(Stream::repeated(kept, batch)?)
+                let value = stream.into_value()?;
+                Ok(Stream::repeated(kept.get_or_init(|| value), batch)?)
             }
-            None if batch > 1 => Ok(Stream::repeated(stream.value(), batch)?),
+            None if batch > 1 => Ok(Stream::repeated(stream.value()?, batch)?),
             None => Ok(stream),
         }
     }
@@ -334,7 +334,7 @@ impl Pass<'_> {
     fn write(
         &mut self,
         weights: &Bound,
-        stream: &Stream,
+        stream: &mut Stream,
         sink: &mut dyn FnMut(LayerTokens) -> Result<()>,
     ) -> Result<()> {
         let layers = Layers::new(weights, "model.".into());

@@ -7,8 +7,11 @@ use rayon::prelude::*;
 /// Rows of a parallel task.
 const ROWS: usize = 16;
 
-/// The norm of some rows.
-pub fn read(x: &Tensor, runs: Runs, w: &Tensor, eps: f32) -> Tensor {
+/// The norm of some rows, after `late` is added to them.
+pub fn read(x: &mut Tensor, runs: Runs, late: Option<&Tensor>, w: &Tensor, eps: f32) -> Tensor {
+    if let Some(y) = late {
+        add(x, runs, y);
+    }
     let (c, data) = (x.dim_back(1), x.data());
     Tensor::build(&[runs.rows(), c], |out| {
         out.par_chunks_mut(c).with_min_len(ROWS).enumerate().for_each(|(i, out)| {

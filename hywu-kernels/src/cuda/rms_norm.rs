@@ -18,11 +18,15 @@ const OP: &str = "rms_norm";
 const PACKS: usize = 4;
 
 /// Threads that share a row of c channels: part of a warp, or from one warp on so many that each has a few packs.
-pub(super) fn row_threads(c: usize, dtype: Dtype) -> usize {
-    let packs = c.div_ceil(pack(dtype));
+fn row_threads(c: usize, dtype: Dtype) -> usize {
+    threads_of(c.div_ceil(pack(dtype)), PACKS)
+}
+
+/// Threads that share a row of so many packs, where a thread takes `each` before more threads do.
+pub(super) fn threads_of(packs: usize, each: usize) -> usize {
     match packs {
         0..=32 => packs.next_power_of_two(),
-        _ => packs.div_ceil(PACKS).next_power_of_two().clamp(32, 1024),
+        _ => packs.div_ceil(each).next_power_of_two().clamp(32, 1024),
     }
 }
 

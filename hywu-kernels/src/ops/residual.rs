@@ -1,5 +1,5 @@
 //! A residual stream: what the sub-layers of a transformer read through an RMSNorm (arXiv 1910.07467) and add their results to. It is
-//! kept in f32 whatever they compute in, and changed in place: for inference, where no gradient needs what it was before.
+//! kept in f32 whatever they compute in, and changed in place, at the latest when it is read: for inference, where no gradient needs what it was before.
 
 use crate::{Device, Error, Result, Tensor, testing};
 use hywu_core::Dtype;
@@ -9,6 +9,13 @@ const OP: &str = "residual";
 /// Rows [rows, channels] in f32 that are read and added to piece by piece.
 pub struct Stream {
     x: Tensor,
+    late: Option<Late>,
+}
+
+/// What is yet to be added to all rows from one on: whoever reads them does it, which saves a device a pass over them.
+struct Late {
+    y: Tensor,
+    from: usize,
 }
 
 /// Some rows of a stream: runs of neighbours, evenly spaced.
@@ -33,6 +40,11 @@ impl Runs {
     pub fn rows(&self) -> usize {
         self.count * self.length
     }
+    /// The rows, where they are neighbours.
+    fn neighbours(&self) -> Option<std::ops::Range<usize>> {
+        let one = self.count == 1 || self.pitch == self.length;
+        one.then(|| self.first..self.first + self.rows())
+    }
     /// One past the last row; none where that overflows, or where runs overlap.
     fn end(&self) -> Option<usize> {
         if self.pitch < self.length {
@@ -41,6 +53,11 @@ impl Runs {
         let last = self.count.checked_sub(1)?.checked_mul(self.pitch)?;
         self.first.checked_add(last)?.checked_add(self.length)
     }
+}
+
+/// Do rows start at multiples of 16 bytes?
+fn whole_packs(channels: usize, dtype: Dtype) -> bool {
+    (channels * dtype.size()).is_multiple_of(16)
 }
 
 impl Stream {
@@ -54,7 +71,7 @@ impl Stream {
         }
         let mut x = Tensor::empty(device, &[rows, channels], Dtype::F32)?;
         x.clear()?;
-        Ok(Self { x })
+        Ok(Self { x, late: None })
     }
     /// A copy of [rows, channels] in f32, `times` times one after the other.
     ///
@@ -71,19 +88,27 @@ impl Stream {
         Ok(stream)
     }
     /// The rows, [rows, channels] in f32.
-    pub fn value(&self) -> &Tensor {
-        &self.x
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn value(&mut self) -> Result<&Tensor> {
+        self.settle()?;
+        Ok(&self.x)
     }
     /// The rows, [rows, channels] in f32, and the stream is no more.
-    pub fn into_value(self) -> Tensor {
-        self.x
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn into_value(mut self) -> Result<Tensor> {
+        self.settle()?;
+        Ok(self.x)
     }
 
     /// x / sqrt(mean(x^2) + eps) * weight of some rows, [rows, channels], rounded to the dtype of `weight` `[channels]`.
     ///
     /// # Errors
     /// Rows outside of the stream, another number of channels, another device, eps that is not positive.
-    pub fn read(&self, runs: Runs, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    pub fn read(&mut self, runs: Runs, weight: &Tensor, eps: f32) -> Result<Tensor> {
         let channels = self.x.dim_back(1);
         self.check(runs)?;
         if weight.shape() != [channels] {
@@ -93,7 +118,9 @@ impl Stream {
             return Err(Error::invalid(OP, format!("eps {eps} is not positive")));
         }
         self.beside(weight)?;
-        let out = on_device!(self.x, residual::read(&self.x, runs, weight, eps));
+        let late = self.late_for(runs, weight.dtype())?;
+        self.x.make_unique()?;
+        let out = on_device!(weight, residual::read(&mut self.x, runs, late.as_ref(), weight, eps));
         Ok(testing::as_naive(out))
     }
 
@@ -108,9 +135,44 @@ impl Stream {
             return Err(Error::shape(OP, "y", y.shape(), format!("{expected} elements")));
         }
         self.beside(y)?;
+        if self.late.as_ref().is_some_and(|late| runs.end() > Some(late.from)) {
+            self.settle()?;
+        }
+        let rows = self.x.shape()[0];
+        if y.is_cuda() && runs.neighbours() == Some(0..rows) && whole_packs(self.x.dim_back(1), y.dtype()) {
+            self.late = Some(Late { y: y.clone(), from: 0 });
+            return Ok(());
+        }
+        self.add_now(runs, y)
+    }
+
+    fn add_now(&mut self, runs: Runs, y: &Tensor) -> Result<()> {
         self.x.make_unique()?;
         on_device!(y, residual::add(&mut self.x, runs, y));
         Ok(())
+    }
+    /// Adds what is late.
+    fn settle(&mut self) -> Result<()> {
+        let Some(Late { y, from }) = self.late.take() else { return Ok(()) };
+        let (rows, channels) = (self.x.shape()[0], self.x.dim_back(1));
+        let rest = y.part(from * channels, &[rows - from, channels]);
+        self.add_now(Runs::of(from..rows), &rest)
+    }
+    /// What is to be added to these rows when they are read in `dtype`.
+    fn late_for(&mut self, runs: Runs, dtype: Dtype) -> Result<Option<Tensor>> {
+        let (rows, channels) = (self.x.shape()[0], self.x.dim_back(1));
+        let Some(Late { y, from }) = &mut self.late else { return Ok(None) };
+        match runs.neighbours() {
+            Some(read) if read.start == *from && y.dtype() == dtype => {
+                let part = y.part(read.start * channels, &[read.len(), channels]);
+                *from = read.end;
+                if read.end == rows {
+                    self.late = None;
+                }
+                Ok(Some(part))
+            }
+            _ => self.settle().map(|()| None),
+        }
     }
 
     fn check(&self, runs: Runs) -> Result<()> {
