@@ -295,7 +295,10 @@ fn a_file_that_shrinks_while_it_is_open_is_an_error() {
         [(whole - 1, true), (whole - 100_000, true), (whole - 600_000, true), (300, false), (0, false)]
     {
         writer.set_len(length).expect("writable");
-        one_line(checkpoint.read("b"), &["x.safetensors", "has shrunk since it was opened"]);
+        let message = ["x.safetensors", "has shrunk since it was opened"];
+        one_line(checkpoint.read("b"), &message);
+        one_line(checkpoint.read_into("b", &mut vec![0.0; 300_000]), &message);
+        one_line(checkpoint.read_stored("b", 0, &mut vec![0; 600_000]), &message);
         assert_eq!(checkpoint.read("a").is_ok(), good, "{length}");
     }
     one_line(checkpoint.read("a"), &["x.safetensors", "has shrunk since it was opened"]);
