@@ -17,13 +17,16 @@ done
 [ ${#targets[@]} -gt 0 ] || targets=(index adapter config)
 [ ${#options[@]} -gt 0 ] || options=(-max_total_time=10)
 
+# The crates of the program itself, in its versions.
+[ fuzz/Cargo.lock -nt Cargo.lock ] || cp Cargo.lock fuzz/Cargo.lock
+
 # LLVM's coverage pass, as cargo-fuzz asks for it; the address sanitizer that it adds needs nightly, and this is safe Rust. With
 # --target the flags stay away from build scripts.
 host=$(rustc -vV | sed -n 's/^host: //p')
 coverage=(trace-compares inline-8bit-counters pc-table)
 flags="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4"
 flags+=$(printf ' -Cllvm-args=-sanitizer-coverage-%s' "${coverage[@]}")
-RUSTFLAGS="$flags" cargo build --manifest-path fuzz/Cargo.toml --target-dir target/fuzz --target "$host" --release --locked
+RUSTFLAGS="$flags" cargo build --manifest-path fuzz/Cargo.toml --target-dir target/fuzz --target "$host" --release
 
 for target in "${targets[@]}"; do
   corpus=target/fuzz/corpus/$target

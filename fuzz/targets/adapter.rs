@@ -42,7 +42,8 @@ fn try_file(file: Vec<u8>) {
             assert_eq!(tensor.shape(), ours.shape());
             assert!(ours.iter().all(|x| x.is_finite()));
             if tensor.dtype() == Dtype::F32 {
-                let numbers = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                let numbers =
+                    tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 assert!(ours.iter().map(|x| x.to_bits()).eq(numbers.map(f32::to_bits)));
             }
         }

@@ -295,7 +295,10 @@ fn a_file_that_shrinks_while_it_is_open_is_an_error() {
         [(whole - 1, true), (whole - 100_000, true), (whole - 600_000, true), (300, false), (0, false)]
     {
         writer.set_len(length).expect("writable");
-        one_line(checkpoint.read("b"), &["x.safetensors", "has shrunk since it was opened"]);
+        let message = ["x.safetensors", "has shrunk since it was opened"];
+        one_line(checkpoint.read("b"), &message);
+        one_line(checkpoint.read_into("b", &mut vec![0.0; 300_000]), &message);
+        one_line(checkpoint.read_stored("b", 0, &mut vec![0; 600_000]), &message);
         assert_eq!(checkpoint.read("a").is_ok(), good, "{length}");
     }
     one_line(checkpoint.read("a"), &["x.safetensors", "has shrunk since it was opened"]);
@@ -303,7 +306,8 @@ fn a_file_that_shrinks_while_it_is_open_is_an_error() {
 
 #[test]
 fn adapters_of_odd_parts_are_refused() {
-    let write = |parts: &[(&str, &[usize])]| {
+    type Part<'a> = (&'a str, &'a [usize]);
+    let write = |parts: &[Part<'_>]| {
         let dir = folder();
         let path = dir.path().join("a.safetensors");
         let mut writer = TensorWriter::new();
@@ -313,7 +317,7 @@ fn adapters_of_odd_parts_are_refused() {
         writer.write(&path).expect("writable");
         Adapter::load(path)
     };
-    let (a, b): ((&str, &[usize]), (&str, &[usize])) = (("m.lora_A", &[1, 2, 3]), ("m.lora_B", &[1, 3, 2]));
+    let (a, b): (Part<'_>, Part<'_>) = (("m.lora_A", &[1, 2, 3]), ("m.lora_B", &[1, 3, 2]));
     assert!(write(&[a, b, ("scale", &[])]).is_ok());
     one_line(write(&[a, b]), &["no tensor named `scale`"]);
     one_line(write(&[a, b, ("scale", &[1])]), &["`scale` has shape [1], expected []"]);

@@ -1,6 +1,7 @@
-use hywu_core::{AdapterSpec, Error, ParameterKind, Result, check_range, parse_json};
+use hywu_core::{AdapterSpec, Error, ParameterKind, Result, check_range, parse_json, read_small};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::path::Path;
 
 /// `config.json` of a generator (FORMAT.md section 1); unknown keys are ignored, absent ones have the published defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -90,6 +91,15 @@ pub(crate) struct Shape {
 impl GeneratorConfig {
     /// Longest `config.json`, in bytes.
     pub const MAX_BYTES: u64 = 1 << 20;
+
+    /// Reads and checks a `config.json`.
+    ///
+    /// # Errors
+    /// A file that can't be read or is longer than [`GeneratorConfig::MAX_BYTES`]; what [`GeneratorConfig::from_json`] finds, with its name.
+    pub fn read(file: impl AsRef<Path>) -> Result<Self> {
+        let text = read_small(&file, Self::MAX_BYTES)?;
+        Self::from_json(&text).map_err(|e| Error::checkpoint(&file, e.to_string()))
+    }
 
     /// Parses and checks a `config.json`; the order of `pg_mapping` is kept.
     ///

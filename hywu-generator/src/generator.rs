@@ -1,5 +1,5 @@
 use crate::{GeneratorConfig, Result, config::Shape, mixing::Tables};
-use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, read_small, write_atomic};
+use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, write_atomic};
 use hywu_kernels::{
     Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
@@ -73,10 +73,7 @@ impl Generator {
     /// Anything missing, damaged, unused, of the wrong shape or not finite.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let file = folder.join("config.json");
-        let text = read_small(&file, GeneratorConfig::MAX_BYTES)?;
-        let config = GeneratorConfig::from_json(&text)
-            .map_err(|e| hywu_core::Error::checkpoint(&file, e.to_string()))?;
+        let config = GeneratorConfig::read(folder.join("config.json"))?;
         Self::from_checkpoint(config, &Checkpoint::open(folder)?)
     }
 

@@ -112,10 +112,8 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
 fn write_random(args: &GenerateArgs, what: &str) -> Result<()> {
     let (config, condition) = match what.parse::<Size>() {
         Ok(size) => (GeneratorConfig::scaled(size), size.condition_length()),
-        Err(e) => {
-            let text = std::fs::read(what).with_context(|| format!("{e}, and the file can't be read"))?;
-            (GeneratorConfig::from_json(&text).with_context(|| what.to_owned())?, CONDITION)
-        }
+        Err(e) if !Path::new(what).exists() => bail!("{e}, and there is no such file"),
+        Err(_) => (GeneratorConfig::read(what)?, CONDITION),
     };
     let start = Instant::now();
     let checkpoint = RandomCheckpoint { config: &config, seed: args.seed, condition, shard: SHARD };

@@ -60,10 +60,7 @@ impl Inference {
         length: usize,
     ) -> Result<Self> {
         let folder = folder.as_ref();
-        let file = folder.join("config.json");
-        let text = std::fs::read(&file).map_err(|e| hywu_core::Error::io(&file, e))?;
-        let config = GeneratorConfig::from_json(&text)
-            .map_err(|e| hywu_core::Error::checkpoint(&file, e.to_string()))?;
+        let config = GeneratorConfig::read(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
         Self::from_checkpoint(config, checkpoint, device, dtype, limits, length)
     }
