@@ -330,7 +330,7 @@ fn a_cache_that_can_not_be_written_costs_no_edit() {
     }
 
     // Wrong usage, and a limit that nothing fits under.
-    for (args, message) in [(["--cache-size", "lots"], "500MB"), (["--cache-size", "1 cup"], "--cache-size")]
+    for (args, message) in [(["--cache-size", "lots"], "512MiB"), (["--cache-size", "1 cup"], "--cache-size")]
     {
         place
             .cached(&place.input, "make it warmer", "d.png")
