@@ -1,7 +1,6 @@
 //! Values on the command line: a bad one is wrong usage (exit code 2), told with what would be right. The limits are those of
 //! [`SampleOptions::validate`].
 
-use bytesize::ByteSize;
 use hywu_diffusion::SampleOptions;
 
 /// Sampling steps.
@@ -18,16 +17,16 @@ pub fn tile(text: &str) -> Result<usize, String> {
     Ok(tile)
 }
 
-/// A number of bytes, with or without a unit.
-pub fn bytes(text: &str) -> Result<u64, String> {
-    let size: Result<ByteSize, _> = text.parse();
-    size.map(|size| size.as_u64()).map_err(|_| "a size is expected, such as 500MB or 2GiB".into())
-}
-
 /// A number, not infinite.
 pub fn finite(text: &str) -> Result<f32, String> {
     let number = text.parse().ok().filter(|f: &f32| f.is_finite());
     number.ok_or_else(|| "a finite number is expected".into())
+}
+
+/// Bytes: a number, alone or with a unit such as GB or MiB.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let bytes = text.parse::<bytesize::ByteSize>().ok().map(|b| b.as_u64()).filter(|&b| b > 0);
+    bytes.ok_or_else(|| "a number of bytes is expected, such as 6GB or 512MiB".into())
 }
 
 fn number(text: &str) -> Result<usize, String> {

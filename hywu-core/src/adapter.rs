@@ -1,4 +1,4 @@
-use crate::{Checkpoint, Dtype, Error, Header, Result, TensorWriter};
+use crate::{AdapterSpec, Checkpoint, Dtype, Error, Header, Result, TensorWriter};
 use indexmap::IndexMap;
 use ndarray::ArrayD;
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
@@ -30,6 +30,14 @@ impl Adapter {
     /// Number of instances (the leading axis of every tensor).
     pub fn batch(&self) -> usize {
         self.modules.values().next().map_or(0, |m| m.lora_a.shape()[0])
+    }
+
+    /// Checks that every module of `spec` is there with the right shape and nothing else is, and that all is finite.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::cover`] and [`crate::ApplyResult::strict`].
+    pub fn check(&self, spec: &AdapterSpec) -> Result<()> {
+        self.cover(spec)?.strict()
     }
 
     /// Reads a file written by [`Adapter::save`].

@@ -108,14 +108,6 @@ impl Adapter {
         }
         Ok(ApplyResult::of(spec.module_names(), self.modules.keys().map(String::as_str), |_| false))
     }
-
-    /// [`Adapter::cover`], and nothing may be missing or unused.
-    ///
-    /// # Errors
-    /// Those of [`Adapter::cover`] and [`ApplyResult::strict`].
-    pub fn check(&self, spec: &AdapterSpec) -> Result<()> {
-        self.cover(spec)?.strict()
-    }
 }
 
 impl Module {

@@ -3,7 +3,13 @@
 #![allow(dead_code, reason = "every test file uses a part")]
 
 use assert_cmd::Command;
-use std::path::{Path, PathBuf};
+use hywu::model::Model;
+use hywu_core::Dtype;
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 pub fn hywu() -> Command {
     let mut command = Command::cargo_bin("hywu").expect("the binary is built by cargo");
@@ -42,4 +48,68 @@ pub fn difference(a: &Path, b: &Path) -> f64 {
     assert_eq!(a.dimensions(), b.dimensions());
     let sum: u64 = a.as_raw().iter().zip(b.as_raw()).map(|(x, y)| u64::from(x.abs_diff(*y))).sum();
     sum as f64 / a.as_raw().len() as f64
+}
+
+/// A temporary folder with what most tests need.
+pub struct Place {
+    pub dir: tempfile::TempDir,
+    /// A small picture.
+    pub input: PathBuf,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let input = photo(dir.path(), "in.png", 72, 64);
+        Self { dir, input }
+    }
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+    /// An edit that tells in JSON how it went.
+    pub fn edit(&self, input: &Path, instruction: &str, output: &str) -> Command {
+        let mut command = edit(input, instruction, &self.at(output));
+        command.args(["--json", "--device", "cpu"]);
+        command
+    }
+    /// The same with the cache.
+    pub fn cached(&self, input: &Path, instruction: &str, output: &str) -> Command {
+        let mut command = self.edit(input, instruction, output);
+        command.arg("--cache").arg(self.at("cache"));
+        command
+    }
+    pub fn entries(&self) -> Vec<PathBuf> {
+        let listed = fs::read_dir(self.at("cache")).map(|dir| dir.map(|e| e.expect("an entry").path()));
+        let mut all: Vec<_> = listed.into_iter().flatten().collect();
+        all.sort();
+        all
+    }
+    /// A folder with the bundled model, changed.
+    pub fn model(&self, change: impl FnOnce(&Path)) -> PathBuf {
+        let folder = self.at("model");
+        Model::bundled().expect("in the binary").save(&folder, Dtype::F32).expect("writable");
+        change(&folder);
+        folder
+    }
+}
+
+/// How the adapter of a successful edit came about, and what was said beside.
+pub fn origin(command: &mut Command) -> (String, String) {
+    let done = command.assert().success();
+    let output = done.get_output();
+    let line: Value = serde_json::from_slice(&output.stdout).expect("a line of JSON");
+    let origin = line["adapter"].as_str().unwrap_or("none").to_owned();
+    (origin, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// As [`origin`], and nothing was said.
+#[track_caller]
+pub fn quietly(command: &mut Command) -> String {
+    let (origin, stderr) = origin(command);
+    assert_eq!(stderr, "");
+    origin
+}
+
+pub fn pixels(file: &Path) -> Vec<u8> {
+    image::open(file).expect("a picture").to_rgb8().into_raw()
 }
