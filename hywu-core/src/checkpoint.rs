@@ -3,7 +3,7 @@ use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
 use safetensors::{SafeTensors, tensor::Dtype as Stored};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     path::{Component, Path, PathBuf},
     sync::Arc,
@@ -68,8 +68,8 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 impl Checkpoint {
     /// Opens a file or a folder.
@@ -104,21 +104,12 @@ impl Checkpoint {
 
     fn open_shards(&mut self, folder: &Path) -> Result<()> {
         let file = folder.join(INDEX);
-        let text = std::fs::read(&file).map_err(|e| Error::io(&file, e))?;
-        let index: Index = serde_json::from_slice(&text)
-            .map_err(|e| Error::checkpoint(&file, format!("not a shard index: {e}")))?;
-        let shards: std::collections::BTreeSet<&String> = index.weight_map.values().collect();
-        for name in shards {
-            // The name comes out of a downloaded file, so it must be a plain one. What stands under it is the owner's: in a Hugging
-            // Face cache every shard is a link to ../../blobs.
-            let plain = Path::new(name).components().collect::<Vec<_>>();
-            if !matches!(plain[..], [Component::Normal(_)]) || name.contains(['/', '\\']) {
-                return Err(Error::checkpoint(&file, format!("shard name `{name}` leaves the folder")));
-            }
+        let index = Index::read(folder)?;
+        for name in index.shards() {
             let shard = folder.join(name);
             let before: Vec<String> = self.entries.keys().cloned().collect();
             self.add(&shard, map(&shard)?)?;
-            let listed = |n: &String| index.weight_map.get(n) == Some(name);
+            let listed = |n: &String| index.weight_map.get(n).is_some_and(|shard| shard == name);
             if let Some(extra) = self.entries.keys().find(|n| !before.contains(n) && !listed(n)) {
                 return Err(Error::checkpoint(&shard, format!("tensor `{extra}` is not in the index")));
             }
@@ -244,9 +235,34 @@ impl Checkpoint {
     }
 }
 
+/// `model.safetensors.index.json`: tensor name -> shard.
 #[derive(serde::Deserialize)]
-struct Index {
+pub(crate) struct Index {
     weight_map: BTreeMap<String, String>,
+}
+
+impl Index {
+    /// Reads the index of a folder.
+    pub(crate) fn read(folder: &Path) -> Result<Self> {
+        let file = folder.join(INDEX);
+        let text = std::fs::read(&file).map_err(|e| Error::io(&file, e))?;
+        let index: Self = serde_json::from_slice(&text)
+            .map_err(|e| Error::checkpoint(&file, format!("not a shard index: {e}")))?;
+        for name in index.shards() {
+            // The name comes out of a downloaded file, so it must be a plain one. What stands under it is the owner's: in a Hugging
+            // Face cache every shard is a link to ../../blobs.
+            let plain = Path::new(name).components().collect::<Vec<_>>();
+            if !matches!(plain[..], [Component::Normal(_)]) || name.contains(['/', '\\']) {
+                return Err(Error::checkpoint(&file, format!("shard name `{name}` leaves the folder")));
+            }
+        }
+        Ok(index)
+    }
+
+    /// The shards, each once, sorted.
+    pub(crate) fn shards(&self) -> BTreeSet<&str> {
+        self.weight_map.values().map(String::as_str).collect()
+    }
 }
 
 fn map(path: &Path) -> Result<Bytes> {
