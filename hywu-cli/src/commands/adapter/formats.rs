@@ -110,18 +110,17 @@ pub fn export(args: &ExportArgs) -> Result<()> {
 /// Runs `hywu adapter import`.
 pub fn import(args: &ImportArgs) -> Result<()> {
     let names = args.names.names()?;
-    let known = match &args.base {
+    let mut known = match &args.base {
         Some(base) => modules_of(base)?,
-        None => {
-            let spec = Model::bundled()?.backbone.adapter_spec(1, 1.0);
-            let ours: Vec<String> = spec.module_names().collect();
-            names.plain_targets(ours.iter().map(String::as_str))
-        }
+        None => Model::bundled()?.backbone.adapter_spec(1, 1.0).module_names().collect(),
     };
+    // A file may have a module for each part of what is fused in the backbone.
+    known.extend(names.plain_targets(known.iter().map(String::as_str)));
     let options = ImportOptions { names: &names, component: args.component.as_deref(), known: &known };
-    let mut adapter = read(&args.path, args.format.map(FormatArg::format), &options)
-        .with_context(|| args.path.display().to_string())?;
-    sign(&mut adapter);
+    let mut adapter = read(&args.path, args.format.map(FormatArg::format), &options)?;
+    if !adapter.metadata.contains_key("program") {
+        sign(&mut adapter);
+    }
     adapter.save(&args.output)?;
     eprintln!("{}: {} modules, scale {}", args.output.display(), adapter.modules.len(), adapter.scale);
     Ok(())
