@@ -5,7 +5,7 @@ from pathlib import Path
 
 import peft
 import torch
-from common import check, differs, finish, hywu, merged, random_adapter, randomise, refused
+from common import check, differs, finish, hywu, merged, random_adapter, randomise, refused, same
 from safetensors.torch import save_file
 from toy import MODULES, QKV_ROWS, Toy, split_weights, updated
 
@@ -48,6 +48,7 @@ with torch.no_grad():
             check(f"{case}, {layout}, merged there", loaded.merge_and_unload()(x), expected)
             back = dir / f"{case} {layout} back.safetensors"
             hywu("import", folder, "--output", back, *args)
+            same(f"{case}, {layout}, there and back", ours, back)
 
     # Theirs here.
     attention = [f"model.layers.{n}.self_attn.{p}" for n in range(2) for p in ("qkv_proj", "o_proj")]

@@ -41,6 +41,15 @@ def differs(what, one, other):
     print(f"{'ok   ' if good else 'WRONG'} {what}: changes the output by {change:.2f}", flush=True)
 
 
+def same(what, one, other):
+    """Two files must hold the same bits."""
+    global failures
+    one, other = load_file(one), load_file(other)
+    good = one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    failures += not good
+    print(f"{'ok   ' if good else 'WRONG'} {what}: bit for bit", flush=True)
+
+
 def refused(what, *args):
     """The program must not take it, and name it."""
     global failures
