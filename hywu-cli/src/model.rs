@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 const INFO: &str = "model.json";
+/// Longest `model.json`, in bytes.
+const MAX_INFO: u64 = 1 << 20;
 const BACKBONE: &str = "backbone.safetensors";
 const GENERATOR: &str = "generator";
 const LORA: &str = "lora.safetensors";
@@ -45,7 +47,7 @@ impl ModelInfo {
     /// A file that is missing or not a model's.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let file = folder.as_ref().join(INFO);
-        let text = std::fs::read(&file).map_err(|e| hywu_core::Error::io(&file, e))?;
+        let text = hywu_core::read_small(&file, MAX_INFO)?;
         serde_json::from_slice(&text).with_context(|| format!("{}: not a model", file.display()))
     }
 }

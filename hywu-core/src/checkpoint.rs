@@ -1,11 +1,13 @@
-use crate::{Error, Result, write_atomic};
+use crate::{
+    Entry, Error, Header, Index, Result, index::shard_path, read_small, source::Source, write_atomic,
+};
 use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
-use safetensors::{SafeTensors, tensor::Dtype as Stored};
+use safetensors::tensor::Dtype as Stored;
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs::File,
-    path::{Component, Path, PathBuf},
+    borrow::Cow,
+    collections::BTreeMap,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -30,35 +32,14 @@ impl Dtype {
     }
 }
 
-enum Bytes {
-    Mapped(memmap2::Mmap),
-    Static(&'static [u8]),
-}
-
-impl Bytes {
-    fn get(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Static(bytes) => bytes,
-        }
-    }
-}
-
-struct Entry {
-    file: Arc<Bytes>,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    start: usize,
-    end: usize,
-}
-
 /// Tensors in a safetensors file, a folder with `model.safetensors`, a sharded folder with
-/// `model.safetensors.index.json`, or embedded bytes.
+/// `model.safetensors.index.json`, or bytes in memory.
 ///
-/// Files are memory-mapped; every header is checked when opened; shard names may not leave the folder, but a shard may be a link.
+/// Every header is read and checked when it is opened, tensors when they are asked for. Files must stay as they are meanwhile: one
+/// that shrinks is an error when a tensor is read. Shards may not lie outside the folder.
 pub struct Checkpoint {
     path: PathBuf,
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, (Arc<Source>, Entry)>,
     metadata: BTreeMap<String, String>,
 }
 
@@ -75,17 +56,26 @@ impl Checkpoint {
     /// Opens a file or a folder.
     ///
     /// # Errors
-    /// [`Error::Io`] when something can't be read; [`Error::Checkpoint`] for a damaged file, an unsupported dtype, an index
-    /// that disagrees with its shards, or a shard name that would leave the folder.
+    /// [`Error::Io`] when something can't be read; [`Error::Checkpoint`] for a damaged file, a header of more than
+    /// [`Header::MAX_CHECKPOINT`] bytes, an unsupported dtype, an index that disagrees with its shards, or a shard that is missing or
+    /// outside the folder.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_within(path, Header::MAX_CHECKPOINT)
+    }
+
+    /// The same, with headers of at most `most` bytes: an adapter's is short ([`Header::MAX_ADAPTER`]).
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_within(path: impl AsRef<Path>, most: u64) -> Result<Self> {
         let path = path.as_ref();
-        let mut this = Self { path: path.to_owned(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        let mut this = Self::empty(path);
         if !path.is_dir() {
-            this.add(path, map(path)?)?;
+            this.add(Source::open(path)?, most)?;
         } else if path.join(INDEX).is_file() {
-            this.open_shards(path)?;
+            this.open_shards(path, most)?;
         } else if path.join(SINGLE).is_file() {
-            this.add(&path.join(SINGLE), map(&path.join(SINGLE))?)?;
+            this.add(Source::open(&path.join(SINGLE))?, most)?;
         } else {
             return Err(Error::checkpoint(path, format!("the folder holds neither {SINGLE} nor {INDEX}")));
         }
@@ -97,68 +87,58 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] when the bytes are damaged.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
-        let mut this = Self { path: name.into(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
-        this.add(Path::new(name), Bytes::Static(bytes))?;
+        Self::from_bytes(name, bytes, Header::MAX_CHECKPOINT)
+    }
+
+    /// Reads bytes in memory, with a header of at most `most` bytes; `name` stands for the path in errors.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when the bytes are damaged.
+    pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>, most: u64) -> Result<Self> {
+        let mut this = Self::empty(Path::new(name));
+        this.add(Source::memory(name, bytes), most)?;
         Ok(this)
     }
 
-    fn open_shards(&mut self, folder: &Path) -> Result<()> {
+    fn empty(path: &Path) -> Self {
+        Self { path: path.to_owned(), entries: BTreeMap::new(), metadata: BTreeMap::new() }
+    }
+
+    fn open_shards(&mut self, folder: &Path, most: u64) -> Result<()> {
         let file = folder.join(INDEX);
-        let index = Index::read(folder)?;
-        for name in index.shards() {
-            let shard = folder.join(name);
-            let before: Vec<String> = self.entries.keys().cloned().collect();
-            self.add(&shard, map(&shard)?)?;
-            let listed = |n: &String| index.weight_map.get(n).is_some_and(|shard| shard == name);
-            if let Some(extra) = self.entries.keys().find(|n| !before.contains(n) && !listed(n)) {
-                return Err(Error::checkpoint(&shard, format!("tensor `{extra}` is not in the index")));
+        let index = Index::parse(&file, &read_small(&file, Index::MAX_BYTES)?)?;
+        for (name, tensors) in index.shards() {
+            let source = self.add(Source::open(&shard_path(&file, folder, name)?)?, most)?;
+            let held = |tensor: &&str| {
+                self.entries.get(*tensor).is_some_and(|(there, _)| Arc::ptr_eq(there, &source))
+            };
+            if let Some(missing) = tensors.iter().find(|t| !held(t)) {
+                return Err(Error::checkpoint(
+                    &file,
+                    format!("tensor `{missing}` is not in its shard `{name}`"),
+                ));
             }
         }
-        if let Some((missing, shard)) = index.weight_map.iter().find(|(n, _)| !self.entries.contains_key(*n))
+        if let Some((extra, (source, _))) =
+            self.entries.iter().find(|(name, _)| !index.weight_map.contains_key(*name))
         {
-            return Err(Error::checkpoint(
-                &file,
-                format!("tensor `{missing}` is not in its shard `{shard}`"),
-            ));
+            return Err(Error::checkpoint(&source.path, format!("tensor `{extra}` is not in the index")));
         }
         Ok(())
     }
 
-    fn add(&mut self, path: &Path, bytes: Bytes) -> Result<()> {
-        let file = Arc::new(bytes);
-        let all = file.get();
-        let bad = |e: safetensors::SafeTensorError| {
-            Error::checkpoint(path, format!("not a valid safetensors file: {e}"))
-        };
-        let (header, meta) = SafeTensors::read_metadata(all).map_err(bad)?;
-        let start = header + 8;
-        for (name, info) in meta.tensors() {
-            let dtype = match info.dtype {
-                Stored::F32 => Dtype::F32,
-                Stored::F16 => Dtype::F16,
-                Stored::BF16 => Dtype::Bf16,
-                other => {
-                    let what =
-                        format!("tensor `{name}` has dtype {other:?}; F32, F16 and BF16 are supported");
-                    return Err(Error::checkpoint(path, what));
-                }
-            };
-            let (from, to) = info.data_offsets;
-            let entry = Entry {
-                file: file.clone(),
-                dtype,
-                shape: info.shape.clone(),
-                start: start + from,
-                end: start + to,
-            };
-            if self.entries.insert(name.clone(), entry).is_some() {
-                return Err(Error::checkpoint(path, format!("tensor `{name}` is in two shards")));
+    fn add(&mut self, source: Source, most: u64) -> Result<Arc<Source>> {
+        let header = Header::read(&source, most)?;
+        let source = Arc::new(source);
+        for (name, entry) in header.tensors {
+            if let Some((other, _)) = self.entries.get(&name) {
+                let what = format!("tensor `{name}` is also in {}", other.path.display());
+                return Err(Error::checkpoint(&source.path, what));
             }
+            self.entries.insert(name, (source.clone(), entry));
         }
-        for (k, v) in meta.metadata().iter().flatten() {
-            self.metadata.insert(k.clone(), v.clone());
-        }
-        Ok(())
+        self.metadata.extend(header.metadata);
+        Ok(source)
     }
 
     /// Where it came from.
@@ -173,7 +153,7 @@ impl Checkpoint {
     pub fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)
     }
-    fn entry(&self, name: &str) -> Result<&Entry> {
+    fn entry(&self, name: &str) -> Result<&(Arc<Source>, Entry)> {
         self.entries
             .get(name)
             .ok_or_else(|| Error::checkpoint(&self.path, format!("no tensor named `{name}`")))
@@ -183,43 +163,46 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] when there is none of that name.
     pub fn info(&self, name: &str) -> Result<(Vec<usize>, Dtype)> {
-        let entry = self.entry(name)?;
+        let (_, entry) = self.entry(name)?;
         Ok((entry.shape.clone(), entry.dtype))
     }
     /// A tensor converted to f32. NaN or infinity is an error that names the tensor.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] when it is missing or not finite.
+    /// [`Error::Checkpoint`] when it is missing, not finite or larger than the memory, or its file has shrunk; [`Error::Io`] when the
+    /// file can't be read.
     pub fn read(&self, name: &str) -> Result<ArrayD<f32>> {
-        let entry = self.entry(name)?;
-        let bytes = &entry.file.get()[entry.start..entry.end];
-        let data: Vec<f32> = match entry.dtype {
-            Dtype::F32 => {
-                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+        let (source, entry) = self.entry(name)?;
+        let bad = |what: String| Error::checkpoint(&source.path, format!("tensor `{name}` {what}"));
+        let (mut data, size) = (Vec::<f32>::new(), entry.size());
+        data.try_reserve_exact(entry.numel())
+            .map_err(|_| bad(format!("of {:?} is more than this machine's memory", entry.shape)))?;
+        // In pieces that stay in the cache, where they are converted and looked at.
+        let mut piece = vec![0; size.min(1 << 18)];
+        for start in (0..size).step_by(piece.len().max(1)) {
+            let bytes = &mut piece[..(size - start).min(1 << 18)];
+            source.read_at(entry.start + start as u64, bytes)?;
+            let done = data.len();
+            convert(bytes, entry.dtype, &mut data);
+            if !all_finite(&data[done..])
+                && let Some(i) = data.iter().position(|x| !x.is_finite())
+            {
+                return Err(bad(format!("holds {} at element {i}", data[i])));
             }
-            Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            Dtype::Bf16 => {
-                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
-            }
-        };
-        if let Some(i) = data.iter().position(|x| !x.is_finite()) {
-            let what = format!("tensor `{name}` holds {} at element {i}", data[i]);
-            return Err(Error::checkpoint(&self.path, what));
         }
-        ArrayD::from_shape_vec(IxDyn(&entry.shape), data)
-            .map_err(|e| Error::checkpoint(&self.path, format!("tensor `{name}`: {e}")))
+        ArrayD::from_shape_vec(IxDyn(&entry.shape), data).map_err(|e| bad(e.to_string()))
     }
     /// Checks a tensor's shape without reading it.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] when it is missing, with both shapes when they differ.
     pub fn check_shape(&self, name: &str, shape: &[usize]) -> Result<()> {
-        let entry = self.entry(name)?;
+        let (source, entry) = self.entry(name)?;
         if entry.shape == shape {
             return Ok(());
         }
         let what = format!("tensor `{name}` has shape {:?}, expected {shape:?}", entry.shape);
-        Err(Error::checkpoint(&self.path, what))
+        Err(Error::checkpoint(&source.path, what))
     }
     /// Like [`Checkpoint::read`], and the shape must be `shape`.
     ///
@@ -235,42 +218,21 @@ impl Checkpoint {
     }
 }
 
-/// `model.safetensors.index.json`: tensor name -> shard.
-#[derive(serde::Deserialize)]
-pub(crate) struct Index {
-    weight_map: BTreeMap<String, String>,
-}
-
-impl Index {
-    /// Reads the index of a folder.
-    pub(crate) fn read(folder: &Path) -> Result<Self> {
-        let file = folder.join(INDEX);
-        let text = std::fs::read(&file).map_err(|e| Error::io(&file, e))?;
-        let index: Self = serde_json::from_slice(&text)
-            .map_err(|e| Error::checkpoint(&file, format!("not a shard index: {e}")))?;
-        for name in index.shards() {
-            // The name comes out of a downloaded file, so it must be a plain one. What stands under it is the owner's: in a Hugging
-            // Face cache every shard is a link to ../../blobs.
-            let plain = Path::new(name).components().collect::<Vec<_>>();
-            if !matches!(plain[..], [Component::Normal(_)]) || name.contains(['/', '\\']) {
-                return Err(Error::checkpoint(&file, format!("shard name `{name}` leaves the folder")));
-            }
+/// Adds little-endian elements.
+pub(crate) fn convert(bytes: &[u8], dtype: Dtype, to: &mut Vec<f32>) {
+    let halves = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        Dtype::F32 => {
+            to.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
         }
-        Ok(index)
-    }
-
-    /// The shards, each once, sorted.
-    pub(crate) fn shards(&self) -> BTreeSet<&str> {
-        self.weight_map.values().map(String::as_str).collect()
+        Dtype::F16 => to.extend(halves.map(|b| f16::from_le_bytes(b).to_f32())),
+        Dtype::Bf16 => to.extend(halves.map(|b| bf16::from_le_bytes(b).to_f32())),
     }
 }
 
-fn map(path: &Path) -> Result<Bytes> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // SAFETY: the map is read only. Another process that truncates the file while it is mapped would end this one
-    // with SIGBUS; checkpoints are written by renaming, never in place.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-    Ok(Bytes::Mapped(map))
+/// Without a branch per element: the bits of infinity and NaN, less the sign, are the largest.
+pub(crate) fn all_finite(data: &[f32]) -> bool {
+    data.iter().fold(0, |most: u32, x| most.max(x.abs().to_bits())) < f32::INFINITY.to_bits()
 }
 
 /// Collects named tensors and writes one safetensors file atomically.

@@ -1,5 +1,5 @@
 use std::{
-    fmt::Display,
+    fmt::{Display, Write},
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
@@ -20,7 +20,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A checkpoint or safetensors file is damaged, or not what was asked for.
-    #[error("{}: {what}", path.display())]
+    #[error("{}: {}", path.display(), Plain(what))]
     Checkpoint {
         /// The file or folder.
         path: PathBuf,
@@ -28,10 +28,10 @@ pub enum Error {
         what: String,
     },
     /// A configuration holds a value that can't work.
-    #[error("config: {0}")]
+    #[error("config: {}", Plain(.0))]
     Config(String),
     /// An adapter does not fit, or holds bad values.
-    #[error("adapter: {0}")]
+    #[error("adapter: {}", Plain(.0))]
     Adapter(String),
 }
 
@@ -43,6 +43,19 @@ impl Error {
     /// An [`Error::Checkpoint`] on `path`.
     pub fn checkpoint(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
         Self::Checkpoint { path: path.as_ref().to_owned(), what: what.into() }
+    }
+}
+
+/// Shows text that may cite a file: in one line, no control character reaches a terminal, and not without end.
+struct Plain<'a>(&'a str);
+
+impl Display for Plain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const SHOWN: usize = 4096;
+        for c in self.0.chars().take(SHOWN) {
+            if c.is_control() { write!(f, "{}", c.escape_default())? } else { f.write_char(c)? }
+        }
+        if self.0.chars().nth(SHOWN).is_some() { f.write_str(" ...") } else { Ok(()) }
     }
 }
 

@@ -2,19 +2,28 @@
 //!
 //! * [`Adapter`]: the low-rank weight update of one instance, as files and tools see it; [`adapter`]: what can be done with it.
 //! * [`AdapterSpec`]: which modules of a backbone get a low-rank update (`pg_mapping`), in order.
-//! * [`Checkpoint`]: memory-mapped safetensors files and shard folders.
+//! * [`Checkpoint`]: safetensors files and shard folders; [`Header`] and [`Index`]: what they say of themselves, checked first.
 //! * [`Philox`]: counter-based random numbers, equal on every device and thread count.
 
 pub mod adapter;
 mod atomic;
 mod checkpoint;
 mod error;
+mod header;
+mod index;
+mod json;
+mod raw;
 mod rng;
+mod source;
 mod spec;
 
 pub use adapter::{Adapter, Lora};
 pub use atomic::{create_folder_atomic, write_atomic};
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
 pub use error::{Error, Result, check_range};
+pub use header::{Entry, Header};
+pub use index::Index;
+pub use json::parse_json;
 pub use rng::{Philox, RandomStream};
+pub use source::read_small;
 pub use spec::{AdapterSpec, Module, Parameter, ParameterKind};

@@ -1,5 +1,6 @@
 use crate::{Error, Result, check_range};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// Which modules of a backbone get a low-rank update: the ordered `pg_mapping` of a generator's `config.json`,
 /// expanded. Order is meaning: it decides which parameter token writes what.
@@ -81,7 +82,7 @@ impl AdapterSpec {
         layers: usize,
         rank: usize,
         alpha: f32,
-        mapping: &serde_json::Map<String, serde_json::Value>,
+        mapping: &Map<String, Value>,
     ) -> Result<Self> {
         let mut modules = Vec::new();
         for (path, value) in mapping {
@@ -96,6 +97,8 @@ impl AdapterSpec {
                         Error::Config(format!("pg_mapping entry `{path}` needs `num_experts`"))
                     })?;
                     for (name, dims) in subs {
+                        let dims: Dims = serde_json::from_value(Value::Object(dims))
+                            .map_err(|e| Error::Config(format!("pg_mapping entry `{path}.{name}`: {e}")))?;
                         let (Some(in_dim), Some(out_dim)) = (dims.lora_a_dim, dims.lora_b_dim) else {
                             let what = format!(
                                 "pg_mapping entry `{path}.{name}` needs `lora_A_dim` and `lora_B_dim`"
@@ -160,7 +163,7 @@ impl AdapterSpec {
         let first =
             |path: &str| self.modules.iter().position(|m| path.contains(m.path.as_str())).unwrap_or(0);
         let mut order: Vec<usize> = (0..self.modules.len()).collect();
-        order.sort_by_key(|&i| first(&self.modules[i].path));
+        order.sort_by_cached_key(|&i| first(&self.modules[i].path));
         let parameter = |&i: &usize, kind| {
             let m = &self.modules[i];
             let matrix = match kind {
@@ -202,7 +205,7 @@ struct Entry {
     #[serde(flatten)]
     dims: Dims,
     num_experts: Option<usize>,
-    sub_weights: Option<indexmap::IndexMap<String, Dims>>,
+    sub_weights: Option<indexmap::IndexMap<String, Map<String, Value>>>,
 }
 
 #[derive(Deserialize)]

@@ -1,4 +1,4 @@
-use hywu_core::{AdapterSpec, Error, ParameterKind, Result, check_range};
+use hywu_core::{AdapterSpec, Error, ParameterKind, Result, check_range, parse_json};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -88,13 +88,15 @@ pub(crate) struct Shape {
 }
 
 impl GeneratorConfig {
+    /// Longest `config.json`, in bytes.
+    pub const MAX_BYTES: u64 = 1 << 20;
+
     /// Parses and checks a `config.json`; the order of `pg_mapping` is kept.
     ///
     /// # Errors
-    /// [`Error::Config`] that names the key, its value and its range.
+    /// [`Error::Config`] that names the key, its value and its range, or the key that is there twice.
     pub fn from_json(text: &[u8]) -> Result<Self> {
-        let config: Self =
-            serde_json::from_slice(text).map_err(|e| Error::Config(format!("config.json: {e}")))?;
+        let config: Self = parse_json(text).map_err(|e| Error::Config(format!("config.json: {e}")))?;
         config.weights()?;
         Ok(config)
     }

@@ -1,5 +1,5 @@
 use crate::{Error, GeneratorConfig, Result, config::Shape};
-use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, write_atomic};
+use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, read_small, write_atomic};
 use hywu_kernels::{
     Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
@@ -80,7 +80,7 @@ impl Generator {
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let file = folder.join("config.json");
-        let text = std::fs::read(&file).map_err(|e| hywu_core::Error::io(&file, e))?;
+        let text = read_small(&file, GeneratorConfig::MAX_BYTES)?;
         let config = GeneratorConfig::from_json(&text)
             .map_err(|e| hywu_core::Error::checkpoint(&file, e.to_string()))?;
         Self::from_checkpoint(config, &Checkpoint::open(folder)?)

@@ -5,10 +5,10 @@
 //! * [`export()`], [`import()`]: files of PEFT, kohya and diffusers, through [`Names`] that tell how their modules are called.
 //! * [`merge()`]: a checkpoint with an adapter added to its weights.
 
-use crate::{AdapterSpec, Checkpoint, Dtype, Error, Result, TensorWriter};
+use crate::{AdapterSpec, Checkpoint, Dtype, Error, Header, Result, TensorWriter};
 use indexmap::IndexMap;
 use ndarray::ArrayD;
-use std::{collections::BTreeMap, path::Path};
+use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 mod average;
 mod compare;
@@ -96,9 +96,21 @@ impl Adapter {
     /// Reads a file written by [`Adapter::save`].
     ///
     /// # Errors
-    /// A damaged file, NaN or infinity, a tensor that is neither `scale` nor a lora_A / lora_B, or one of a pair without the other.
+    /// A damaged file or one with a header of more than [`Header::MAX_ADAPTER`] bytes, NaN or infinity, a tensor that is neither `scale`
+    /// nor a lora_A / lora_B, or one of a pair without the other.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let file = Checkpoint::open(path.as_ref())?;
+        Self::from_checkpoint(&Checkpoint::open_within(path, Header::MAX_ADAPTER)?)
+    }
+
+    /// The same from the bytes of such a file; `name` stands for the path in errors.
+    ///
+    /// # Errors
+    /// As [`Adapter::load`].
+    pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+        Self::from_checkpoint(&Checkpoint::from_bytes(name, bytes, Header::MAX_ADAPTER)?)
+    }
+
+    fn from_checkpoint(file: &Checkpoint) -> Result<Self> {
         let bad = |what: String| Error::checkpoint(file.path(), what);
         let scale = file.read_shaped("scale", &[])?;
         let mut modules = IndexMap::new();

@@ -6,7 +6,7 @@ use super::{
     pairs,
     peft::write_pairs,
 };
-use crate::{Checkpoint, Dtype, Error, Result, TensorWriter, adapter::matrices::some_of};
+use crate::{Dtype, Error, Result, TensorWriter, adapter::matrices::some_of, parse_json, raw::RawFile};
 use serde_json::{Map, Value};
 use std::{collections::BTreeSet, path::Path};
 
@@ -30,12 +30,12 @@ fn prefix(component: &str) -> String {
 }
 
 /// The one component of a file; the empty one when names begin with none.
-fn component(file: &Checkpoint) -> Result<&'static str> {
-    let of = |name: &&str| {
+fn component(file: &RawFile) -> Result<&'static str> {
+    let of = |(name, _): &(String, _)| {
         let first = name.split('.').next().unwrap_or("");
         COMPONENTS.iter().find(|c| **c == first).copied().unwrap_or("")
     };
-    let all: BTreeSet<&str> = file.names().iter().map(of).collect();
+    let all: BTreeSet<&str> = file.tensors.iter().map(of).collect();
     match all.iter().collect::<Vec<_>>()[..] {
         [one] => Ok(one),
         [] => Ok(""),
@@ -48,16 +48,16 @@ fn component(file: &Checkpoint) -> Result<&'static str> {
     }
 }
 
-pub(super) fn read(file: &Checkpoint, wanted: Option<&str>) -> Result<Theirs> {
+pub(super) fn read(file: &RawFile, wanted: Option<&str>) -> Result<Theirs> {
     let prefix = prefix(match wanted {
         Some(wanted) => wanted,
         None => component(file)?,
     });
     let bad = |what: String| Error::checkpoint(file.path(), what);
-    let config = match file.metadata().get(METADATA) {
+    let config = match file.metadata.get(METADATA) {
         Some(text) => {
             let fields: Map<String, Value> =
-                serde_json::from_str(text).map_err(|e| bad(format!("metadata `{METADATA}`: {e}")))?;
+                parse_json(text.as_bytes()).map_err(|e| bad(format!("metadata `{METADATA}`: {e}")))?;
             let own = |(key, value): (&String, &Value)| {
                 Some((key.strip_prefix(&prefix)?.to_owned(), value.clone()))
             };
@@ -77,7 +77,7 @@ pub(super) fn read(file: &Checkpoint, wanted: Option<&str>) -> Result<Theirs> {
         };
         Ok((name, (raw.pair, scale)))
     });
-    let mut metadata = file.metadata().clone();
+    let mut metadata = file.metadata.clone();
     metadata.remove(METADATA);
     Ok(Theirs::with_scales(scaled.collect::<Result<_>>()?, metadata))
 }

@@ -1,7 +1,7 @@
 //! A file as kohya's trainers write it.
 
 use super::{ImportOptions, Theirs, pairs};
-use crate::{Checkpoint, Dtype, Error, Result, TensorWriter, adapter::matrices::some_of};
+use crate::{Dtype, Error, Result, TensorWriter, adapter::matrices::some_of, raw::RawFile};
 use indexmap::IndexMap;
 use std::{collections::BTreeSet, path::Path};
 
@@ -19,9 +19,9 @@ fn flat(name: &str) -> String {
     name.replace('.', "_")
 }
 
-pub(super) fn read(file: &Checkpoint, options: &ImportOptions<'_>) -> Result<Theirs> {
+pub(super) fn read(file: &RawFile, options: &ImportOptions<'_>) -> Result<Theirs> {
     let bad = |what: String| Error::checkpoint(file.path(), what);
-    let all: BTreeSet<&str> = file.names().into_iter().filter_map(|n| Some(component(n)?.0)).collect();
+    let all: BTreeSet<&str> = file.tensors.iter().filter_map(|(n, _)| Some(component(n)?.0)).collect();
     let wanted = match (options.component, all.iter().collect::<Vec<_>>().as_slice()) {
         (Some(wanted), _) => wanted,
         (None, [one]) => one,
@@ -69,7 +69,7 @@ pub(super) fn read(file: &Checkpoint, options: &ImportOptions<'_>) -> Result<The
             some_of(&unknown)
         )));
     }
-    Ok(Theirs::with_scales(pairs, file.metadata().clone()))
+    Ok(Theirs::with_scales(pairs, file.metadata.clone()))
 }
 
 pub(super) fn write(theirs: &Theirs, path: &Path, component: Option<&str>, dtype: Dtype) -> Result<()> {

@@ -8,7 +8,7 @@ mod pairs;
 mod peft;
 
 use super::{Adapter, Names, matrices::Pair};
-use crate::{Checkpoint, Dtype, Error, Result};
+use crate::{Dtype, Error, Header, Result, raw::RawFile};
 use indexmap::IndexMap;
 use std::{collections::BTreeMap, path::Path};
 
@@ -100,8 +100,8 @@ pub fn import(
     };
     let theirs = match format {
         Format::Peft => peft::read(path)?,
-        Format::Kohya => kohya::read(&Checkpoint::open(path)?, options)?,
-        Format::Diffusers => diffusers::read(&Checkpoint::open(path)?, options.component)?,
+        Format::Kohya => kohya::read(&open(path)?, options)?,
+        Format::Diffusers => diffusers::read(&open(path)?, options.component)?,
     };
     if theirs.pairs.is_empty() {
         return Err(Error::checkpoint(path, "there is no adapter in it"));
@@ -113,20 +113,24 @@ pub fn import(
     Ok(adapter)
 }
 
+fn open(path: &Path) -> Result<RawFile> {
+    RawFile::open(path, Header::MAX_ADAPTER)
+}
+
 fn detect(path: &Path) -> Result<Format> {
     if path.is_dir() {
         return Ok(Format::Peft);
     }
-    let file = Checkpoint::open(path)?;
-    let names = file.names();
-    if names.iter().any(|n| n.starts_with(peft::PREFIX)) {
+    let file = open(path)?;
+    let mut names = file.tensors.iter().map(|(name, _)| name);
+    if names.clone().any(|n| n.starts_with(peft::PREFIX)) {
         let what = format!(
             "this is the tensor file of a PEFT adapter; give its folder, which has {} too",
             peft::CONFIG
         );
         return Err(Error::checkpoint(path, what));
     }
-    let kohya = names.iter().any(|n| kohya::component(n).is_some());
+    let kohya = names.any(|n| kohya::component(n).is_some());
     Ok(if kohya { Format::Kohya } else { Format::Diffusers })
 }
 

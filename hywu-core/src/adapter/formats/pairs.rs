@@ -2,11 +2,14 @@
 
 use super::Theirs;
 use crate::{
-    Checkpoint, Error, Result,
+    Error, Result,
     adapter::matrices::{Pair, some_of},
+    checkpoint::{all_finite, convert},
+    raw::{RawFile, dtype_of},
 };
 use indexmap::IndexMap;
-use ndarray::{Array2, Ix2};
+use ndarray::Array2;
+use safetensors::tensor::{Dtype, TensorInfo};
 use std::collections::HashMap;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -56,13 +59,16 @@ pub(super) struct Raw {
 
 /// All pairs of a file. `module` turns what stands before the suffix into a module's name; none leaves the tensor out.
 pub(super) fn read(
-    file: &Checkpoint,
+    file: &RawFile,
     mut module: impl FnMut(&str) -> Result<Option<String>>,
 ) -> Result<IndexMap<String, Raw>> {
     let bad = |what: String| Err(Error::checkpoint(file.path(), what));
     let mut sides = IndexMap::<String, (Option<Array2<f32>>, Option<Array2<f32>>, Option<f64>)>::new();
     let mut unknown = Vec::new();
-    for tensor in file.names() {
+    let mut tensors: Vec<(&str, &TensorInfo)> =
+        file.tensors.iter().map(|(n, info)| (n.as_str(), info)).collect();
+    tensors.sort_unstable_by_key(|(name, _)| *name);
+    for (tensor, info) in tensors {
         let known = SUFFIXES.iter().find_map(|(suffix, side)| Some((tensor.strip_suffix(suffix)?, *side)));
         let Some((before, side)) = known else {
             if module(tensor)?.is_some() {
@@ -73,9 +79,9 @@ pub(super) fn read(
         let Some(name) = module(before)? else { continue };
         let entry = sides.entry(name).or_default();
         let taken = match side {
-            Side::A => entry.0.replace(matrix(file, tensor)?).is_some(),
-            Side::B => entry.1.replace(matrix(file, tensor)?).is_some(),
-            Side::Alpha => entry.2.replace(single(file, tensor)?).is_some(),
+            Side::A => entry.0.replace(matrix(file, tensor, info)?).is_some(),
+            Side::B => entry.1.replace(matrix(file, tensor, info)?).is_some(),
+            Side::Alpha => entry.2.replace(single(file, tensor, info)?).is_some(),
         };
         if taken {
             return bad(format!("tensor `{tensor}`: this side of the module is there twice"));
@@ -107,22 +113,41 @@ pub(super) fn read(
     Ok(pairs)
 }
 
-fn matrix(file: &Checkpoint, tensor: &str) -> Result<Array2<f32>> {
-    let (shape, _) = file.info(tensor)?;
-    let kind = if shape.len() == 4 { "convolutions are not supported" } else { "a matrix is expected" };
-    let bad = || Error::checkpoint(file.path(), format!("tensor `{tensor}` has shape {shape:?}; {kind}"));
-    file.read(tensor)?.into_dimensionality::<Ix2>().map_err(|_| bad())
+fn matrix(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<Array2<f32>> {
+    let bad = |what: String| Error::checkpoint(file.path(), format!("tensor `{tensor}` {what}"));
+    let bytes = file.read(info)?;
+    let &[rows, columns] = info.shape.as_slice() else {
+        let kind =
+            if info.shape.len() == 4 { "convolutions are not supported" } else { "a matrix is expected" };
+        return Err(bad(format!("has shape {:?}; {kind}", info.shape)));
+    };
+    let dtype = dtype_of(info.dtype)
+        .ok_or_else(|| bad(format!("has dtype {:?}; F32, F16 and BF16 are supported", info.dtype)))?;
+    let mut data = Vec::with_capacity(rows * columns);
+    convert(&bytes, dtype, &mut data);
+    if !all_finite(&data) {
+        return Err(bad("holds a value that is not finite".into()));
+    }
+    Array2::from_shape_vec((rows, columns), data).map_err(|e| bad(e.to_string()))
 }
 
-fn single(file: &Checkpoint, tensor: &str) -> Result<f64> {
-    let value = file.read(tensor)?;
-    match value.as_slice() {
-        Some(&[one]) => Ok(f64::from(one)),
-        _ => {
-            let what = format!("tensor `{tensor}` has shape {:?}; one value is expected", value.shape());
-            Err(Error::checkpoint(file.path(), what))
-        }
-    }
+/// Alpha: some programs write it as a whole number.
+fn single(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<f64> {
+    let bytes = file.read(info)?;
+    let value = match (info.dtype, &bytes[..]) {
+        (Dtype::F64, &[a, b, c, d, e, f, g, h]) => Some(f64::from_le_bytes([a, b, c, d, e, f, g, h])),
+        (Dtype::I64, &[a, b, c, d, e, f, g, h]) => Some(i64::from_le_bytes([a, b, c, d, e, f, g, h]) as f64),
+        (Dtype::I32, &[a, b, c, d]) => Some(f64::from(i32::from_le_bytes([a, b, c, d]))),
+        _ => dtype_of(info.dtype).and_then(|dtype| {
+            let mut value = Vec::new();
+            convert(&bytes, dtype, &mut value);
+            if let [one] = value[..] { Some(f64::from(one)) } else { None }
+        }),
+    };
+    value.filter(|x| x.is_finite()).ok_or_else(|| {
+        let what = format!("tensor `{tensor}` has shape {:?}; one finite value is expected", info.shape);
+        Error::checkpoint(file.path(), what)
+    })
 }
 
 impl Theirs {

@@ -5,21 +5,22 @@ use super::{
     config::{LoraConfig, describe},
     pairs,
 };
-use crate::{Checkpoint, Dtype, Error, Result, TensorWriter, create_folder_atomic, write_atomic};
+use crate::{Dtype, Error, Result, TensorWriter, create_folder_atomic, parse_json, read_small, write_atomic};
 use serde_json::{Map, Value};
 use std::path::Path;
 
 pub(super) const CONFIG: &str = "adapter_config.json";
+/// Longest config, in bytes: one that names every expert has a few hundred thousand.
+const MAX_CONFIG: u64 = 8_000_000;
 const TENSORS: &str = "adapter_model.safetensors";
 pub(super) const PREFIX: &str = "base_model.model.";
 
 pub(super) fn read(folder: &Path) -> Result<Theirs> {
     let path = folder.join(CONFIG);
-    let text = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    let fields: Map<String, Value> =
-        serde_json::from_slice(&text).map_err(|e| Error::checkpoint(&path, format!("not a config: {e}")))?;
+    let fields: Map<String, Value> = parse_json(&read_small(&path, MAX_CONFIG)?)
+        .map_err(|e| Error::checkpoint(&path, format!("not a config: {e}")))?;
     let config = LoraConfig::parse(&fields).map_err(|e| Error::checkpoint(&path, e))?;
-    let file = Checkpoint::open(folder.join(TENSORS))?;
+    let file = super::open(&folder.join(TENSORS))?;
     let bad = |what: String| Error::checkpoint(file.path(), what);
     let raw = pairs::read(&file, |name| match name.strip_prefix(PREFIX) {
         Some(name) => Ok(Some(name.to_owned())),
@@ -29,7 +30,7 @@ pub(super) fn read(folder: &Path) -> Result<Theirs> {
         let scale = config.scale(&name, raw.pair.rank()).map_err(bad)?;
         Ok((name, (raw.pair, scale)))
     });
-    Ok(Theirs::with_scales(scaled.collect::<Result<_>>()?, file.metadata().clone()))
+    Ok(Theirs::with_scales(scaled.collect::<Result<_>>()?, file.metadata.clone()))
 }
 
 pub(super) fn write(theirs: &Theirs, folder: &Path, dtype: Dtype) -> Result<()> {
