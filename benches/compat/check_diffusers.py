@@ -1,16 +1,14 @@
 """Adapters of this project in diffusers, and diffusers' here: its own format on a small SD3 transformer, kohya's on a small UNet."""
 
-import json
 import tempfile
 from pathlib import Path
 
 import torch
 from common import check, differs, finish, hywu, merged, random_adapter, randomise, refused, same
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 torch.manual_seed(0)
@@ -87,7 +85,8 @@ for case, scale, ranks in [("one rank", 2.0, [4]), ("many ranks", 0.7, [1, 2, 4,
         if args:
             save_file(load_file(file), file)  # A reader that knows no metadata.
         model = transformer()
-        model.load_lora_adapter(file, prefix="transformer")
+        # With a file's whole path alone it does not look into the metadata.
+        model.load_lora_adapter(dir, prefix="transformer", weight_name=file.name)
         check(f"{case}, {folding}, in diffusers", run("transformer", model), expected)
         # What a pipeline does with the file.
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(file, return_lora_metadata=True)
@@ -138,7 +137,7 @@ StableDiffusionPipeline.load_lora_into_unet(state, alphas, model)
 check("ours as kohya's, in diffusers", run("unet", model), expected)
 hywu("import", file, "--base", dir / "unet" / WEIGHTS, "--output", dir / "back.safetensors")
 same("kohya's, there and back", ours, dir / "back.safetensors")
-# And a file that diffusers wrote in kohya's format.
+# And a file that diffusers wrote in kohya's format, with alpha as a whole number.
 model = unet()
 model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 randomise(model)

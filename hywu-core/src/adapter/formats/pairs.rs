@@ -170,7 +170,8 @@ impl Theirs {
             }
         }
         let one = |(name, (mut pair, own)): (String, (Pair, f64))| {
-            if own as f32 != scale {
+            // An alpha that was rounded to f32 is the same scale to within one unit in the last place.
+            if (own as f32 - scale).abs() > f32::EPSILON * scale.abs() {
                 let factor = own / f64::from(scale);
                 pair.b.mapv_inplace(|x| (f64::from(x) * factor) as f32);
             }
