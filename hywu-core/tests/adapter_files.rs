@@ -360,8 +360,7 @@ fn published(ranks: [usize; 4], experts: usize, scale: f32, seed: u64) -> Adapte
         .into_iter()
         .enumerate()
         {
-            // Halves of a fused pair come apart again where they have the same rank.
-            let rank = ranks[if path.contains("experts") { 3 } else { i }];
+            let rank = ranks[i % ranks.len()];
             let name = format!("model.layers.{layer}.{path}");
             made.modules.insert(name, lora(&lead, [rank, inner, outer], seed ^ (layer * 8 + i) as u64));
         }

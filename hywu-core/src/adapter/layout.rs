@@ -98,22 +98,41 @@ fn fuse(parts: &[Pair], rows: Option<&[usize]>, shared: bool) -> Result<Pair> {
     Ok(Pair { a, b })
 }
 
-/// Undoes [`blocks`] of parts of equal rank; a pair that is not made so is [`split`].
+/// Undoes [`blocks`]; a pair that is not made so is [`split`].
 pub(super) fn unblock(pair: &Pair, parts: usize, rows: Option<&[usize]>) -> Result<Vec<Pair>> {
-    let mut all = split(pair, parts, rows)?;
-    let rank = pair.rank() / parts;
-    let own = |i: usize| i * rank..(i + 1) * rank;
-    let zero_elsewhere =
-        |(i, part): (usize, &Pair)| part.b.indexed_iter().all(|((_, k), &x)| x == 0.0 || own(i).contains(&k));
-    if pair.rank().is_multiple_of(parts) && all.iter().enumerate().all(zero_elsewhere) {
-        for (i, part) in all.iter_mut().enumerate() {
-            *part = Pair {
-                a: part.a.slice(s![own(i), ..]).to_owned(),
-                b: part.b.slice(s![.., own(i)]).to_owned(),
-            };
+    let all = split(pair, parts, rows)?;
+    let Some(own) = own_columns(&all, pair.rank()) else { return Ok(all) };
+    let block = |(part, own): (&Pair, Range<usize>)| Pair {
+        a: part.a.slice(s![own.clone(), ..]).to_owned(),
+        b: part.b.slice(s![.., own]).to_owned(),
+    };
+    Ok(all.iter().zip(own).map(block).collect())
+}
+
+/// The ranks that each part has to itself, if they have: as many for each if that is possible, otherwise from the first one that it
+/// uses on.
+fn own_columns(parts: &[Pair], rank: usize) -> Option<Vec<Range<usize>>> {
+    let n = parts.len();
+    let used = |part: usize, k: usize| parts[part].b.column(k).iter().any(|&x| x != 0.0);
+    let fits = |own: &[Range<usize>]| {
+        own.iter()
+            .enumerate()
+            .all(|(i, ks)| ks.clone().all(|k| (0..n).all(|part| part == i || !used(part, k))))
+    };
+    if rank.is_multiple_of(n) {
+        let equal: Vec<_> = (0..n).map(|i| i * (rank / n)..(i + 1) * (rank / n)).collect();
+        if fits(&equal) {
+            return Some(equal);
         }
     }
-    Ok(all)
+    let mut own = Vec::new();
+    let mut start = 0;
+    for part in 1..=n {
+        let end = if part == n { rank } else { (start + 1..rank).find(|&k| used(part, k))? };
+        own.push(start..end);
+        start = end;
+    }
+    fits(&own).then_some(own)
 }
 
 #[cfg(test)]
@@ -147,6 +166,7 @@ mod tests {
         fn parts_and_whole_are_the_same_operator(
             (rank, inner, seed) in (1_usize..5, 1_usize..9, any::<u64>()),
             rows in prop::collection::vec(1_usize..4, 2..5),
+            ranks in [1_usize..5, 1_usize..5, 1_usize..5, 1_usize..5, 1_usize..5],
             groups in 1_usize..4,
         ) {
             let out = groups * rows.iter().sum::<usize>();
@@ -154,11 +174,13 @@ mod tests {
             let parts = split(&fused, rows.len(), Some(&rows)).expect("they fit");
             prop_assert_eq!(&join(&parts, Some(&rows)).expect("they fit"), &fused);
             // Parts of their own: as blocks, whose product is that of each in its rows.
-            let own: Vec<Pair> = rows.iter().zip(1..).map(|(n, i)| pair(rank, inner, n * groups, seed ^ i)).collect();
+            let own: Vec<Pair> =
+                rows.iter().zip(1..).map(|(n, i)| pair(ranks[i as usize], inner, n * groups, seed ^ i)).collect();
             let whole = blocks(&own, Some(&rows)).expect("they fit");
             let product = split(&Pair { a: Array2::eye(inner), b: whole.b.dot(&whole.a) }, rows.len(), Some(&rows));
             for (part, product) in own.iter().zip(product.expect("they fit")) {
-                prop_assert!((part.b.dot(&part.a) - product.b).iter().all(|x| x.abs() <= 1e-5));
+                let difference = part.b.dot(&part.a) - product.b;
+                prop_assert!(difference.iter().all(|x| x.abs() <= 1e-5));
             }
             prop_assert_eq!(unblock(&whole, rows.len(), Some(&rows)).expect("they fit"), own);
             // What is no blocks keeps its rank in every part.
