@@ -414,10 +414,9 @@ impl Pattern {
     }
 
     fn slot_names(&self) -> HashSet<&str> {
-        let slot = |p| match p {
-            &Part::Slot(ref slot) => Some(slot.as_str()),
-            Part::Text(_) => None,
-        };
+        fn slot(part: &Part) -> Option<&str> {
+            if let Part::Slot(slot) = part { Some(slot) } else { None }
+        }
         self.parts.iter().filter_map(slot).collect()
     }
 
