@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
 mod commands {
+    pub mod adapter;
     pub mod completions;
     pub mod edit;
     pub mod eval;
@@ -26,6 +27,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Adapter(commands::adapter::AdapterArgs),
     Edit(commands::edit::EditArgs),
     Generate(commands::generate::GenerateArgs),
     Inspect(commands::inspect::InspectArgs),
@@ -65,6 +67,7 @@ fn start_workers() -> anyhow::Result<()> {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Adapter(args) => commands::adapter::run(&args),
         Command::Edit(args) => commands::edit::run(args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Info(args) => commands::info::run(&args),

@@ -94,6 +94,41 @@ pub fn write_atomic(
     file.commit()
 }
 
+/// Makes a folder whole or not at all: `fill` writes into a temporary folder beside it, which is then renamed.
+///
+/// # Errors
+/// Those of `fill`; [`Error::Io`] when something stands at `path` (other than an empty folder), or no folder can be made there.
+/// Nothing is left behind.
+pub fn create_folder_atomic<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let path = path.as_ref();
+    let fail = |e| Error::io(path, e);
+    let free = match std::fs::symlink_metadata(path) {
+        Ok(there) => there.is_dir() && std::fs::read_dir(path).map_err(fail)?.next().is_none(),
+        Err(e) if e.kind() == ErrorKind::NotFound => true,
+        Err(e) => return Err(fail(e)),
+    };
+    if !free {
+        let what = "it is there already; a new folder is expected";
+        return Err(fail(std::io::Error::new(ErrorKind::AlreadyExists, what)));
+    }
+    let parent = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".hywu-");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    let folder = builder.tempdir_in(parent).map_err(|e| fail(e.kind().into()))?;
+    let done = fill(folder.path())?;
+    // Renaming over an empty folder is not possible everywhere.
+    if path.is_dir() {
+        std::fs::remove_dir(path).map_err(fail)?;
+    }
+    std::fs::rename(folder.path(), path).map_err(fail)?;
+    Ok(done)
+}
+
 /// The file to replace: renaming acts on a link itself, and over a device it would succeed.
 fn place(path: &Path) -> std::io::Result<PathBuf> {
     match std::fs::metadata(path) {

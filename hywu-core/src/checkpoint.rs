@@ -49,8 +49,8 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 impl Checkpoint {
     /// Opens a file or a folder.
@@ -246,18 +246,10 @@ const PIECE: usize = 1 << 16;
 
 /// Elements `start ..` of a tensor, at most [`PIECE`].
 fn read_piece(source: &Source, entry: &Entry, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
-    fn fill<const N: usize>(out: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
-        let (whole, _) = bytes.as_chunks();
-        out.iter_mut().zip(whole).for_each(|(o, b)| *o = widen(*b));
-    }
     let size = entry.dtype.size();
     let mut bytes = vec![0; out.len() * size];
     source.read_at(entry.start + (start * size) as u64, &mut bytes)?;
-    match entry.dtype {
-        Dtype::F32 => fill(out, &bytes, f32::from_le_bytes),
-        Dtype::F16 => fill(out, &bytes, |b| f16::from_le_bytes(b).to_f32()),
-        Dtype::Bf16 => fill(out, &bytes, |b| bf16::from_le_bytes(b).to_f32()),
-    }
+    convert(&bytes, entry.dtype, out);
     if !all_finite(out)
         && let Some(i) = out.iter().position(|x| !x.is_finite())
     {
@@ -266,12 +258,25 @@ fn read_piece(source: &Source, entry: &Entry, name: &str, start: usize, out: &mu
     Ok(())
 }
 
+/// Widens little-endian elements.
+pub(crate) fn convert(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
+    fn fill<const N: usize>(out: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
+        let (whole, _) = bytes.as_chunks();
+        out.iter_mut().zip(whole).for_each(|(o, b)| *o = widen(*b));
+    }
+    match dtype {
+        Dtype::F32 => fill(out, bytes, f32::from_le_bytes),
+        Dtype::F16 => fill(out, bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::Bf16 => fill(out, bytes, |b| bf16::from_le_bytes(b).to_f32()),
+    }
+}
+
 fn not_finite(path: &Path, name: &str, i: usize, value: f32) -> Error {
     Error::checkpoint(path, format!("tensor `{name}` holds {value} at element {i}"))
 }
 
 /// Without a branch per element: the bits of infinity and NaN, less the sign, are the largest.
-fn all_finite(data: &[f32]) -> bool {
+pub(crate) fn all_finite(data: &[f32]) -> bool {
     data.iter().fold(0, |most: u32, x| most.max(x.abs().to_bits())) < f32::INFINITY.to_bits()
 }
 

@@ -47,24 +47,7 @@ impl Header {
 
     /// Reads a file's header of at most `most` bytes. No memory is taken for a longer one.
     pub(crate) fn read(source: &Source, most: u64) -> Result<Self> {
-        let bad = |what| Err(Error::checkpoint(&source.path, what));
-        let length = source.len()?;
-        if length < PREFIX {
-            return bad(format!("{length} bytes are too few for a safetensors file"));
-        }
-        let mut prefix = [0; PREFIX as usize];
-        source.read_at(0, &mut prefix)?;
-        let header = u64::from_le_bytes(prefix);
-        if header > most {
-            return bad(format!(
-                "not a safetensors file, or its header of {header} bytes is longer than the {most} allowed"
-            ));
-        }
-        if header > length - PREFIX {
-            return bad(format!("truncated: a header of {header} bytes in a file of {length}"));
-        }
-        let mut text = vec![0; header as usize];
-        source.read_at(PREFIX, &mut text)?;
+        let (text, length) = read_text(source, most)?;
         Self::parse(&source.path, &text, length)
     }
 
@@ -127,4 +110,27 @@ impl Header {
             }
         }
     }
+}
+
+/// The JSON text of a file's header, of at most `most` bytes, and the length of the file.
+pub(crate) fn read_text(source: &Source, most: u64) -> Result<(Vec<u8>, u64)> {
+    let bad = |what| Err(Error::checkpoint(&source.path, what));
+    let length = source.len()?;
+    if length < PREFIX {
+        return bad(format!("{length} bytes are too few for a safetensors file"));
+    }
+    let mut prefix = [0; PREFIX as usize];
+    source.read_at(0, &mut prefix)?;
+    let header = u64::from_le_bytes(prefix);
+    if header > most {
+        return bad(format!(
+            "not a safetensors file, or its header of {header} bytes is longer than the {most} allowed"
+        ));
+    }
+    if header > length - PREFIX {
+        return bad(format!("truncated: a header of {header} bytes in a file of {length}"));
+    }
+    let mut text = vec![0; header as usize];
+    source.read_at(PREFIX, &mut text)?;
+    Ok((text, length))
 }

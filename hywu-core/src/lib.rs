@@ -1,12 +1,12 @@
-//! Vocabulary of HY-WU: what the other crates talk about, and no arithmetic.
+//! Vocabulary of HY-WU: what the other crates talk about, and no arithmetic but what describes, combines and merges adapters as files.
 //!
-//! * [`Adapter`]: the low-rank weight update of one instance, as files and tools see it.
+//! * [`Adapter`]: the low-rank weight update of one instance, as files and tools see it; [`adapter`]: what can be done with it.
 //! * [`AdapterSpec`]: which modules of a backbone get a low-rank update (`pg_mapping`), in order.
 //! * [`ApplyResult`]: which of an adapter's entries and a backbone's modules meet, and which don't.
 //! * [`Checkpoint`]: safetensors files and shard folders; [`Header`] and [`Index`]: what they say of themselves, checked first.
 //! * [`Philox`]: counter-based random numbers, equal on every device and thread count.
 
-mod adapter;
+pub mod adapter;
 mod atomic;
 mod checkpoint;
 mod coverage;
@@ -14,13 +14,14 @@ mod error;
 mod header;
 mod index;
 mod json;
+mod raw;
 mod rng;
 mod source;
 mod spec;
 mod tensor_file;
 
 pub use adapter::{Adapter, Lora};
-pub use atomic::{AtomicFile, TEMPORARY_PREFIX, write_atomic};
+pub use atomic::{AtomicFile, TEMPORARY_PREFIX, create_folder_atomic, write_atomic};
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
 pub use coverage::ApplyResult;
 pub use error::{Error, Result, check_range};

@@ -1,7 +1,32 @@
+//! Adapters: what they are (here), what can be told of them and done with them.
+//!
+//! * [`inspect()`] and [`compare()`]: norms, effective ranks, cosines.
+//! * [`average()`], [`Adapter::scaled`]: new adapters from old ones.
+//! * [`export()`], [`import()`]: files of PEFT, kohya and diffusers, through [`Names`] that tell how their modules are called.
+//! * [`merge()`]: a checkpoint with an adapter added to its weights.
+
 use crate::{AdapterSpec, Checkpoint, Dtype, Error, Header, Result, TensorWriter};
 use indexmap::IndexMap;
 use ndarray::ArrayD;
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
+
+mod average;
+mod compare;
+mod formats;
+mod inspect;
+mod layout;
+mod low_rank;
+mod matrices;
+mod merge;
+mod names;
+
+pub use average::average;
+pub use compare::{Comparison, ModuleComparison, compare};
+pub use formats::{ExportOptions, Format, ImportOptions, export, import};
+pub use inspect::{InstanceReport, LayerReport, ModuleReport, inspect};
+pub use matrices::Matrices;
+pub use merge::{MergeReport, merge};
+pub use names::{MapEntry, ModuleMap, Names, OneOrMore};
 
 /// The low-rank pair of one module.
 #[derive(Clone, Debug, PartialEq)]

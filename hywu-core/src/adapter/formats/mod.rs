@@ -1,0 +1,149 @@
+//! Adapters in the files of other programs. All of them hold a down and an up projection for each module, [r, in] and [out, r], and
+//! compute W x + alpha / r * up(down(x)); they differ in names, in where alpha is, and in what else may be in the file.
+
+mod config;
+mod diffusers;
+mod kohya;
+mod pairs;
+mod peft;
+
+use super::{Adapter, Names, matrices::Pair};
+use crate::{Dtype, Error, Header, Result, raw::RawFile};
+use indexmap::IndexMap;
+use std::{collections::BTreeMap, path::Path};
+
+/// A program's way to write adapters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A folder with `adapter_config.json` and `adapter_model.safetensors`, names behind `base_model.model.`.
+    Peft,
+    /// One file, names with dots as underscores behind `lora_unet_`, alpha as a tensor beside each pair. Alpha is f32 there: a scale
+    /// that is no such number over the rank comes back within one unit in the last place.
+    Kohya,
+    /// One file, names behind `transformer.`, the config in the metadata.
+    Diffusers,
+}
+
+/// How to export.
+#[derive(Clone, Debug)]
+pub struct ExportOptions<'a> {
+    /// Whose format.
+    pub format: Format,
+    /// What modules are called there.
+    pub names: &'a Names,
+    /// Which instance of a batch.
+    pub instance: usize,
+    /// The part of a pipeline that the adapter is for: `transformer` in diffusers' and `unet` in kohya's names if nothing is said,
+    /// nothing in PEFT's.
+    pub component: Option<&'a str>,
+    /// Multiply the scale into lora_b, for readers that don't look for it: alpha is then the rank.
+    pub fold_scale: bool,
+    /// Type of the stored values; f32 loses nothing.
+    pub dtype: Dtype,
+}
+
+/// How to import.
+#[derive(Clone, Debug)]
+pub struct ImportOptions<'a> {
+    /// What modules are called there.
+    pub names: &'a Names,
+    /// Of a file with adapters for several parts of a pipeline, the one to take (`transformer`, `unet`, `te`, ..). If nothing is said
+    /// there must be one only.
+    pub component: Option<&'a str>,
+    /// Names that flattened ones (kohya) may stand for: the modules of the backbone, as they are called there.
+    pub known: &'a [String],
+}
+
+/// Writes an adapter in another program's format; returns the number of modules there. The provenance goes into the file's metadata.
+///
+/// # Errors
+/// Those of [`Adapter::check_pairs`]; [`Error::Adapter`] for an instance that is not there, modules that [`Names`] can't tell, or that
+/// would have the same name; [`Error::Io`] when something can't be written; a PEFT folder must not be there yet.
+pub fn export(adapter: &Adapter, path: impl AsRef<Path>, options: &ExportOptions<'_>) -> Result<usize> {
+    let mut theirs = Theirs {
+        pairs: options.names.to_theirs(adapter, options.instance)?,
+        scale: adapter.scale,
+        metadata: adapter.metadata.clone(),
+    };
+    if options.fold_scale {
+        let scale = std::mem::replace(&mut theirs.scale, 1.0);
+        theirs.pairs.values_mut().for_each(|pair| pair.b *= scale);
+    }
+    theirs.metadata.insert("format".into(), "pt".into());
+    let (path, component) = (path.as_ref(), options.component);
+    match options.format {
+        Format::Peft => peft::write(&theirs, path, options.dtype)?,
+        Format::Kohya => kohya::write(&theirs, path, component, options.dtype)?,
+        Format::Diffusers => diffusers::write(&theirs, path, component, options.dtype)?,
+    }
+    Ok(theirs.pairs.len())
+}
+
+/// Reads an adapter that another program wrote: a batch of one. `format`: told by the names in the file if not given.
+///
+/// Where modules have different scales (rank_pattern, alpha_pattern, alpha tensors), the most frequent one becomes the adapter's and
+/// the others are multiplied into lora_b.
+///
+/// # Errors
+/// [`Error::Checkpoint`] or [`Error::Adapter`] for a damaged file, tensors or options that change more than a low-rank pair says (DoRA,
+/// bias, modules_to_save, layer replication, convolutions, ..; by name), shapes and ranks that don't fit each other or the config,
+/// names that can't be resolved.
+pub fn import(
+    path: impl AsRef<Path>,
+    format: Option<Format>,
+    options: &ImportOptions<'_>,
+) -> Result<Adapter> {
+    let path = path.as_ref();
+    let format = match format {
+        Some(format) => format,
+        None => detect(path)?,
+    };
+    let theirs = match format {
+        Format::Peft => peft::read(path)?,
+        Format::Kohya => kohya::read(&open(path)?, options)?,
+        Format::Diffusers => diffusers::read(&open(path)?, options.component)?,
+    };
+    if theirs.pairs.is_empty() {
+        return Err(Error::checkpoint(path, "there is no adapter in it"));
+    }
+    let Theirs { pairs, scale, mut metadata } = theirs;
+    metadata.remove("format");
+    let adapter = Adapter { modules: options.names.to_ours(&pairs)?, scale, metadata };
+    adapter.check_pairs()?;
+    Ok(adapter)
+}
+
+fn open(path: &Path) -> Result<RawFile> {
+    RawFile::open(path, Header::MAX_ADAPTER)
+}
+
+fn detect(path: &Path) -> Result<Format> {
+    if path.is_dir() {
+        return Ok(Format::Peft);
+    }
+    let file = open(path)?;
+    let mut names = file.tensors.iter().map(|(name, _)| name);
+    if names.clone().any(|n| n.starts_with(peft::PREFIX)) {
+        let what = format!(
+            "this is the tensor file of a PEFT adapter; give its folder, which has {} too",
+            peft::CONFIG
+        );
+        return Err(Error::checkpoint(path, what));
+    }
+    let kohya = names.any(|n| kohya::component(n).is_some());
+    Ok(if kohya { Format::Kohya } else { Format::Diffusers })
+}
+
+/// An adapter as other programs see it.
+struct Theirs {
+    pairs: IndexMap<String, Pair>,
+    scale: f32,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Theirs {
+    /// alpha of a module of this rank: exact in f64.
+    fn alpha(&self, rank: usize) -> f64 {
+        f64::from(self.scale) * rank as f64
+    }
+}

@@ -1,0 +1,59 @@
+//! A PEFT folder.
+
+use super::{
+    Theirs,
+    config::{LoraConfig, describe},
+    pairs,
+};
+use crate::{Dtype, Error, Result, TensorWriter, create_folder_atomic, parse_json, read_small, write_atomic};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+pub(super) const CONFIG: &str = "adapter_config.json";
+/// Longest config, in bytes: one that names every expert has a few hundred thousand.
+const MAX_CONFIG: u64 = 8_000_000;
+const TENSORS: &str = "adapter_model.safetensors";
+pub(super) const PREFIX: &str = "base_model.model.";
+
+pub(super) fn read(folder: &Path) -> Result<Theirs> {
+    let path = folder.join(CONFIG);
+    let fields: Map<String, Value> = parse_json(&read_small(&path, MAX_CONFIG)?)
+        .map_err(|e| Error::checkpoint(&path, format!("not a config: {e}")))?;
+    let config = LoraConfig::parse(&fields).map_err(|e| Error::checkpoint(&path, e))?;
+    let file = super::open(&folder.join(TENSORS))?;
+    let bad = |what: String| Error::checkpoint(file.path(), what);
+    let raw = pairs::read(&file, |name| match name.strip_prefix(PREFIX) {
+        Some(name) => Ok(Some(name.to_owned())),
+        None => Err(bad(format!("tensor `{name}` does not begin with {PREFIX}"))),
+    })?;
+    let scaled = raw.into_iter().map(|(name, raw)| {
+        let scale = config.scale(&name, raw.pair.rank()).map_err(bad)?;
+        Ok((name, (raw.pair, scale)))
+    });
+    Ok(Theirs::with_scales(scaled.collect::<Result<_>>()?, file.metadata.clone()))
+}
+
+pub(super) fn write(theirs: &Theirs, folder: &Path, dtype: Dtype) -> Result<()> {
+    let config = describe(theirs)?;
+    create_folder_atomic(folder, |folder| {
+        let mut writer = TensorWriter::new();
+        write_pairs(theirs, PREFIX, dtype, &mut writer);
+        writer.write(folder.join(TENSORS))?;
+        let path = folder.join(CONFIG);
+        let text = serde_json::to_vec_pretty(&config).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
+        write_atomic(&path, |w| w.write_all(&text))
+    })
+}
+
+/// The pairs and the metadata, with names as PEFT and diffusers have them.
+pub(super) fn write_pairs(theirs: &Theirs, prefix: &str, dtype: Dtype, writer: &mut TensorWriter) {
+    for (name, pair) in &theirs.pairs {
+        for (side, matrix) in [("lora_A", &pair.a), ("lora_B", &pair.b)] {
+            let data: Vec<f32> = matrix.iter().copied().collect();
+            writer.add(format!("{prefix}{name}.{side}.weight"), matrix.shape(), &data, dtype);
+        }
+    }
+    for (key, value) in &theirs.metadata {
+        writer.meta(key, value);
+    }
+}

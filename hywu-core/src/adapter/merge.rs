@@ -1,0 +1,238 @@
+//! W' = W + scale B A, a whole checkpoint at a time.
+
+use super::{
+    Adapter, Names,
+    matrices::{Pair, some_of},
+};
+use crate::{
+    Dtype, Error, Result,
+    checkpoint::INDEX,
+    create_folder_atomic,
+    raw::{RawFile, dtype_of},
+};
+use half::{bf16, f16};
+use indexmap::IndexMap;
+use ndarray::{ArrayView2, s};
+use safetensors::tensor::TensorInfo;
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{BufWriter, Write},
+    path::Path,
+};
+
+/// What was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MergeReport {
+    /// Tensors that an update was added to.
+    pub merged: usize,
+    /// Tensors that were copied as they are.
+    pub copied: usize,
+    /// Files with tensors.
+    pub files: usize,
+}
+
+/// Bytes of a tensor that are worked on at once, at least a row where something is added.
+const CHUNK: usize = 1 << 22;
+/// What else of a checkpoint's folder belongs to a model: configs, tokenizer, model code, licences.
+const BESIDE: [&str; 6] = ["json", "txt", "model", "jinja", "md", "py"];
+
+/// Writes the checkpoint `base` (a safetensors file, or a folder with `model.safetensors` or with shards and their index) with instance
+/// `instance` of the adapter added, into the new folder `output`: the same files with the same headers, every tensor of its own dtype.
+/// Sums are f32 and rounded once. `base` is read a few rows at a time, and never written; tensors may be of any type, as most are copied
+/// only.
+///
+/// A module `m` is the tensor `m.weight` [out, in] under the name that `names` gives it; a grouped module is one tensor an expert.
+/// Configs, tokenizer, model code and licences of the folder are copied too; other formats of the weights, which would be the old ones,
+/// are not. `progress` is told the bytes written and their number.
+///
+/// # Errors
+/// [`Error::Adapter`] naming up to ten modules without a tensor, a tensor of another shape with both shapes, or a sum that is not
+/// finite in the tensor's dtype; [`Error::Checkpoint`] for a damaged file; [`Error::Io`] when something can't be read or written, or
+/// `output` is there already. Nothing is left behind then.
+pub fn merge(
+    adapter: &Adapter,
+    instance: usize,
+    names: &Names,
+    base: impl AsRef<Path>,
+    output: impl AsRef<Path>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<MergeReport> {
+    let (base, output) = (base.as_ref(), output.as_ref());
+    let pairs = names.to_theirs(adapter, instance)?;
+    let files = RawFile::open_all(base)?;
+    check(&pairs, &files)?;
+    let mut task = Task {
+        pairs: &pairs,
+        scale: adapter.scale,
+        report: MergeReport { merged: 0, copied: 0, files: files.len() },
+        written: 0,
+        total: files.iter().flat_map(|f| &f.tensors).map(|(_, info)| size(info) as u64).sum(),
+        progress,
+    };
+    create_folder_atomic(output, |folder| {
+        for file in &files {
+            task.write(file, folder)?;
+        }
+        if base.is_dir() {
+            copy_beside(base, folder)?;
+        }
+        Ok(())
+    })?;
+    Ok(task.report)
+}
+
+/// The tensor of a module.
+fn tensor_of(module: &str) -> String {
+    format!("{module}.weight")
+}
+
+/// Every pair must have its tensor, of the right shape and of a dtype that can be summed in.
+fn check(pairs: &IndexMap<String, Pair>, files: &[RawFile]) -> Result<()> {
+    let mut tensors = HashMap::<&str, &TensorInfo>::new();
+    for file in files {
+        for (name, info) in &file.tensors {
+            if tensors.insert(name, info).is_some() {
+                return Err(Error::checkpoint(file.path(), format!("tensor `{name}` is in two shards")));
+            }
+        }
+    }
+    let missing: Vec<&String> =
+        pairs.keys().filter(|module| !tensors.contains_key(tensor_of(module).as_str())).collect();
+    if !missing.is_empty() {
+        let what = format!("the checkpoint has no weight for {}", some_of(&missing));
+        return Err(Error::Adapter(what));
+    }
+    for (module, pair) in pairs {
+        let name = tensor_of(module);
+        let Some(info) = tensors.get(name.as_str()) else { continue };
+        let wanted = [pair.b.nrows(), pair.a.ncols()];
+        if info.shape != wanted {
+            let what = format!("tensor `{name}` has shape {:?}, the adapter's is {wanted:?}", info.shape);
+            return Err(Error::Adapter(what));
+        }
+        if dtype_of(info.dtype).is_none() {
+            let what =
+                format!("tensor `{name}` has dtype {:?}; F32, F16 and BF16 can be merged into", info.dtype);
+            return Err(Error::Adapter(what));
+        }
+    }
+    Ok(())
+}
+
+struct Task<'a> {
+    pairs: &'a IndexMap<String, Pair>,
+    scale: f32,
+    report: MergeReport,
+    written: u64,
+    total: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+}
+
+impl Task<'_> {
+    /// A file of the same name in `folder`.
+    fn write(&mut self, file: &RawFile, folder: &Path) -> Result<()> {
+        let name =
+            file.path().file_name().ok_or_else(|| Error::checkpoint(file.path(), "it has no file name"))?;
+        let path = folder.join(name);
+        let fail = |e| Error::io(&path, e);
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(fail)?);
+        // The same header word for word: types, shapes and order stay.
+        out.write_all(&(file.header.len() as u64).to_le_bytes()).map_err(fail)?;
+        out.write_all(&file.header).map_err(fail)?;
+        let mut buffer = Vec::new();
+        for (name, info) in &file.tensors {
+            let pair = name.strip_suffix(".weight").and_then(|module| self.pairs.get(module));
+            let merging = pair.zip(dtype_of(info.dtype));
+            match merging {
+                Some(_) => self.report.merged += 1,
+                None => self.report.copied += 1,
+            }
+            // Whole rows where something is added.
+            let row = merging.map_or(1, |(pair, dtype)| pair.a.ncols() * dtype.size());
+            let chunk = (CHUNK / row).max(1) * row;
+            for at in (0..size(info)).step_by(chunk) {
+                buffer.resize(chunk.min(size(info) - at), 0);
+                file.read_at(info, at, &mut buffer)?;
+                if let Some((pair, dtype)) = merging {
+                    let rows = at / row..(at + buffer.len()) / row;
+                    let b = pair.b.slice(s![rows, ..]);
+                    add(&mut buffer, dtype, b, pair.a.view(), self.scale).map_err(|bad| {
+                        Error::Adapter(format!("tensor `{name}` would hold {bad} after the merge"))
+                    })?;
+                }
+                out.write_all(&buffer).map_err(fail)?;
+                self.written += buffer.len() as u64;
+                (self.progress)(self.written, self.total);
+            }
+        }
+        let file = out.into_inner().map_err(|e| fail(e.into_error()))?;
+        file.sync_all().map_err(fail)
+    }
+}
+
+/// Bytes of a tensor.
+fn size(info: &TensorInfo) -> usize {
+    info.data_offsets.1 - info.data_offsets.0
+}
+
+/// Some rows of W become W + scale B A, in W's type. Where nothing is added they keep their bits. An error is the first sum that is not
+/// finite in that type: 65504 + 100 is infinite in f16.
+fn add(
+    rows: &mut [u8],
+    dtype: Dtype,
+    b: ArrayView2<'_, f32>,
+    a: ArrayView2<'_, f32>,
+    scale: f32,
+) -> std::result::Result<(), f32> {
+    // Fused experts have zeros in the half of B that is another pair's.
+    let used = |k: &usize| b.column(*k).iter().any(|&x| x != 0.0);
+    let (first, last) = ((0..b.ncols()).find(used), (0..b.ncols()).rfind(used));
+    let (Some(first), Some(last)) = (first, last) else { return Ok(()) };
+    if scale == 0.0 {
+        return Ok(());
+    }
+    let update = b.slice(s![.., first..=last]).dot(&a.slice(s![first..=last, ..]));
+    for (w, u) in rows.chunks_exact_mut(dtype.size()).zip(&update) {
+        let sum = match (dtype, w) {
+            (Dtype::F32, w @ &mut [p, q, r, s]) => {
+                let sum = f32::from_le_bytes([p, q, r, s]) + scale * u;
+                w.copy_from_slice(&sum.to_le_bytes());
+                sum
+            }
+            (Dtype::F16, w @ &mut [p, q]) => {
+                let sum = f16::from_f32(f16::from_le_bytes([p, q]).to_f32() + scale * u);
+                w.copy_from_slice(&sum.to_le_bytes());
+                sum.to_f32()
+            }
+            (Dtype::Bf16, w @ &mut [p, q]) => {
+                let sum = bf16::from_f32(bf16::from_le_bytes([p, q]).to_f32() + scale * u);
+                w.copy_from_slice(&sum.to_le_bytes());
+                sum.to_f32()
+            }
+            // Chunks are of the type's size.
+            _ => continue,
+        };
+        if !sum.is_finite() {
+            return Err(sum);
+        }
+    }
+    Ok(())
+}
+
+/// Copies what else belongs to the model.
+fn copy_beside(base: &Path, folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(base).map_err(|e| Error::io(base, e))? {
+        let path = entry.map_err(|e| Error::io(base, e))?.path();
+        let Some(name) = path.file_name() else { continue };
+        let text = name.to_string_lossy();
+        let known = path.extension().is_some_and(|e| BESIDE.iter().any(|b| e == *b));
+        let licence = ["LICENSE", "LICENCE", "NOTICE"].iter().any(|n| text.starts_with(n));
+        // An index of other files, such as pytorch_model.bin.index.json, would point to what is not there.
+        let other_index = text.ends_with(".index.json") && text != INDEX;
+        if path.is_file() && (known || licence) && !other_index && !text.starts_with('.') {
+            std::fs::copy(&path, folder.join(name)).map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
+}
