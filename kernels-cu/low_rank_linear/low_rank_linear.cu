@@ -61,6 +61,7 @@ QUANTIZED(quantized_fp8_few_bf16, Fp8, Few, 2)
 // Columns of a tile and blocks of a cluster, for each layout.
 #define WARPGROUP_KERNELS(layout, A_ALONG_K, B_ALONG_K)                              \
     WARPGROUP(warpgroup_##layout##_256_2, CLUSTER_OF(2), A_ALONG_K, B_ALONG_K, 256, 2) \
+    WARPGROUP(warpgroup_##layout##_256_1, , A_ALONG_K, B_ALONG_K, 256, 1)              \
     WARPGROUP(warpgroup_##layout##_128_2, CLUSTER_OF(2), A_ALONG_K, B_ALONG_K, 128, 2) \
     WARPGROUP(warpgroup_##layout##_128_1, , A_ALONG_K, B_ALONG_K, 128, 1)              \
     WARPGROUP(warpgroup_##layout##_64_1, , A_ALONG_K, B_ALONG_K, 64, 1)
@@ -101,7 +102,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 WARPGROUP(ladder_3, , true, true, 128, 1, 1, false)
 WARPGROUP(ladder_4, , true, true, 128, 1, 5, false)
 WARPGROUP(ladder_5, , true, true, 256, 1, 4, false)
-WARPGROUP(ladder_7, , true, true, 256, 1, 4, true)
 
 // S by blocks of HEIGHT rows and RANKS ranks, with so many blocks on a multiprocessor.
 #define SHRINK(name, HEIGHT, RANKS, ALIGNED, BLOCKS)                                                                    \

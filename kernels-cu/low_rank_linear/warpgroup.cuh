@@ -316,6 +316,8 @@ __device__ __forceinline__ void product(const CUtensorMap& a, const CUtensorMap&
             if (threadIdx.x < BLOCK) {
                 if (work->sizes.rows.pitch <= 16) within::make<2>(*work, stages, turns);
                 else within::make<4>(*work, stages, turns);
+            } else if (threadIdx.x < within::THREADS) {
+                within::take_all(*work, turns);
             }
             // The other block copies to this one's stages too.
             cluster_sync();

@@ -32,7 +32,8 @@ struct Work {
     shrink::Sizes sizes;
     int makers;
 
-    __device__ __forceinline__ int bands() const { return (sizes.total + BAND - 1) / BAND; }
+    __device__ __forceinline__ uint32_t bands() const { return uint32_t(sizes.total + BAND - 1) / BAND; }
+    __device__ __forceinline__ uint32_t windows() const { return bands() * WINDOWS; }
 };
 
 // Slots of the ring of a warp, each of 32 columns of HEIGHT rows of X and 8 * N of A.
@@ -45,21 +46,50 @@ constexpr int RING = shrink::WARPS * SLOTS<N> * PIECES<N> * WARP * 16;  // bytes
 template <int N>
 constexpr int BYTES = RING<N> + 4 * shrink::PARTS<GROUPS, N>;
 
-// Windows of S while there are any, of 8 * N ranks at most, by BLOCK threads. `turns`: three words of shared memory. Every warp has SLOTS
-// spans of k at least, so that what is fetched ahead is of the next window.
+// Who makes S: the warps that sum, and one that takes the windows which they will do.
+constexpr int THREADS = BLOCK + WARP;
+
+// The window of the turn, taken by a whole warp: the next that has rows of a segment. Others are zeros, written here.
+__device__ __forceinline__ void take(const Work& work, uint32_t* turns, int turn) {
+    const shrink::Sizes& z = work.sizes;
+    int lane = threadIdx.x % WARP, pitch = z.rows.pitch;
+    for (;;) {
+        uint32_t number = lane == 0 ? counter_next(work.counters + TAKEN) : 0;
+        number = __shfl_sync(0xffffffffu, number, 0);
+        if (number >= work.windows() || !shrink::window<HEIGHT>(z, int(number)).empty()) {
+            if (lane == 0) turns[turn % 3] = number;
+            return;
+        }
+        int first = int(number) * HEIGHT, packs = min(HEIGHT, z.total - first) * pitch / PACK<bf16>;
+        uint4* to = reinterpret_cast<uint4*>(work.s + int64_t(first) * pitch);
+        for (int i = lane; i < packs; i += WARP) to[i] = make_uint4(0, 0, 0, 0);
+        fence_async_global();
+        __syncwarp();
+        if (lane == 0) counter_add(work.counters + FIRST_BAND + number / WINDOWS);
+    }
+}
+
+// Takes windows two turns ahead of those that make them.
+__device__ __forceinline__ void take_all(const Work& work, uint32_t* turns) {
+    take(work, turns, 0), take(work, turns, 1);
+    named_barrier(PACE, THREADS);
+    for (int turn = 0; turns[turn % 3] < work.windows(); turn++) {
+        take(work, turns, turn + 2);
+        named_barrier(PACE, THREADS);
+        named_barrier(PACE, THREADS);
+    }
+}
+
+// Windows of S, of 8 * N ranks at most, while there are any. `turns`: three words of shared memory. Every warp has SLOTS spans of k at
+// least, so that what is fetched ahead is of the next window.
 template <int N>
-__device__ __forceinline__ void make(const Work& work, unsigned char* shared, uint32_t* turns) {
+__device__ __forceinline__ void make(const Work& work, unsigned char* shared, const uint32_t* turns) {
     const shrink::Sizes& z = work.sizes;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rank = lane / 4, within = lane % 4 * 8, k = z.k;
     uint4* ring = reinterpret_cast<uint4*>(shared) + warp * SLOTS<N> * PIECES<N> * WARP + lane;
     float* parts = reinterpret_cast<float*>(shared + RING<N>);
-    uint32_t windows = work.bands() * WINDOWS;
-    // The window of a turn is taken two turns ahead.
-    auto take = [&](int turn) {
-        if (threadIdx.x == 0) turns[turn % 3] = counter_next(work.counters + TAKEN);
-    };
-    take(0), take(1);
-    named_barrier(PACE, BLOCK);
+    uint32_t windows = work.windows();
+    named_barrier(PACE, THREADS);
 
     // What is fetched next: columns from `ahead` on of the rows of a turn's window.
     int start = warp * shrink::CHUNK, fetching = -1, ahead = k, to = 0;
@@ -95,7 +125,6 @@ __device__ __forceinline__ void make(const Work& work, unsigned char* shared, ui
     int at = 0;
     for (int turn = 0; turns[turn % 3] < windows; turn++) {
         uint32_t number = turns[turn % 3];
-        take(turn + 2);
         float sum[GROUPS][N][4] = {};
         for (int column = start; column < k; column = shrink::next_span(column)) {
             cp_async_wait<SLOTS<N> - 2>();
@@ -114,11 +143,11 @@ __device__ __forceinline__ void make(const Work& work, unsigned char* shared, ui
             }
         }
         shrink::put_sums(sum, parts, 0);
-        named_barrier(PACE, BLOCK);
+        named_barrier(PACE, THREADS);
         shrink::add_sums<GROUPS, N>(parts, work.s, shrink::window<HEIGHT>(z, int(number)), z, 0, 0, z.rows.pitch);
         // The copy engine reads what was written.
         fence_async_global();
-        named_barrier(PACE, BLOCK);
+        named_barrier(PACE, THREADS);
         if (threadIdx.x == 0) counter_add(work.counters + FIRST_BAND + number / WINDOWS);
     }
     // So will it write where the ring was.
@@ -136,7 +165,7 @@ __device__ __forceinline__ void wait(const Work& work, int line, int lines) {
 // This block counts no more; the last one leaves the counters as they were.
 __device__ __forceinline__ void pass(const Work& work) {
     if (counter_pass(work.counters + DONE) + 1 < gridDim.x) return;
-    for (int i = 0; i < FIRST_BAND + work.bands(); i++) work.counters[i] = 0;
+    for (uint32_t i = 0; i < FIRST_BAND + work.bands(); i++) work.counters[i] = 0;
 }
 
 } // namespace within

@@ -74,6 +74,11 @@ impl<'a> Work<'a> {
         self.a.shape()[2] / self.parts
     }
 
+    /// Ranks of a part.
+    pub fn ranks(&self) -> usize {
+        self.a.shape()[1]
+    }
+
     /// Columns of S that the last part writes: the padding too.
     pub fn columns(&self) -> usize {
         self.s.shape()[1] - (self.parts - 1) * self.a.shape()[1]

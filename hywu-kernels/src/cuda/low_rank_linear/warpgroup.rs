@@ -21,9 +21,10 @@ const LINE: usize = 64;
 /// Threads of a block: a producer and two consumers.
 const THREADS: u32 = 384;
 /// Columns of a tile and blocks of a cluster, of the kernels that there are.
-const KERNELS: [(usize, usize); 4] = [(256, 2), (128, 2), (128, 1), (64, 1)];
-/// Bytes that the second-level cache delivers to a multiprocessor in a clock: 6 TB/s over 132 of them at 1.755 GHz.
-const CACHE_BYTES: usize = 26;
+const KERNELS: [(usize, usize); 5] = [(256, 2), (256, 1), (128, 2), (128, 1), (64, 1)];
+/// Bytes that the second-level cache delivers to each of all multiprocessors in a clock, at least: what step 7 of the ladder takes
+/// (README.md beside the kernels).
+const CACHE_BYTES: usize = 46;
 
 /// A kernel and its grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,11 +66,8 @@ impl Plan {
     /// Clocks of a tile: its products, or its boxes from the second-level cache, whichever takes longer; then its stores.
     pub fn clocks(self, steps: usize) -> usize {
         let boxes = (TILE_ROWS + self.columns / self.cluster) * 2 * DEPTH;
-        steps * (4 * self.columns).max(self.copies(boxes)) + self.copies(TILE_ROWS * self.columns * 2)
-    }
-    /// Clocks of so many bytes from or to the second-level cache, by one multiprocessor.
-    pub fn copies(self, bytes: usize) -> usize {
-        bytes / CACHE_BYTES
+        let stores = TILE_ROWS * self.columns * 2 / CACHE_BYTES;
+        steps * (4 * self.columns).max(boxes / CACHE_BYTES) + stores
     }
     /// Bytes of dynamic shared memory: the stages, the boxes of the stores, the barriers, and what aligning the first may take.
     fn shared(self) -> usize {
@@ -90,7 +88,7 @@ impl Plan {
             4 => (plan(128, 5, false), "ladder_4", false),
             5 => (plan(256, 4, false), "ladder_5", false),
             6 => (plan(256, 4, false), "ladder_5", true),
-            7 => (plan(256, 4, true), "ladder_7", true),
+            7 => (plan(256, 4, true), "warpgroup_nt_256_1", true),
             _ => (Self::new(256, 2), "warpgroup_nt_256_2", true),
         };
         let most = if stays { plan.at_once(multiprocessors) } else { usize::MAX };
@@ -245,7 +243,7 @@ impl Product<'_> {
         let blocks = plan.at_once(multiprocessors(self.a)?);
         let tiles = plan.all_blocks(|height| row_tiles(self.segments, m, height), n, parts) / plan.cluster;
         let idle = within::idle(tiles, blocks / plan.cluster);
-        if !within::pays(plan, idle, [m, k], self.steps()) {
+        if !within::pays(plan, idle, [m, k, work.ranks()], self.steps()) {
             return Ok(None);
         }
         self.launch_with_s(Plan { blocks, ..plan }, work, idle, shape).map(Some)
@@ -510,6 +508,13 @@ mod tests {
         assert_eq!(on_h100([256, 4096, 4096]).blocks, 128);
         assert_eq!(on_h100([1, 64, 8]), Plan { blocks: 1, ..Plan::new(64, 1) });
         assert_eq!(on_h100([0, 64, 8]).blocks, 0);
+    }
+
+    /// 540 rows of an expert fill five blocks' tiles better than three pairs'.
+    #[test]
+    fn experts_get_tiles_of_fewer_rows() {
+        let plan = plan(|height| 64 * 540usize.div_ceil(height), [6144, 2], 65, 132);
+        assert_eq!((plan.columns, plan.cluster), (256, 1));
     }
 
     #[test]

@@ -9,6 +9,10 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Rows of S that are counted together, as in rows.cuh.
 const BAND: usize = 128;
+/// Rows of S that a block computes at a time.
+const HEIGHT: usize = 64;
+/// Bytes that a multiprocessor reads in a clock where few do, of the 64 that its port takes.
+const BYTES: usize = 40;
 /// Counters before those of the bands.
 const COUNTERS: usize = 3;
 /// Bands that there are counters for: more rows than a tile's time would suffice for.
@@ -39,10 +43,10 @@ pub(super) fn fits(work: &Work) -> bool {
         && work.lines().div_ceil(BAND) <= MOST_BANDS
 }
 
-/// Is it done before the first tiles want S? `idle` clusters read `rows` of `k` as fast as the product's do in the time that their tile
-/// would take.
-pub(super) fn pays(plan: Plan, idle: usize, [rows, k]: [usize; 2], steps: usize) -> bool {
-    idle > 0 && plan.copies(2 * rows * k).div_ceil(idle * plan.cluster) <= plan.clocks(steps)
+/// Is it done in the time of a tile, which the `idle` clusters have? They read X, `rows` of `k`, and A, `ranks` of `k`, for every window.
+pub(super) fn pays(plan: Plan, idle: usize, [rows, k, ranks]: [usize; 3], steps: usize) -> bool {
+    let bytes = 2 * k * (rows + rows.div_ceil(HEIGHT) * ranks);
+    idle > 0 && bytes.div_ceil(idle * plan.cluster) / BYTES <= plan.clocks(steps)
 }
 
 /// `struct Work` of within.cuh.
@@ -93,12 +97,12 @@ mod tests {
 
     #[test]
     fn it_pays_where_a_tile_takes_longer() {
-        let pays = |idle, [m, k]: [usize; 2]| pays(Plan::new(256, 2), idle, [m, k], k.div_ceil(64) + 1);
-        assert!(pays(8, [4096, 4096]));
-        assert!(pays(8, [4096, 1024]));
-        assert!(!pays(7, [4096, 4096]));
-        assert!(!pays(0, [4096, 4096]));
-        assert!(!pays(60, [100_000, 4096]));
+        let pays = |idle, m, k: usize| pays(Plan::new(256, 2), idle, [m, k, 16], k.div_ceil(64) + 1);
+        assert!(pays(8, 4096, 4096));
+        assert!(pays(8, 4096, 1024));
+        assert!(!pays(6, 4096, 4096));
+        assert!(!pays(0, 1, 4096));
+        assert!(!pays(60, 100_000, 4096));
     }
 
     /// Operands of a layer whose adapters are those of `segments`, or divide the rows evenly.
