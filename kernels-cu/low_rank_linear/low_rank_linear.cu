@@ -3,6 +3,7 @@
 #ifndef Element
 #include "ladder.cuh"
 #include "merge.cuh"
+#include "placing.cuh"
 #include "quantized.cuh"
 #include "shrink.cuh"
 #include "simt.cuh"
@@ -84,18 +85,10 @@ extern "C" __global__ void CLUSTER_OF(2) __launch_bounds__(warpgroup::THREADS, 1
     WARPGROUP_WITH_S(true, true, 256, 2, 4, true, true);
 }
 
-// Lines of B2, of `ranks`, into lines of `pitch`, whole packs, which have them where the box of S has them, and zeros elsewhere: every
-// `width` of an adapter's n lines are a part, and the ranks of part p start at p * ranks % 8 (see first_of_s). A thread a pack.
-extern "C" __global__ void __launch_bounds__(BLOCK)
-    place_ranks(const bf16* from, bf16* to, int64_t lines, int n, int width, int ranks, int pitch) {
-    int64_t i = thread_index(), packs = pitch / PACK<bf16>, line = i / packs;
-    if (line >= lines) return;
-    int part = int(line % n) / width, first = int(i - line * packs) * PACK<bf16> - part * ranks % PACK<bf16>;
-    float v[PACK<bf16>];
-#pragma unroll
-    for (int j = 0; j < PACK<bf16>; j++)
-        v[j] = uint32_t(first + j) < uint32_t(ranks) ? to_float(from[line * ranks + first + j]) : 0.0f;
-    store_pack(to + i * PACK<bf16>, v);
+// A thread a pack.
+extern "C" __global__ void __launch_bounds__(BLOCK) place_ranks(Placing placing) {
+    int64_t i = thread_index();
+    if (i < placing.packs()) placing.place(i);
 }
 
 // Steps of the ladder, see README.md.

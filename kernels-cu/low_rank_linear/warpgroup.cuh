@@ -37,7 +37,7 @@ struct Sizes {
 };
 
 // Where a part's boxes of S start: at its first rank, or up to 7 before it, as the copy engine wants multiples of 16 bytes. B2 has zeros
-// for what comes before (see place_ranks).
+// for what comes before (see placing.cuh).
 __device__ __forceinline__ int first_of_s(const Sizes& s, int part) { return part * s.ranks / PACK<bf16> * PACK<bf16>; }
 
 // What fits beside the stores, the barriers and the alignment.
@@ -318,6 +318,8 @@ __device__ __forceinline__ void product(const CUtensorMap& a, const CUtensorMap&
                 else within::make<4>(*work, stages, turns);
             } else if (threadIdx.x < within::THREADS) {
                 within::take_all(*work, turns);
+            } else {
+                within::place_all(*work);
             }
             // The other block copies to this one's stages too.
             cluster_sync();

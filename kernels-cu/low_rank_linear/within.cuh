@@ -10,6 +10,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "placing.cuh"
 #include "shrink.cuh"
 
 namespace within {
@@ -19,21 +20,24 @@ using namespace hopper;
 constexpr int HEIGHT = 64, GROUPS = HEIGHT / 16;
 constexpr int WINDOWS = BAND / HEIGHT;  // of a band
 constexpr int PACE = 3;                 // the number of the barrier of those that compute S
+constexpr int CHUNK = 8 * WARP;         // packs of B that a warp places at a time
 
-// What is counted: clusters that have started, windows that were taken, blocks that are done; from FIRST_BAND on the windows of each band
-// that are there. All zero before and after a launch.
-enum Counter { STARTED, TAKEN, DONE, FIRST_BAND };
+// What is counted: clusters that have started, windows that were taken, chunks of B that were taken and that are there, blocks that are
+// done; from FIRST_BAND on the windows of each band that are there. All zero before and after a launch.
+enum Counter { STARTED, TAKEN, PLACING, PLACED, DONE, FIRST_BAND };
 
-// As the launcher builds it (padding at the end alone). `makers`: clusters that compute S.
+// As the launcher builds it (padding at the end alone). `makers`: clusters that compute S, and place B where it has to be.
 struct Work {
     const bf16 *x, *a;
     bf16* s;
     uint32_t* counters;
     shrink::Sizes sizes;
+    Placing placing;
     int makers;
 
     __device__ __forceinline__ uint32_t bands() const { return uint32_t(sizes.total + BAND - 1) / BAND; }
     __device__ __forceinline__ uint32_t windows() const { return bands() * WINDOWS; }
+    __device__ __forceinline__ uint32_t chunks() const { return placing.from ? uint32_t((placing.packs() + CHUNK - 1) / CHUNK) : 0; }
 };
 
 // Slots of the ring of a warp, each of 32 columns of HEIGHT rows of X and 8 * N of A.
@@ -49,13 +53,36 @@ constexpr int BYTES = RING<N> + 4 * shrink::PARTS<GROUPS, N>;
 // Who makes S: the warps that sum, and one that takes the windows which they will do.
 constexpr int THREADS = BLOCK + WARP;
 
+// The next of what a counter counts, for a whole warp.
+__device__ __forceinline__ uint32_t next(uint32_t* counter) {
+    uint32_t number = threadIdx.x % WARP == 0 ? counter_next(counter) : 0;
+    return __shfl_sync(0xffffffffu, number, 0);
+}
+
+// What the warp has written is there for the copy engine of whoever waits for this counter.
+__device__ __forceinline__ void there(uint32_t* counter) {
+    fence_async_global();
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) counter_add(counter);
+}
+
+// Chunks of B while there are any, each by a whole warp.
+__device__ __forceinline__ void place_all(const Work& work) {
+    for (uint32_t chunk; (chunk = next(work.counters + PLACING)) < work.chunks();) {
+        for (int j = threadIdx.x % WARP; j < CHUNK; j += WARP) {
+            int64_t i = int64_t(chunk) * CHUNK + j;
+            if (i < work.placing.packs()) work.placing.place(i);
+        }
+        there(work.counters + PLACED);
+    }
+}
+
 // The window of the turn, taken by a whole warp: the next that has rows of a segment. Others are zeros, written here.
 __device__ __forceinline__ void take(const Work& work, uint32_t* turns, int turn) {
     const shrink::Sizes& z = work.sizes;
     int lane = threadIdx.x % WARP, pitch = z.rows.pitch;
     for (;;) {
-        uint32_t number = lane == 0 ? counter_next(work.counters + TAKEN) : 0;
-        number = __shfl_sync(0xffffffffu, number, 0);
+        uint32_t number = next(work.counters + TAKEN);
         if (number >= work.windows() || !shrink::window<HEIGHT>(z, int(number)).empty()) {
             if (lane == 0) turns[turn % 3] = number;
             return;
@@ -63,9 +90,7 @@ __device__ __forceinline__ void take(const Work& work, uint32_t* turns, int turn
         int first = int(number) * HEIGHT, packs = min(HEIGHT, z.total - first) * pitch / PACK<bf16>;
         uint4* to = reinterpret_cast<uint4*>(work.s + int64_t(first) * pitch);
         for (int i = lane; i < packs; i += WARP) to[i] = make_uint4(0, 0, 0, 0);
-        fence_async_global();
-        __syncwarp();
-        if (lane == 0) counter_add(work.counters + FIRST_BAND + number / WINDOWS);
+        there(work.counters + FIRST_BAND + number / WINDOWS);
     }
 }
 
@@ -154,10 +179,11 @@ __device__ __forceinline__ void make(const Work& work, unsigned char* shared, co
     fence_async();
 }
 
-// Until the `lines` <= BAND lines of S from `line` on are there.
+// Until the `lines` <= BAND lines of S from `line` on are there, and B.
 __device__ __forceinline__ void wait(const Work& work, int line, int lines) {
     uint32_t* bands = work.counters + FIRST_BAND;
     int first = line / BAND, last = (line + lines - 1) / BAND;
+    if (work.placing.from) counter_wait(work.counters + PLACED, work.chunks());
     counter_wait(bands + first, WINDOWS);
     if (last != first) counter_wait(bands + last, WINDOWS);
 }

@@ -18,6 +18,8 @@ const TILE_ROWS: usize = 128;
 const DEPTH: usize = 64;
 /// Elements of a box's line, 128 bytes.
 const LINE: usize = 64;
+/// Bytes of `struct Placing`.
+const PLACING: usize = 40;
 /// Threads of a block: a producer and two consumers.
 const THREADS: u32 = 384;
 /// Columns of a tile and blocks of a cluster, of the kernels that there are.
@@ -161,21 +163,45 @@ impl LowRank<'_> {
         (0..self.parts).map(|part| self.before(part) + self.ranks).max().unwrap_or(0)
     }
 
-    /// B of [`Layout::Nt`] with lines of whole packs, in which the ranks lie as in the box of S.
+    /// B as the copy engine takes it.
     ///
     /// # Errors
     /// Not enough memory; sizes beyond what a kernel takes.
-    fn placed(&self) -> Result<Tensor> {
+    fn placed(&self, layout: Layout) -> Result<Placed> {
         let pitch = self.depth().next_multiple_of(pack(Dtype::Bf16));
-        if pitch == self.ranks {
-            return Ok(self.b.clone());
+        if layout != Layout::Nt || pitch == self.ranks {
+            return Ok(Placed { b: self.b.clone(), placing: None });
         }
         let (lines, n) = (self.b.numel() / self.ranks, self.b.numel() / self.ranks / self.adapters);
-        let out = self.b.empty_like(&[lines, pitch])?;
-        let call = Call::named(OP, "place_ranks", self.b)?.tensor(self.b)?.tensor(&out)?.long(lines);
-        let call = call.size(n)?.size(n / self.parts)?.size(self.ranks)?.size(pitch)?;
-        call.over(lines * pitch, pack(Dtype::Bf16))?;
-        Ok(out)
+        let b = self.b.empty_like(&[lines, pitch])?;
+        let mut placing = [0; PLACING];
+        let longs = [on_gpu(OP, self.b)?.address(), on_gpu(OP, &b)?.address(), lines as u64];
+        for (to, value) in placing.chunks_mut(8).zip(longs) {
+            to.copy_from_slice(&value.to_le_bytes());
+        }
+        for (to, size) in placing[24..].chunks_mut(4).zip([n, n / self.parts, self.ranks, pitch]) {
+            to.copy_from_slice(&int(size)?.to_le_bytes());
+        }
+        Ok(Placed { b, placing: Some(placing) })
+    }
+}
+
+/// B of the second term with lines of whole packs, in which the ranks lie as in the box of S.
+struct Placed {
+    b: Tensor,
+    /// `struct Placing` of placing.cuh, where that has yet to be done.
+    placing: Option<[u8; PLACING]>,
+}
+
+impl Placed {
+    /// By a launch of its own.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn run(&self) -> Result<()> {
+        let Some(placing) = self.placing else { return Ok(()) };
+        let call = Call::named(OP, "place_ranks", &self.b)?.bytes(&placing);
+        call.over(self.b.numel(), pack(Dtype::Bf16))
     }
 }
 
@@ -255,7 +281,7 @@ impl Product<'_> {
     /// As [`Product::run`].
     pub fn launch_with_s(&self, plan: Plan, work: &Work, makers: usize, shape: &[usize]) -> Result<Tensor> {
         let kernel = format!("{}_s", plan.name(self.layout));
-        self.launch(plan, &kernel, Some(&within::bytes(work, self.a, makers)?), shape)
+        self.launch(plan, &kernel, Some((work, makers)), shape)
     }
 
     /// The same by a step of the ladder, from 3 on.
@@ -269,8 +295,14 @@ impl Product<'_> {
         self.launch(plan, kernel, None, shape)
     }
 
-    /// `work`: that of the kernels that compute S too.
-    fn launch(&self, plan: Plan, kernel: &str, work: Option<&[u8]>, shape: &[usize]) -> Result<Tensor> {
+    /// `with_s`: what the kernels that compute S too have to do, and how many clusters do it.
+    fn launch(
+        &self,
+        plan: Plan,
+        kernel: &str,
+        with_s: Option<(&Work, usize)>,
+        shape: &[usize],
+    ) -> Result<Tensor> {
         let [m, n, k] = self.dims;
         let out = self.a.empty_like(shape)?;
         let adapters = self.low_rank.map_or(0, |l| l.adapters);
@@ -297,19 +329,15 @@ impl Product<'_> {
         };
         let mut call = Call::named(OP, kernel, self.a)?.boxes(&of_a)?.boxes(&b)?;
         // Alive until the launch: memory that is given back may be taken by work that comes later only.
-        let placed;
+        let placed = self.low_rank.map(|low| low.placed(self.layout)).transpose()?;
         let (mut pitch, mut k2) = (0, 0);
-        call = match &self.low_rank {
+        call = match self.low_rank.zip(placed.as_ref()) {
             None => call.boxes(&of_a)?.boxes(&b)?,
-            Some(low) => {
+            Some((low, placed)) => {
                 [pitch, k2] = [low.s.dim_back(1), low.depth()];
-                placed = match self.layout {
-                    Layout::Nt => low.placed()?,
-                    Layout::Nn | Layout::Tn => low.b.clone(),
-                };
                 let (ranks, lines) = (low.ranks * low.parts, low.s.numel() / pitch);
                 call.boxes(&boxes(low.s, [ranks, lines], pitch, [DEPTH, TILE_ROWS])?)?
-                    .boxes(&of_b(&placed, k2)?)?
+                    .boxes(&of_b(&placed.b, k2)?)?
             }
         };
         let mut sizes = rows.bytes(pitch)?.to_vec();
@@ -323,9 +351,14 @@ impl Product<'_> {
         let grid = [blocks(plan.blocks, 1)?, 1, 1];
         call = call.boxes(&flat)?.bytes(&sizes);
         let mut shared = plan.shared();
-        if let Some(work) = work {
-            call = call.bytes(work);
-            shared += within::SHARED;
+        match (with_s, &placed) {
+            (Some((work, makers)), placed) => {
+                let placing = placed.as_ref().and_then(|p| p.placing).unwrap_or([0; PLACING]);
+                call = call.bytes(&within::bytes(work, self.a, &placing, makers)?);
+                shared += within::SHARED;
+            }
+            (None, Some(placed)) => placed.run()?,
+            (None, None) => {}
         }
         call.launch(grid, THREADS, shared)?;
         Ok(out)

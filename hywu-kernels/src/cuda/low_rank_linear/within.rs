@@ -14,7 +14,7 @@ const HEIGHT: usize = 64;
 /// Bytes that a multiprocessor reads in a clock where few do, of the 64 that its port takes.
 const BYTES: usize = 40;
 /// Counters before those of the bands.
-const COUNTERS: usize = 3;
+const COUNTERS: usize = 5;
 /// Bands that there are counters for: more rows than a tile's time would suffice for.
 const MOST_BANDS: usize = 4096;
 /// Columns of S that a block sums at a time.
@@ -49,14 +49,15 @@ pub(super) fn pays(plan: Plan, idle: usize, [rows, k, ranks]: [usize; 3], steps:
     idle > 0 && bytes.div_ceil(idle * plan.cluster) / BYTES <= plan.clocks(steps)
 }
 
-/// `struct Work` of within.cuh.
-pub(super) fn bytes(work: &Work, x: &Tensor, makers: usize) -> Result<Vec<u8>> {
+/// `struct Work` of within.cuh; `placing` is its `struct Placing`.
+pub(super) fn bytes(work: &Work, x: &Tensor, placing: &[u8], makers: usize) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     for tensor in [x, work.a, &work.s] {
         bytes.extend(on_gpu(super::OP, tensor)?.address().to_le_bytes());
     }
     bytes.extend(counters(on_gpu(super::OP, x)?.gpu())?.to_le_bytes());
     bytes.extend(work.sizes()?);
+    bytes.extend(placing);
     bytes.extend(int(makers)?.to_le_bytes());
     Ok(bytes)
 }
