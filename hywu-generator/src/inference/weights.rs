@@ -17,12 +17,15 @@ enum Source {
     Streamed(Streamed),
 }
 
+/// A part of the weights, by name, on its way to a device.
+type Ahead = (Part, Vec<(String, Upload)>);
+
 /// Weights in their files.
 struct Streamed {
     checkpoint: Checkpoint,
     shapes: Vec<(String, Vec<usize>)>,
     /// What is on its way to a device.
-    ahead: RefCell<Option<(Part, Vec<(String, Upload)>)>>,
+    ahead: RefCell<Option<Ahead>>,
 }
 
 impl Weights {
