@@ -1,8 +1,8 @@
 //! Y = X W^T + bias + scale (X A^T) B^T (LoRA, arXiv 2106.09685): rows in [`Segments`], each with a weight and an adapter or none.
 //!
 //! On a CUDA device a row's result depends on that row, its weight and its adapter alone, bit for bit: not on the rest of the batch, nor
-//! on the number of its rows (adapters and weights of finite numbers, that is). Gradients of bf16 tensors of one term, W's or without
-//! an adapter, may come from cuBLASLt where it is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one
+//! on the number of its rows (adapters and weights of finite numbers, that is). Gradients of bf16 tensors that are a single product may
+//! come from cuBLASLt where it is installed; `HYWU_CUDA_BLAS=0` does without it, so that they are the same bits on every machine of one
 //! kind, `HYWU_CUDA_BLAS=1` uses it in forward passes without an adapter too, whose rows then may depend on their number.
 
 mod ladder;
