@@ -15,7 +15,7 @@ __device__ __forceinline__ void change_queries(unsigned char* queries, const Cha
     int lane = threadIdx.x % LANES, there = lane < WIDTH / 8 ? max(min(channels - 8 * lane, 8), 0) : 0;
     float w[8] = {};
     if (change.weight) load(w, static_cast<const bf16*>(change.weight) + 8 * lane, there);
-#pragma unroll 4
+#pragma unroll
     for (int row = threadIdx.x % 128 / LANES; row < ROWS; row += STEP) {
         uint4* at = reinterpret_cast<uint4*>(queries + chunk_place(row, lane, BOX));
         float x[8] = {}, cos[4] = {}, sin[4] = {};

@@ -33,7 +33,7 @@ impl Tiles {
     }
 }
 
-/// The tiles of `blocks` blocks, [round][block]: (entry * heads + head) * of_unit + tile, and behind a block's last the number of all tiles
+/// The tiles of `blocks` blocks, `[round][block]`: (entry * heads + head) * of_unit + tile, and behind a block's last the number of all tiles
 /// that there were if each unit had `of_unit`. None where all entries are alike and their queries see all keys: any order will do.
 pub(super) fn schedule(
     extents: &Extents,
