@@ -297,7 +297,7 @@ fn tensors(path: &Path, all: &[(&str, &[usize])]) {
 fn tensors_that_are_more_than_a_pair_are_named() {
     let dir = folder();
     let file = dir.path().join("x.safetensors");
-    let [a, b]: [(&str, &[usize]); 2] = [("q.lora_A.weight", &[2, 4]), ("q.lora_B.weight", &[3, 2])];
+    let (a, b) = (("q.lora_A.weight", &[2, 4][..]), ("q.lora_B.weight", &[3, 2][..]));
     for (more, message) in [
         (("q.lora_magnitude_vector.weight", &[3][..]), "DoRA"),
         (("q.dora_scale", &[3]), "DoRA"),
