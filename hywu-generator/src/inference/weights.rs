@@ -17,12 +17,15 @@ enum Source {
     Streamed(Streamed),
 }
 
+/// A part on its way, each weight by its name.
+type Ahead = (Part, Vec<(String, Upload)>);
+
 /// Weights in a mapped file.
 struct Streamed {
     checkpoint: Checkpoint,
     shapes: Vec<(String, Vec<usize>)>,
     /// What is on its way to a device.
-    ahead: RefCell<Option<(Part, Vec<(String, Upload)>)>>,
+    ahead: RefCell<Option<Ahead>>,
 }
 
 impl Weights {
