@@ -23,8 +23,9 @@ const MOST_ELEMENTS: usize = 1 << 30;
 const LEAST_ROWS: usize = 256;
 /// Bytes for small things on a device.
 const DEVICE_KEPT: u64 = 64 << 20;
-/// Bytes of freed memory that the CPU keeps for tensors of the same size, and what the program itself takes.
-const CPU_KEPT: u64 = (1 << 30) + (64 << 20);
+/// Bytes that the program itself takes on the CPU, and most bytes of freed memory that it keeps for tensors of the same size.
+const CPU_PROGRAM: u64 = 64 << 20;
+const CPU_POOL: u64 = 1 << 30;
 
 /// One sub-layer's demands in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -78,7 +79,6 @@ impl Memory {
             let numel = |shape: &[usize]| shape.iter().product::<usize>() as u64;
             config.weights()?.iter().map(|(_, shape)| numel(shape)).sum::<u64>() * element
         };
-        let kept = if on_device { DEVICE_KEPT } else { CPU_KEPT };
         let rows = if on_device { MOST_ELEMENTS / d } else { CPU_ROWS };
         let demand =
             |fixed, row, least: usize, most: usize| Demand { fixed, row, least, most: most.max(least) };
@@ -92,6 +92,14 @@ impl Memory {
             demand((2 + packed) * (batch * l) as u64 * width, 4 * width + heads, LEAST_ROWS, rows),
             demand(0, 10 * width, LEAST_ROWS, if on_device { rows / 8 } else { rows }),
         ];
+        let kept = if on_device {
+            DEVICE_KEPT
+        } else {
+            // No more than every sub-layer takes, weights included.
+            let taken = |d: &Demand| d.fixed + d.most as u64 * d.row;
+            let all = sublayers.iter().map(taken).sum::<u64>() + 12 * d as u64 * width;
+            CPU_PROGRAM + all.min(CPU_POOL)
+        };
         let all = batch * n * s;
         let late = if on_device { all as u64 * width } else { 0 };
         let fixed = stream + condition + tables + weights + kept;

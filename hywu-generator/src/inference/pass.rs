@@ -240,7 +240,7 @@ impl Pass<'_> {
         match index {
             0 => self.over_layers(&layers, stream)?,
             1 => self.inside_layers(&layers, stream)?,
-            2 => self.mix_condition(&layers, stream, e)?,
+            2 => self.over_condition(&layers, stream, e)?,
             _ => self.feed_forward(&layers, stream)?,
         }
         self.of.weights.send()
@@ -290,7 +290,7 @@ impl Pass<'_> {
     }
 
     /// Sub-layer 3: all rows of an instance read its condition.
-    fn mix_condition(&mut self, layers: &Layers<'_>, stream: &mut Stream, e: &Tensor) -> Result<()> {
+    fn over_condition(&mut self, layers: &Layers<'_>, stream: &mut Stream, e: &Tensor) -> Result<()> {
         let (d, l, places) = (self.of.config.d_model, self.length, self.places());
         let name = SUBLAYERS[2];
         let k = layers.dense(e, &format!("{name}.W_k"))?;
