@@ -124,24 +124,32 @@ impl AdapterCache {
                 continue;
             };
             let used = about.modified()?;
-            if is_entry(&path) && about.is_file() {
+            if !about.is_file() {
+                continue;
+            }
+            if is_entry(&path) {
                 entries.push((used, path, about.len()));
             } else if file.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX)
                 && now.duration_since(used).is_ok_and(|age| age > STALE)
             {
-                gone_is_none(fs::remove_file(path))?;
+                // Of another user, perhaps: it takes room that is not counted.
+                let _ = fs::remove_file(path);
             }
         }
         entries.sort();
+        let mut failed = Ok(());
         let mut total: u64 = entries.iter().map(|(_, _, size)| size).sum();
         for (_, path, size) in entries {
             if total <= self.limit {
                 break;
             }
-            gone_is_none(fs::remove_file(path))?;
-            total -= size;
+            // What can't be removed does not keep the others.
+            match gone_is_none(fs::remove_file(path)) {
+                Ok(_) => total -= size,
+                Err(e) => failed = Err(e),
+            }
         }
-        Ok(())
+        failed
     }
 }
 

@@ -55,7 +55,8 @@ fn main() -> ExitCode {
 
 /// Did the user stop it?
 fn interrupted(e: &anyhow::Error) -> bool {
-    matches!(e.downcast_ref(), Some(hywu_diffusion::Error::Interrupted))
+    matches!(e.downcast_ref(), Some(hywu_core::Error::Interrupted))
+        || matches!(e.downcast_ref(), Some(hywu_diffusion::Error::Interrupted))
         || matches!(e.downcast_ref(), Some(hywu_generator::Error::Interrupted))
 }
 

@@ -33,6 +33,9 @@ pub enum Error {
     /// An adapter does not fit, or holds bad values.
     #[error("adapter: {}", Plain(.0))]
     Adapter(String),
+    /// Whoever watches the work has ended it.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 impl Error {

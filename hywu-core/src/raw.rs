@@ -60,7 +60,14 @@ impl RawFile {
 
     /// The bytes of a tensor.
     pub fn read(&self, info: &TensorInfo) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
+        let (mut bytes, size) = (Vec::new(), info.data_offsets.1 - info.data_offsets.0);
+        bytes.try_reserve_exact(size).map_err(|_| {
+            Error::checkpoint(
+                self.path(),
+                format!("a tensor of {size} bytes is more than this machine's memory"),
+            )
+        })?;
+        bytes.resize(size, 0);
         self.read_at(info, 0, &mut bytes)?;
         Ok(bytes)
     }

@@ -433,3 +433,49 @@ fn a_folded_scale_is_in_the_values() {
     assert_eq!(read.modules["q"].lora_a, second.modules["q"].lora_a);
     assert_eq!(read.modules["q"].lora_b, second.modules["q"].lora_b.mapv(|x| x * 1.7));
 }
+
+/// 65504 is the largest number of f16; the scale may take any type beyond its range.
+#[test]
+fn values_beyond_the_stored_type_are_refused() {
+    let dir = folder();
+    let mut made = adapter(2.0, [("l.0.q", lora(&[1], [1, 3, 2], 1))]);
+    made.modules[0].lora_b[[0, 0, 0]] = 7e4;
+    let names = fused();
+    let path = dir.path().join("x");
+    for (format, dtype, fold_scale, good) in [
+        (Format::Kohya, Dtype::F16, false, false),
+        (Format::Peft, Dtype::F16, true, false),
+        (Format::Diffusers, Dtype::Bf16, true, true),
+    ] {
+        let options = ExportOptions { dtype, fold_scale, ..to(format, &names) };
+        match export(&made, &path, &options) {
+            Err(e) => assert!(!good && e.to_string().contains("`l.0.q` holds"), "{e}"),
+            Ok(_) => assert!(good, "{format:?}"),
+        }
+        assert_eq!(path.exists(), good);
+    }
+    made.modules[0].lora_b[[0, 0, 0]] = 3e38;
+    let options = ExportOptions { fold_scale: true, ..to(Format::Peft, &names) };
+    let e = export(&made, dir.path().join("y"), &options).expect_err("6e38").to_string();
+    assert!(e.contains("holds inf"), "{e}");
+}
+
+/// Its lora_b is still zero, and so might be two blocks.
+#[test]
+fn an_expert_that_was_never_trained_comes_along() {
+    let dir = folder();
+    let file = dir.path().join("x.safetensors");
+    let mut writer = TensorWriter::new();
+    for expert in 0..3 {
+        let name = format!("transformer.model.layers.0.mlp.experts.{expert}.gate_and_up_proj");
+        let b = if expert == 1 { vec![0.0; 20] } else { vec![1.5; 20] };
+        writer.add(format!("{name}.lora_A.weight"), &[2, 6], &[0.5; 12], Dtype::F32);
+        writer.add(format!("{name}.lora_B.weight"), &[10, 2], &b, Dtype::F32);
+    }
+    writer.write(&file).expect("writable");
+    let read = import(&file, None, &from(&fused())).expect("one rank for all");
+    let up = &read.modules["model.layers.0.mlp.experts.w3"];
+    assert_eq!((up.lora_a.shape(), up.lora_b.shape()), (&[1, 3, 2, 6][..], &[1, 3, 5, 2][..]));
+    assert!(up.lora_b.slice(s![0, 1, .., ..]).iter().all(|&x| x == 0.0));
+    assert!(up.lora_b.slice(s![0, 2, .., ..]).iter().all(|&x| x == 1.5));
+}

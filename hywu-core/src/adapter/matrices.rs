@@ -2,7 +2,7 @@
 
 use super::{Adapter, Lora};
 use crate::{AdapterSpec, Error, Result};
-use ndarray::{Array2, ArrayD, ArrayView2, Ix2};
+use ndarray::{Array2, ArrayD, ArrayView2, Ix2, s};
 
 /// lora_a [r, in] and lora_b [out, r] of one instance, and of one expert where a module has several.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +23,13 @@ pub(super) struct Pair {
 impl Pair {
     pub(super) fn rank(&self) -> usize {
         self.a.nrows()
+    }
+    /// The same update with zeros for further ranks; `rank` is not below its own.
+    pub(super) fn with_rank(&self, rank: usize) -> Self {
+        let (mut a, mut b) = (Array2::zeros((rank, self.a.ncols())), Array2::zeros((self.b.nrows(), rank)));
+        a.slice_mut(s![..self.rank(), ..]).assign(&self.a);
+        b.slice_mut(s![.., ..self.rank()]).assign(&self.b);
+        Self { a, b }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::{
     Dtype, Error, Result,
     checkpoint::INDEX,
     create_folder_atomic,
+    index::shard_path,
     raw::{RawFile, dtype_of},
 };
 use half::{bf16, f16};
@@ -18,6 +19,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io::{BufWriter, Write},
+    ops::ControlFlow,
     path::Path,
 };
 
@@ -44,19 +46,19 @@ const BESIDE: [&str; 6] = ["json", "txt", "model", "jinja", "md", "py"];
 ///
 /// A module `m` is the tensor `m.weight` [out, in] under the name that `names` gives it; a grouped module is one tensor an expert.
 /// Configs, tokenizer, model code and licences of the folder are copied too; other formats of the weights, which would be the old ones,
-/// are not. `progress` is told the bytes written and their number.
+/// are not. `progress` is told the bytes written and their number, and may end the work.
 ///
 /// # Errors
 /// [`Error::Adapter`] naming up to ten modules without a tensor, a tensor of another shape with both shapes, or a sum that is not
 /// finite in the tensor's dtype; [`Error::Checkpoint`] for a damaged file; [`Error::Io`] when something can't be read or written, or
-/// `output` is there already. Nothing is left behind then.
+/// `output` is there already; [`Error::Interrupted`] when `progress` says so. Nothing is left behind then.
 pub fn merge(
     adapter: &Adapter,
     instance: usize,
     names: &Names,
     base: impl AsRef<Path>,
     output: impl AsRef<Path>,
-    progress: &mut dyn FnMut(u64, u64),
+    progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<MergeReport> {
     let (base, output) = (base.as_ref(), output.as_ref());
     let pairs = names.to_theirs(adapter, instance)?;
@@ -126,7 +128,7 @@ struct Task<'a> {
     report: MergeReport,
     written: u64,
     total: u64,
-    progress: &'a mut dyn FnMut(u64, u64),
+    progress: &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 }
 
 impl Task<'_> {
@@ -163,7 +165,9 @@ impl Task<'_> {
                 }
                 out.write_all(&buffer).map_err(fail)?;
                 self.written += buffer.len() as u64;
-                (self.progress)(self.written, self.total);
+                if (self.progress)(self.written, self.total).is_break() {
+                    return Err(Error::Interrupted);
+                }
             }
         }
         let file = out.into_inner().map_err(|e| fail(e.into_error()))?;
@@ -231,7 +235,10 @@ fn copy_beside(base: &Path, folder: &Path) -> Result<()> {
         // An index of other files, such as pytorch_model.bin.index.json, would point to what is not there.
         let other_index = text.ends_with(".index.json") && text != INDEX;
         if path.is_file() && (known || licence) && !other_index && !text.starts_with('.') {
-            std::fs::copy(&path, folder.join(name)).map_err(|e| Error::io(&path, e))?;
+            // A link may lead where a shard's may, and no further.
+            let outside = |_| Error::checkpoint(&path, "it is a link that leaves the folder");
+            let from = shard_path(&path, base, &text).map_err(outside)?;
+            std::fs::copy(&from, folder.join(name)).map_err(|e| Error::io(&path, e))?;
         }
     }
     Ok(())

@@ -258,10 +258,13 @@ fn together(name: &str, experts: BTreeMap<Option<usize>, Pair>) -> Result<Lora> 
             some_of(&absent)
         ));
     }
-    let shape = |p: &Pair| (p.a.dim(), p.b.dim());
-    if let Some(other) = pairs.iter().find(|p| shape(p) != shape(&pairs[0])) {
-        return bad(format!("its experts differ: {:?} and {:?}", shape(&pairs[0]), shape(other)));
+    let sides = |p: &Pair| (p.a.ncols(), p.b.nrows());
+    if let Some(other) = pairs.iter().find(|p| sides(p) != sides(&pairs[0])) {
+        return bad(format!("its experts differ: {:?} and {:?} in and out", sides(&pairs[0]), sides(other)));
     }
+    // One that was never trained may have been taken for blocks of half the rank.
+    let rank = pairs.iter().map(Pair::rank).max().unwrap_or(0);
+    let pairs: Vec<Pair> = pairs.iter().map(|p| p.with_rank(rank)).collect();
     stack(&[1, pairs.len()], &pairs)
 }
 

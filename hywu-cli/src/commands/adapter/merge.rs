@@ -1,10 +1,10 @@
 use super::{instance, names::NameArgs};
-use crate::values;
+use crate::{interrupt, values};
 use anyhow::{Context, Result};
 use clap::Args;
 use hywu_core::{Adapter, adapter::merge};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::{io::IsTerminal, path::PathBuf};
+use std::{io::IsTerminal, ops::ControlFlow, path::PathBuf};
 
 /// Write a checkpoint with an adapter merged into its weights; the original stays as it is
 #[derive(Args, Debug)]
@@ -32,6 +32,7 @@ pub struct MergeArgs {
 
 /// Runs `hywu adapter merge`.
 pub fn run(args: &MergeArgs) -> Result<()> {
+    interrupt::install()?;
     let adapter = Adapter::load(&args.file)?.scaled(args.strength)?;
     let instance = instance(&adapter, args.instance)?;
     let bar = if args.quiet || !std::io::stderr().is_terminal() {
@@ -46,6 +47,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
         merge(&adapter, instance, &args.names.names()?, &args.base, &args.output, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);
+            if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
     bar.finish_and_clear();
     let report = report.with_context(|| args.file.display().to_string())?;

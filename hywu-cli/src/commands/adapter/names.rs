@@ -1,7 +1,13 @@
 use anyhow::{Context, Result};
 use clap::Args;
-use hywu_core::adapter::{ModuleMap, Names};
+use hywu_core::{
+    adapter::{ModuleMap, Names},
+    read_small,
+};
 use std::path::PathBuf;
+
+/// Most bytes of a module map.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// What modules are called elsewhere.
 #[derive(Args, Debug)]
@@ -31,8 +37,8 @@ impl NameArgs {
     pub fn names(&self) -> Result<Names> {
         let map = match &self.module_map {
             Some(file) => {
-                let text = std::fs::read_to_string(file).map_err(|e| hywu_core::Error::io(file, e))?;
-                toml::from_str(&text).with_context(|| format!("{}: not a module map", file.display()))?
+                let bytes = read_small(file, MOST_BYTES)?;
+                toml::from_slice(&bytes).with_context(|| format!("{}: not a module map", file.display()))?
             }
             None => ModuleMap::default(),
         };

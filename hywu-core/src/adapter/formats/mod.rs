@@ -9,6 +9,7 @@ mod peft;
 
 use super::{Adapter, Names, matrices::Pair};
 use crate::{Dtype, Error, Header, Result, raw::RawFile};
+use half::{bf16, f16};
 use indexmap::IndexMap;
 use std::{collections::BTreeMap, path::Path};
 
@@ -58,7 +59,7 @@ pub struct ImportOptions<'a> {
 ///
 /// # Errors
 /// Those of [`Adapter::check_pairs`]; [`Error::Adapter`] for an instance that is not there, modules that [`Names`] can't tell, or that
-/// would have the same name; [`Error::Io`] when something can't be written; a PEFT folder must not be there yet.
+/// would have the same name, or values beyond the range of the type; [`Error::Io`] when something can't be written; a PEFT folder must not be there yet.
 pub fn export(adapter: &Adapter, path: impl AsRef<Path>, options: &ExportOptions<'_>) -> Result<usize> {
     let mut theirs = Theirs {
         pairs: options.names.to_theirs(adapter, options.instance)?,
@@ -69,6 +70,7 @@ pub fn export(adapter: &Adapter, path: impl AsRef<Path>, options: &ExportOptions
         let scale = std::mem::replace(&mut theirs.scale, 1.0);
         theirs.pairs.values_mut().for_each(|pair| pair.b *= scale);
     }
+    theirs.check_range(options.dtype)?;
     theirs.metadata.insert("format".into(), "pt".into());
     let (path, component) = (path.as_ref(), options.component);
     match options.format {
@@ -142,6 +144,22 @@ struct Theirs {
 }
 
 impl Theirs {
+    /// Are all values finite as they will be stored?
+    fn check_range(&self, dtype: Dtype) -> Result<()> {
+        let stored = |x: f32| match dtype {
+            Dtype::F32 => x,
+            Dtype::F16 => f16::from_f32(x).to_f32(),
+            Dtype::Bf16 => bf16::from_f32(x).to_f32(),
+        };
+        for (module, Pair { a, b }) in &self.pairs {
+            if let Some(x) = a.iter().chain(b).find(|&&x| !stored(x).is_finite()) {
+                return Err(Error::Adapter(format!(
+                    "module `{module}` holds {x}, which is beyond {dtype:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
     /// alpha of a module of this rank: exact in f64.
     fn alpha(&self, rank: usize) -> f64 {
         f64::from(self.scale) * rank as f64

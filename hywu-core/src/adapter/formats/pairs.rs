@@ -115,7 +115,6 @@ pub(super) fn read(
 
 fn matrix(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<Array2<f32>> {
     let bad = |what: String| Error::checkpoint(file.path(), format!("tensor `{tensor}` {what}"));
-    let bytes = file.read(info)?;
     let &[rows, columns] = info.shape.as_slice() else {
         let kind =
             if info.shape.len() == 4 { "convolutions are not supported" } else { "a matrix is expected" };
@@ -123,6 +122,7 @@ fn matrix(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<Array2<f32>
     };
     let dtype = dtype_of(info.dtype)
         .ok_or_else(|| bad(format!("has dtype {:?}; F32, F16 and BF16 are supported", info.dtype)))?;
+    let bytes = file.read(info)?;
     let mut data = vec![0.0; rows * columns];
     convert(&bytes, dtype, &mut data);
     if !all_finite(&data) {
@@ -133,7 +133,8 @@ fn matrix(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<Array2<f32>
 
 /// Alpha: some programs write it as a whole number.
 fn single(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<f64> {
-    let bytes = file.read(info)?;
+    let one = info.shape.iter().product::<usize>() == 1;
+    let bytes = if one { file.read(info)? } else { Vec::new() };
     let value = match (info.dtype, &bytes[..]) {
         (Dtype::F64, &[a, b, c, d, e, f, g, h]) => Some(f64::from_le_bytes([a, b, c, d, e, f, g, h])),
         (Dtype::I64, &[a, b, c, d, e, f, g, h]) => Some(i64::from_le_bytes([a, b, c, d, e, f, g, h]) as f64),
