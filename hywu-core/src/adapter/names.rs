@@ -28,8 +28,8 @@ pub struct ModuleMap {
 /// alone: they are one module an expert there.
 ///
 /// A list on one side says that the other side's module is fused from these parts, in the order in which their rows lie in it; `rows`
-/// are then the rows of each part in one group of rows, when parts are not simply one behind the other: `[512, 128, 128]` for q, k and v
-/// of 4 heads of 128 channels that share a key/value head.
+/// are then the rows of each part in one group of rows: `[512, 128, 128]` for q, k and v of 4 heads of 128 channels that share a key/value
+/// head, over and over. Without them the parts are taken to be of equal height, one behind the other.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MapEntry {
