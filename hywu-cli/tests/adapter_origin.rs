@@ -61,6 +61,16 @@ fn an_adapter_may_come_from_another_picture() {
     assert_eq!(pixels(&place.at("out/in.png")), pixels(&place.at("a.png")));
     assert_eq!(pixels(&place.at("out/other.png")), pixels(&place.at("others.png")));
     assert_eq!(place.entries().len(), 1);
+    // Options may stand between the picture and the instruction.
+    let mut between = hywu();
+    between.arg("edit").arg(&place.input).arg("--adapter-from").arg(&other).arg(WORDS);
+    between
+        .args(strong)
+        .args(["--steps", "2", "--device", "cpu", "-o"])
+        .arg(place.at("c.png"))
+        .assert()
+        .success();
+    assert_eq!(pixels(&place.at("c.png")), pixels(&place.at("a.png")));
     // At strength 0 there is nothing to borrow.
     let mut nothing = place.edit(&place.input, WORDS, "d.png");
     nothing.args(["--strength", "0", "--adapter-from"]).arg(place.at("none.png"));
@@ -80,6 +90,9 @@ fn borrowing_in_vain_says_why() {
     fs::write(place.at("text.png"), "I am not a picture").expect("writable");
     from(&place.at("text.png"), "a.png").assert().code(1).stderr(contains("text.png"));
     from(&other, "other.png").assert().code(1).stderr(contains("same file"));
+    let mut alone = hywu();
+    alone.args(["edit", "make it warmer", "--output"]).arg(place.at("a.png"));
+    alone.assert().code(2).stderr(contains("a picture and"));
     from(&other, "a.png").args(["--adapter", "x"]).assert().code(2).stderr(contains("--adapter-from"));
     let model = place.model(|model| fs::remove_dir_all(model.join("generator")).expect("written"));
     from(&other, "a.png").arg("--model").arg(&model).assert().code(1).stderr(contains("no generator"));

@@ -27,7 +27,8 @@ use std::{
 #[derive(Args, Debug)]
 pub struct EditArgs {
     /// One or more pictures (PNG, JPEG, WebP), then the instruction
-    #[arg(required = true, num_args = 2.., value_names = ["INPUT", "INSTRUCTION"])]
+    // One value is enough for clap, as options may stand between them.
+    #[arg(required = true, num_args = 1.., value_names = ["INPUT", "INSTRUCTION"])]
     inputs_and_instruction: Vec<OsString>,
     /// Write the edited picture here (.png, .jpg, .webp)
     #[arg(
@@ -231,10 +232,12 @@ fn same_file(path: &Path) -> PathBuf {
 
 /// Runs `hywu edit`.
 pub fn run(mut args: EditArgs) -> Result<()> {
-    // clap guarantees two or more.
     let Some(instruction) = args.inputs_and_instruction.pop() else { usage("an instruction is needed") };
     let Ok(instruction) = instruction.into_string() else { usage("the instruction is not UTF-8 text") };
     let inputs = std::mem::take(&mut args.inputs_and_instruction);
+    if inputs.is_empty() {
+        usage("a picture and, last, an instruction are needed");
+    }
     args.check_usage(&inputs);
     if instruction.trim().is_empty() {
         bail!("the instruction is empty; say what to change, for example \"make it warmer\"");
