@@ -98,16 +98,6 @@ struct Items {
     __device__ __forceinline__ void next() { at += gridDim.x; }
 };
 
-// A ring's place: a slot, and the parity of the phase in which it is filled and emptied.
-template <int STAGES>
-struct Place {
-    int slot = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
-    }
-};
-
 // Tiles with their barriers: a ring of keys or of values, or the queries of each warpgroup.
 struct Ring {
     unsigned char* tiles;
@@ -119,7 +109,7 @@ struct Maps {
 };
 
 template <class C>
-__device__ __forceinline__ void fill(const Ring& ring, Place<C::STAGES>& at, const CUtensorMap* map, const Axes& axes,
+__device__ __forceinline__ void fill(const Ring& ring, RingPlace<C::STAGES>& at, const CUtensorMap* map, const Axes& axes,
                                      const Coordinates& from) {
     // Nobody reads this slot any more.
     barrier_wait(ring.empty + at.slot, at.parity ^ 1);
@@ -131,7 +121,7 @@ __device__ __forceinline__ void fill(const Ring& ring, Place<C::STAGES>& at, con
 // In the order in which the tiles are used: a tile's values come after the next tile's keys.
 template <class C>
 __device__ __forceinline__ void produce(const Maps& maps, const Sizes& s, const Ring& keys, const Ring& values) {
-    Place<C::STAGES> k, v;
+    RingPlace<C::STAGES> k, v;
     for (Items<C> items{s}; items.more(); items.next()) {
         Item i = items.item();
         // Where the values are; keys are a tile ahead.
@@ -176,7 +166,7 @@ struct Consumer {
     const Sizes& s;
     Ring queries, keys, values;
     int group;
-    Place<C::STAGES> k, v;
+    RingPlace<C::STAGES> k, v;
     // Scores of a tile, then their weights; weights narrowed; the output.
     float scores[C::KEYS / 2], sums[C::COLUMNS / 2];
     uint32_t weights[C::KEYS / 16][4];
@@ -195,7 +185,7 @@ struct Consumer {
     __device__ __forceinline__ void pass_turn() const {
         if (C::PING_PONG) named_barrier_arrive(1 + (group + 1) % C::CONSUMERS, 2 * GROUP_THREADS);
     }
-    __device__ __forceinline__ void release(const Ring& ring, Place<C::STAGES>& at) const {
+    __device__ __forceinline__ void release(const Ring& ring, RingPlace<C::STAGES>& at) const {
         if (leader()) barrier_arrive(ring.empty + at.slot);
         at.next();
     }

@@ -70,16 +70,6 @@ struct Config {
     static constexpr int DELTA = LIMITS + QUERY_STAGES * NUMBERS, BARRIERS = DELTA + GRAD_STAGES * NUMBERS;
 };
 
-// A slot of a ring, and the parity of the phase in which it is filled and emptied.
-template <int STAGES>
-struct Place {
-    int slot = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
-    }
-};
-
 // The work of a block: 128 keys of a head from `key` on, and the tiles of queries that see them, `last` down to `first`, of every head of
 // the group.
 struct Work {
@@ -147,7 +137,7 @@ template <class C, bool GRADS>
 __device__ __forceinline__ void produce(const CUtensorMap& map, const Axes& axes, const Sizes& s, const Work& w, unsigned char* shared,
                                         uint64_t* full, uint64_t* empty, int* rows) {
     int lane = threadIdx.x % WARP, b0 = w.entry / s.size1, b1 = w.entry - b0 * s.size1;
-    Place<GRADS ? GRAD_STAGES : QUERY_STAGES> at;
+    RingPlace<GRADS ? GRAD_STAGES : QUERY_STAGES> at;
     Step step(s, w);
     for (int i = 0; i < w.steps; i++, at.next(), step.next(w)) {
         int first = step.tile * C::QUERIES, rest = w.tokens.queries - first, token = w.tokens.query + first;

@@ -25,6 +25,16 @@ static __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t
     return (descriptor & 0xffffffff00000000ull) | (uint32_t(descriptor) + (bytes >> 4));
 }
 
+/// A place in a ring of STAGES tiles: a slot, and the parity of the phase in which it is filled and emptied.
+template <int STAGES>
+struct RingPlace {
+    int slot = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
 } // namespace hopper
 
 #ifdef HYWU_EMULATOR

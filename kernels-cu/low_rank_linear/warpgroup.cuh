@@ -75,16 +75,6 @@ __device__ __forceinline__ Tile tile(const Sizes& s, int i, int rank) {
     return t;
 }
 
-// The ring's place: a slot, and the parity of the phase in which it is filled and emptied.
-template <int STAGES>
-struct Place {
-    int slot = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
-    }
-};
-
 // A number of products in a type, so that a lambda can be told.
 template <int N>
 struct Steps {
@@ -127,7 +117,7 @@ template <class C>
 __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& a2, const CUtensorMap& b2,
                                         const Sizes& s, const within::Work* work, unsigned char* stages, Barriers bars, int first,
                                         int step, int tiles, int rank) {
-    Place<C::STAGES> at;
+    RingPlace<C::STAGES> at;
     auto stage = [&]() {
         // Nobody reads this slot any more, in any block that this one copies to.
         barrier_wait(bars.empty + at.slot, at.parity ^ 1);
@@ -231,7 +221,7 @@ __device__ __forceinline__ void consume(const CUtensorMap& out, const Sizes& s, 
     unsigned char* boxes = stages + C::STAGES * C::STAGE + group * 2 * BOX;
     bool leader = threadIdx.x % 128 == 0;
     int turn = 0;
-    Place<C::STAGES> at;
+    RingPlace<C::STAGES> at;
     float d[C::N / 2];
     for (int i = first; i < tiles; i += step) {
         Tile t = tile<C>(s, i, rank);
