@@ -16,7 +16,7 @@ pub const SOURCE_HASH: &str = "source_hash";
 /// Metadata key: seed of the noise of the edit that it was generated for. The adapter itself does not depend on it.
 pub const SEED: &str = "seed";
 /// Metadata key: [`PROGRAM`].
-const PROGRAM_KEY: &str = "program";
+pub const PROGRAM_KEY: &str = "program";
 
 /// Writes into an adapter's metadata what it comes from.
 pub fn stamp(adapter: &mut Adapter, model: &Model, instruction: &str, source_hash: &str, seed: u64) {

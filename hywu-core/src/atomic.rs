@@ -23,16 +23,12 @@ impl AtomicFile {
         let path = path.as_ref();
         let fail = |e| Error::io(path, e);
         let place = place(path).map_err(fail)?;
-        let folder = match place.parent() {
-            Some(p) if !p.as_os_str().is_empty() => p,
-            _ => Path::new("."),
-        };
         let mut builder = tempfile::Builder::new();
         builder.prefix(TEMPORARY_PREFIX);
         // The temporary file's own mode is 0600; a new file should have the usual one, less the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(folder).map_err(|e| fail(e.kind().into()))?;
+        let file = builder.tempfile_in(parent_of(&place)).map_err(|e| fail(e.kind().into()))?;
         Ok(Self { path: path.to_owned(), place, file: BufWriter::new(file) })
     }
     /// Where it is to appear.
@@ -111,15 +107,11 @@ pub fn create_folder_atomic<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) 
         let what = "it is there already; a new folder is expected";
         return Err(fail(std::io::Error::new(ErrorKind::AlreadyExists, what)));
     }
-    let parent = match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".hywu-");
+    builder.prefix(TEMPORARY_PREFIX);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    let folder = builder.tempdir_in(parent).map_err(|e| fail(e.kind().into()))?;
+    let folder = builder.tempdir_in(parent_of(path)).map_err(|e| fail(e.kind().into()))?;
     let done = fill(folder.path())?;
     // Renaming over an empty folder is not possible everywhere.
     if path.is_dir() {
@@ -127,6 +119,11 @@ pub fn create_folder_atomic<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) 
     }
     std::fs::rename(folder.path(), path).map_err(fail)?;
     Ok(done)
+}
+
+/// The folder that holds `path`.
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// The file to replace: renaming acts on a link itself, and over a device it would succeed.
@@ -147,5 +144,5 @@ fn place(path: &Path) -> std::io::Result<PathBuf> {
     Ok(place)
 }
 
-/// Names of the temporary files of [`write_atomic`] start so; a killed process may leave one behind.
+/// Names of the temporary files and folders that become whole ones start so; a killed process may leave one behind.
 pub const TEMPORARY_PREFIX: &str = ".hywu-";

@@ -2,7 +2,7 @@
 
 use crate::{Error, Generator, GeneratorConfig, Progress, Result};
 use half::bf16;
-use hywu_core::{Dtype, Philox, TensorFile, TensorWriter, write_atomic};
+use hywu_core::{Dtype, Philox, TEMPORARY_PREFIX, TensorFile, TensorWriter, write_atomic};
 use hywu_kernels::{
     Device, ParamSet, Tape, Tensor, Var,
     ops::{
@@ -161,7 +161,7 @@ pub fn write_random_checkpoint(
     }
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".hywu-");
+    builder.prefix(TEMPORARY_PREFIX);
     // The temporary folder's own mode is 0700; a new one should have the usual, less the umask.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));

@@ -1,6 +1,7 @@
 use crate::{interrupt, values};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use hywu::provenance::{PROGRAM, PROGRAM_KEY};
 use hywu_core::{Checkpoint, Dtype};
 use hywu_generator::{
     GeneratorConfig, Inference, Limits, Progress, RandomCheckpoint, Size, write_random_checkpoint,
@@ -88,7 +89,7 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
     let length = condition.dim_back(2);
     let inference = Inference::open(checkpoint, args.device, dtype, limits, length)?;
     let start = Instant::now();
-    let metadata = [("program".to_owned(), format!("hywu {}", env!("CARGO_PKG_VERSION")))].into();
+    let metadata = [(PROGRAM_KEY.to_owned(), PROGRAM.to_owned())].into();
     let bar = progress_bar(args.quiet);
     let done = inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&bar, at));
     bar.finish_and_clear();

@@ -9,6 +9,7 @@ mod show;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use hywu::provenance::{PROGRAM, PROGRAM_KEY};
 use hywu_core::Adapter;
 
 /// Look at adapters, compare and combine them, exchange them with other programs, merge them into checkpoints
@@ -55,5 +56,5 @@ fn instance(adapter: &Adapter, given: Option<usize>) -> Result<usize> {
 
 /// Marks what this program has written.
 fn sign(adapter: &mut Adapter) {
-    adapter.metadata.insert("program".into(), format!("hywu {}", env!("CARGO_PKG_VERSION")));
+    adapter.metadata.insert(PROGRAM_KEY.into(), PROGRAM.into());
 }
