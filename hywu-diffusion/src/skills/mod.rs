@@ -134,14 +134,35 @@ impl Skill {
             }
         };
         if varied {
-            match random.below(6) {
-                0 => instruction = format!("please {instruction}"),
-                1 => instruction.push('.'),
-                2 => instruction.push_str(" please"),
-                _ => {}
-            }
+            instruction = self.reworded(&instruction, random);
         }
         Example { source, target, instruction, meaning }
+    }
+
+    /// The same instruction in slightly other words (another noun or article, politeness, a full stop), but in none that are held out.
+    fn reworded(&self, instruction: &str, random: &mut RandomStream) -> String {
+        let noun = NOUNS[random.below(NOUNS.len())];
+        let this = ["it", "this", "it"][random.below(3)];
+        let the = ["the", "the", "this", "my"][random.below(4)];
+        let named = instruction.split(' ').any(|word| NOUNS.contains(&word));
+        let words = instruction.split(' ').map(|word| match word {
+            word if NOUNS.contains(&word) => noun,
+            "it" => this,
+            "the" if named => the,
+            word => word,
+        });
+        let mut said = words.collect::<Vec<_>>().join(" ");
+        if self.held_out.iter().any(|other| other.trim_end_matches(" please") == said) {
+            said = instruction.to_owned();
+        }
+        match random.below(8) {
+            0 => said = format!("please {said}"),
+            1 => said.push('.'),
+            2 => said.push_str(" please"),
+            3 if said.starts_with("make ") => said = format!("can you {said}"),
+            _ => {}
+        }
+        said
     }
 
     /// Can it be one half of a combination? Only looks can: they are functions of the picture that they get.
@@ -149,6 +170,9 @@ impl Skill {
         matches!(self.make, Make::Look(_)) && self.name != "keep" && !self.arrival
     }
 }
+
+/// Words for what is edited; any of them may stand for another.
+const NOUNS: [&str; 3] = ["photo", "picture", "image"];
 
 /// A colour of the photo, chosen by how much of it there is, and another one.
 fn recolouring(photo: &Picture, random: &mut RandomStream) -> (usize, usize) {
@@ -178,7 +202,8 @@ pub fn combination(photo: &Picture, random: &mut RandomStream) -> Example {
     let b = looks[second].example(&a.target, Phrasing::Train, random);
     let link = [" and ", ", then ", " and then ", ", "][random.below(4)];
     let plain = |s: &str| {
-        s.trim_start_matches("please ").trim_end_matches(" please").trim_end_matches('.').to_owned()
+        let s = s.trim_start_matches("please ").trim_start_matches("can you ");
+        s.trim_end_matches(" please").trim_end_matches('.').to_owned()
     };
     let instruction = format!("{}{link}{}", plain(&a.instruction), plain(&b.instruction));
     Example { source: a.source, target: b.target, instruction, meaning: Meaning::default() }
