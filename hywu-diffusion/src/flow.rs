@@ -11,7 +11,7 @@ use hywu_kernels::{
 /// x_t tells nothing yet, while at greater t the noisy target gives it away and the instruction need not be read.
 const LOGIT_MEAN: f32 = -0.8;
 /// Share of t = 0.
-const START_SHARE: f32 = 0.4;
+const START_SHARE: f32 = 0.5;
 /// The weight 1 / (1 - t)^2, which turns an error of x_hat into one of the velocity, is held down near the image.
 const LEAST_REST: f32 = 0.5;
 /// Stream of the timesteps; the noise of batch entry b is stream b + 1.
