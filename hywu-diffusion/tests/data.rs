@@ -4,7 +4,7 @@ use hywu_core::Philox;
 use hywu_diffusion::{
     BatchShape, EditBatch, EditData, PhotoSet, Picture, TextEncoder, load_picture,
     metrics::psnr,
-    skills::{HUES, Phrasing, SKILLS, Skill, combination, filters},
+    skills::{Edit, HUES, Phrasing, SKILLS, Skill, combination, filters},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -98,6 +98,33 @@ fn strength_words_change_the_strength() {
         assert_eq!(*seen.entry(grade).or_insert(change), change, "{words}");
     }
     assert!(seen[&0] < seen[&1] && seen[&1] < seen[&2]);
+}
+
+#[test]
+fn parts_of_an_edit_are_parts_of_the_whole() {
+    let photo = load_picture(samples().join("astronaut.png")).expect("the sample").resize(160, 128);
+    let check = |edit: Edit, name: &str| {
+        let whole = edit.target(&photo);
+        for [y, x] in [[0, 0], [64, 40], [77, 51], [3, 112], [144, 112]] {
+            let part = &edit.target_parts(&photo, &[[y, x]], 16)[0];
+            assert!(*part == whole.crop(y, x, 16, 16), "{name} at {y}, {x}");
+        }
+        let many: Vec<_> = (0..20).map(|i| [i, 2 * i]).collect();
+        let parts = edit.target_parts(&photo, &many, 64);
+        assert!(many.iter().zip(&parts).all(|(&[y, x], p)| *p == whole.crop(y, x, 64, 64)), "{name}");
+    };
+    for (i, skill) in SKILLS.iter().enumerate() {
+        // Often enough for every strength.
+        for j in 0..12 {
+            let mut random = Philox::new(j).stream(i as u64);
+            check(skill.edit(&photo, Phrasing::Train, &mut random), skill.name);
+        }
+    }
+    for j in 0..60 {
+        let edit = combination(&photo, &mut Philox::new(2).stream(j));
+        let name = edit.instruction.clone();
+        check(edit, &name);
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Every skill with its phrasings.
 
 use super::{
-    Make::{Chance, Look, Recolour, Repair, Tint},
-    Skill,
+    Make::{Chance, Local, Look, Placed, Recolour, Repair, Tint},
+    Place, Skill,
     filters::*,
 };
 use crate::Picture;
@@ -27,11 +27,8 @@ const fn arrival(
     Skill { name, make, graded: false, arrival: true, train, held_out }
 }
 
-/// Normal noise of this standard deviation (in units of white) on every channel value.
-fn noise(p: &Picture, sigma: f32, random: &mut RandomStream) -> Picture {
-    let mut noisy = p.clone();
-    noisy.rgb.iter_mut().for_each(|v| *v = (*v + 2.0 * sigma * random.normal()).clamp(-1.0, 1.0));
-    noisy
+fn noisy(p: &Picture, sigma: f32, random: &mut RandomStream) -> Picture {
+    noise(p, Place::whole(p), sigma, super::seed(random))
 }
 
 /// A colour cast: channel gains, the strongest held at 1.
@@ -43,9 +40,9 @@ fn cast(p: &Picture, random: &mut RandomStream) -> Picture {
 
 /// Little light: linear gain, then sensor noise that grows as the light falls.
 fn underexposed(p: &Picture, random: &mut RandomStream) -> Picture {
-    let gain = random.range(0.12, 0.45);
-    let dark = colours(p, |c| c.map(|v| (v.powf(2.2) * gain).powf(1.0 / 2.2)));
-    noise(&dark, random.range(0.0, 0.012), random)
+    // (v^2.2 * gain)^(1 / 2.2): linear light and back.
+    let gain = random.range(0.12, 0.45).powf(1.0 / 2.2);
+    noisy(&gains(p, [gain; 3]), random.range(0.0, 0.012), random)
 }
 
 fn flattened(p: &Picture, random: &mut RandomStream) -> Picture {
@@ -56,7 +53,7 @@ fn flattened(p: &Picture, random: &mut RandomStream) -> Picture {
 fn foggy(p: &Picture, random: &mut RandomStream) -> Picture {
     let air = random.range(0.7, 0.95);
     let blue = random.range(0.0, 0.05);
-    fog(p, random.range(0.25, 0.65), [air - blue, air, air + blue])
+    fog(p, Place::whole(p), random.range(0.25, 0.65), [air - blue, air, air + blue])
 }
 
 /// Every skill, in a fixed order: the index of a skill is its number in a training batch.
@@ -148,7 +145,7 @@ pub static SKILLS: &[Skill] = &[
           "inverse colours", "negate the image", "opposite colors", "color inversion",
           "turn white into black and black into white", "invert this picture"],
         &["invert the colors of the picture", "convert it to a negative", "inverted please", "make the photo a negative"]),
-    skill("blur", Look(|p, s| blur(p, 1.8 * s)), true,
+    skill("blur", Local(9, |p, s| blur(p, 1.8 * s)), true,
         &["blur it", "add blur", "make it blurry", "apply a gaussian blur", "make the image out of focus",
           "soften it with blur", "add a soft blur", "make it unsharp", "put it out of focus", "blurry",
           "blur this", "gaussian blur", "a blurred picture", "make everything blurry", "unfocused look", "smear it softly",
@@ -162,13 +159,13 @@ pub static SKILLS: &[Skill] = &[
           "the photo is blurry, fix it",
           "fix the blurry photo", "repair the blurred photo", "restore the out of focus photo"],
         &["sharpen this blurry picture", "get rid of the blur", "deblur this image", "make it sharper"]),
-    skill("grain", Chance(|p, s, r| noise(p, 0.1 * s, r)), true,
+    skill("grain", Chance(|p, at, s, seed| noise(p, at, 0.1 * s, seed)), true,
         &["add film grain", "add noise", "make it grainy", "add grain", "make it noisy", "give it a grainy look",
           "put noise on it", "grainy film", "add some noise to the photo", "noisy", "simulate high iso noise",
           "grainy look", "noise please", "put film grain on the photo", "add heavy noise", "sprinkle noise over it", "more grain",
           "more noise", "analog film grain", "a noisy picture", "add random noise", "grain effect"],
         &["make this picture grainy", "apply film grain", "add noise to the image", "make the photo noisy"]),
-    skill("denoise", Repair(|p, r| { let sigma = r.range(0.06, 0.3); noise(p, sigma, r) }), false,
+    skill("denoise", Repair(|p, r| { let sigma = r.range(0.06, 0.3); noisy(p, sigma, r) }), false,
         &["remove the noise", "denoise the photo", "clean up the noise", "reduce the noise", "denoise", "remove the grain",
           "get rid of the grain", "make it less noisy", "clean the noisy image", "smooth out the noise", "fix the noise",
           "take the noise away", "a cleaner picture without noise", "noise reduction", "clean up the grain", "remove image noise",
@@ -247,7 +244,7 @@ pub static SKILLS: &[Skill] = &[
           "correct the underexposure", "bring light into the dark picture", "see into the dark",
           "fix the dark photo", "repair the underexposed photo", "restore the dark photo"],
         &["light up this dark picture", "fix this underexposed image", "the photo is too dark", "enhance the low light photo"]),
-    skill("fog", Look(|p, s| fog(p, 0.55 * s, [0.82, 0.84, 0.86])), true,
+    skill("fog", Placed(|p, at, s| fog(p, at, 0.55 * s, [0.82, 0.84, 0.86])), true,
         &["add fog", "make it foggy", "add mist", "make it misty", "put fog in the scene", "add haze", "make it hazy", "foggy",
           "cover it in fog", "a foggy day", "let mist come up",
           "a foggy picture", "a misty scene", "put mist over it", "thick fog", "let fog roll in", "hazy weather",
@@ -313,34 +310,34 @@ pub static SKILLS: &[Skill] = &[
           "make it a poster", "posterised", "few colours only", "a poster of flat colours", "cut down the number of tones",
           "fewer colour levels", "pop art poster", "posterization", "screen print look", "reduce the tones"],
         &["posterize this picture", "add a posterise effect", "reduce the number of colors", "poster look with few colours"]),
-    skill("sketch", Look(|p, _| sketch(p)), false,
+    skill("sketch", Local(8, |p, _| sketch(p)), false,
         &["make it a pencil sketch", "turn it into a drawing", "pencil sketch", "draw it with a pencil", "sketch it",
           "make it look like a pencil drawing", "convert to a sketch", "a graphite drawing", "hand drawn sketch",
           "pencil drawing on white paper", "turn the photo into a pencil sketch",
           "sketch", "a sketch of it", "draw the photo", "drawing", "pencil lines", "gray pencil drawing",
           "make a drawing of the picture", "sketched by hand", "pencil art", "turn the image into pencil strokes"],
         &["make this picture a sketch", "turn it into a pencil drawing", "sketch the photo", "draw this in pencil"]),
-    skill("edges", Look(|p, _| edges(p)), false,
+    skill("edges", Local(4, |p, _| edges(p)), false,
         &["show only the edges", "detect the edges", "edge detection", "find the edges", "edges", "edge map",
           "white outlines on black", "extract the contours", "apply a sobel filter", "trace the edges in white",
           "make an edge map",
           "edge filter", "only edges", "outline everything", "show the outlines", "contours only", "a map of the edges",
           "white lines on black", "highlight the edges", "sobel", "find edges"],
         &["detect edges in the picture", "show the edge map", "find the contours", "only the outlines on black"]),
-    skill("cartoon", Look(|p, _| cartoon(p)), false,
+    skill("cartoon", Local(4, |p, _| cartoon(p)), false,
         &["make it a cartoon", "turn it into a cartoon", "cartoon style", "cartoonize the photo", "make it look like a comic",
           "comic book style", "cartoon", "draw it as a cartoon", "give it a cartoon look", "cartoon effect", "turn it into a comic",
           "a cartoon of it", "comic look", "make it a comic", "toon style", "draw it like a comic", "cartoon filter",
           "comic effect", "animated cartoon look", "like a cartoon", "make the picture cartoonish"],
         &["cartoonize this picture", "make the photo a cartoon", "comic style please", "apply a cartoon effect"]),
-    skill("oil paint", Look(|p, _| kuwahara(p, 3)), false,
+    skill("oil paint", Local(3, |p, _| kuwahara(p, 3)), false,
         &["make it an oil painting", "turn it into an oil painting", "oil paint style", "paint it in oil", "oil painting",
           "make it look painted", "painterly look", "as painted with oil on canvas", "oil paint effect", "give it brush strokes",
           "turn the photo into a painting",
           "oil paint", "painted in oil", "an oil painting of it", "brush strokes", "make it a painting",
           "turn the image into a painting", "painting style", "as an oil painting", "thick oil paint", "a painter's version"],
         &["make this picture an oil painting", "apply an oil paint effect", "paint this with oil", "make it look like a painting"]),
-    skill("vignette", Look(|p, s| vignette(p, 0.75 * s)), true,
+    skill("vignette", Placed(|p, at, s| vignette(p, at, 0.75 * s)), true,
         &["add a vignette", "darken the corners", "vignette", "make the corners dark", "apply a vignette effect",
           "darken the borders of the photo", "dark edges around the picture", "add dark corners", "a vignette around the center",
           "shade the corners", "fade the corners to black",
@@ -364,7 +361,7 @@ pub static SKILLS: &[Skill] = &[
         &["make it a duotone", "teal and orange duotone", "a picture in two inks", "two tone print", "apply a duotone effect", "split tone it",
           "teal shadows and orange lights", "turn it into two tones", "duotone look", "print it in two inks"],
         &["duotone this picture", "add a duotone filter", "use a two tone look", "duotone please"]),
-    arrival("glow", Look(|p, _| {
+    arrival("glow", Local(12, |p, _| {
             let soft = blur(p, 4.0);
             let rgb = p.rgb.iter().zip(&soft.rgb).map(|(a, b)| 1.0 - (1.0 - a) * (1.0 - 0.25 * (b + 1.0)));
             Picture::from_rgb(p.height, p.width, rgb.map(|v| v.clamp(-1.0, 1.0)).collect())
