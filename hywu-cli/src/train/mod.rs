@@ -182,11 +182,16 @@ impl Run {
             self.optimizer = optimizer(&self.task, &self.config)?;
         }
         let device = self.task.params().device();
-        let on_device = device != Device::Cpu;
+        let ahead = match device {
+            Device::Cpu => None,
+            // A graph is of one thread's work: what others send in between would break it up.
+            _ if self.graphs => Some(Device::Cpu),
+            _ => Some(device),
+        };
         // One for each shape of a batch; the shapes take turns.
         let mut replays: Vec<(BatchShape, Replay)> = Vec::new();
         let mut batches =
-            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, on_device)?;
+            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, ahead)?;
         let start = Instant::now();
         while self.optimizer.adamw.step < steps {
             let step = self.optimizer.adamw.step;
