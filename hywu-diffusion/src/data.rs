@@ -1,7 +1,7 @@
 //! Training batches: photos + skills -> edits, a pure function of (seed, step).
 
 use crate::{
-    EditBatch, Error, Picture, Result, TextEncoder, detail_of, load_picture, pixel_position,
+    EditBatch, Error, Picture, Result, TextEncoder, detail_of, load_picture, pixel_position, sizes_of_edits,
     skills::{Phrasing, SKILLS, combination},
     thumbnail_of,
 };
@@ -233,14 +233,16 @@ impl EditData {
         let words = philox.block(step << INSTANCE_BITS, 0);
         let (view, pixels) = ([instances, crate::VIEW, crate::VIEW, 3], [instances * crops, crop, crop]);
         let [n, h, w] = pixels;
+        let (source, target) = (all(&[n, h, w, 3], |i| &i.source), all(&[n, h, w, 3], |i| &i.target));
         Ok(EditBatch {
             instances,
             crops,
             thumbnail: all(&view, |i| &i.thumbnail),
             detail: all(&view, |i| &i.detail),
             text: made.iter().flat_map(|i| i.text.iter().copied()).collect(),
-            source: all(&[n, h, w, 3], |i| &i.source),
-            target: all(&[n, h, w, 3], |i| &i.target),
+            edits: sizes_of_edits(&source, &target),
+            source,
+            target,
             position: all(&[n, h, w, 2], |i| &i.position),
             skills: made.iter().map(|i| i.skill).collect(),
             seed: u64::from(words[0]) << 32 | u64::from(words[1]),

@@ -3,6 +3,7 @@
 use super::config::DataConfig;
 use anyhow::{Context, Result, anyhow};
 use hywu_diffusion::{EditBatch, EditData};
+use hywu_kernels::Device;
 use rayon::ThreadPoolBuilder;
 use std::{
     ops::Range,
@@ -14,8 +15,8 @@ use std::{
 /// Batches that are prepared before they are asked for.
 const AHEAD: usize = 3;
 
-/// Hands out batches. Where a device does the arithmetic a thread prepares them ahead; on the CPU it would take from the steps what it
-/// gives.
+/// Hands out batches. Where a device does the arithmetic a thread prepares them ahead and brings them there; on the CPU it would take
+/// from the steps what it gives.
 pub struct Batches {
     data: Arc<EditData>,
     config: DataConfig,
@@ -24,19 +25,24 @@ pub struct Batches {
 }
 
 impl Batches {
-    /// The batches of these steps.
+    /// The batches of these steps: made when they are asked for, or ahead and where `ahead` says.
     ///
     /// # Errors
     /// A system that starts no more threads.
-    pub fn new(data: &Arc<EditData>, config: &DataConfig, steps: Range<u64>, ahead: bool) -> Result<Self> {
-        let ahead = ahead.then(|| prepare(data.clone(), config.clone(), steps)).transpose()?;
+    pub fn new(
+        data: &Arc<EditData>,
+        config: &DataConfig,
+        steps: Range<u64>,
+        ahead: Option<Device>,
+    ) -> Result<Self> {
+        let ahead = ahead.map(|device| prepare(data.clone(), config.clone(), steps, device)).transpose()?;
         Ok(Self { data: data.clone(), config: config.clone(), ahead, waited: Duration::ZERO })
     }
 
     /// The batch of the next step, which is `step`.
     ///
     /// # Errors
-    /// Those of [`EditData::batch`].
+    /// Those of [`EditData::batch`] and of [`EditBatch::to`].
     pub fn next(&mut self, step: u64) -> Result<EditBatch> {
         let start = Instant::now();
         let batch = match &self.ahead {
@@ -55,11 +61,12 @@ impl Batches {
     }
 }
 
-/// Starts a thread that makes the batches of these steps.
+/// Starts a thread that makes the batches of these steps and brings them to a device.
 fn prepare(
     data: Arc<EditData>,
     config: DataConfig,
     steps: Range<u64>,
+    device: Device,
 ) -> Result<mpsc::Receiver<hywu_diffusion::Result<EditBatch>>> {
     let (send, receive) = mpsc::sync_channel(AHEAD);
     // Workers of its own: the thread that waits for a batch may be the only one of the others, and a worker that waits here works for
@@ -68,6 +75,7 @@ fn prepare(
     let work = move || {
         for step in steps {
             let batch = pool.install(|| data.batch(step, config.shape(step)));
+            let batch = batch.and_then(|batch| batch.to(device));
             // Nobody listens any more: the run has ended.
             if send.send(batch).is_err() {
                 break;
