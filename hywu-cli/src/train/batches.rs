@@ -11,15 +11,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Batches that are prepared before they are asked for.
+/// Batches that are prepared, several at once, before they are asked for: one alone would wait for its slowest instance while
+/// other workers have nothing to do.
 const AHEAD: usize = 3;
+
+/// A batch that is ready or being made.
+type Pending = mpsc::Receiver<hywu_diffusion::Result<EditBatch>>;
 
 /// Hands out batches. Where a device does the arithmetic a thread prepares them ahead; on the CPU it would take from the steps what it
 /// gives.
 pub struct Batches {
     data: Arc<EditData>,
     config: DataConfig,
-    ahead: Option<mpsc::Receiver<hywu_diffusion::Result<EditBatch>>>,
+    ahead: Option<mpsc::Receiver<Pending>>,
     waited: Duration,
 }
 
@@ -42,7 +46,9 @@ impl Batches {
         let batch = match &self.ahead {
             None => self.data.batch(step, self.config.shape(step))?,
             Some(ahead) => {
-                ahead.recv().map_err(|_| anyhow!("the thread that prepares batches has ended"))??
+                let pending =
+                    ahead.recv().map_err(|_| anyhow!("the thread that prepares batches has ended"))?;
+                pending.recv().map_err(|_| anyhow!("the worker that prepared this batch has failed"))??
             }
         };
         self.waited += start.elapsed();
@@ -56,20 +62,22 @@ impl Batches {
 }
 
 /// Starts a thread that makes the batches of these steps.
-fn prepare(
-    data: Arc<EditData>,
-    config: DataConfig,
-    steps: Range<u64>,
-) -> Result<mpsc::Receiver<hywu_diffusion::Result<EditBatch>>> {
+fn prepare(data: Arc<EditData>, config: DataConfig, steps: Range<u64>) -> Result<mpsc::Receiver<Pending>> {
     let (send, receive) = mpsc::sync_channel(AHEAD);
     // Workers of its own: the thread that waits for a batch may be the only one of the others, and a worker that waits here works for
     // nobody.
-    let pool = ThreadPoolBuilder::new().build().context("workers that prepare batches")?;
+    // The panic of one has been told by then; it ends the run where its batch is asked for, not the process.
+    let pool = ThreadPoolBuilder::new().panic_handler(|_| {}).build();
+    let pool = pool.context("workers that prepare batches")?;
     let work = move || {
         for step in steps {
-            let batch = pool.install(|| data.batch(step, config.shape(step)));
-            // Nobody listens any more: the run has ended.
-            if send.send(batch).is_err() {
+            let (ready, pending) = mpsc::sync_channel(1);
+            let (data, shape) = (data.clone(), config.shape(step));
+            pool.spawn_fifo(move || {
+                // Where nobody listens any more, the run has ended.
+                let _ = ready.send(data.batch(step, shape));
+            });
+            if send.send(pending).is_err() {
                 break;
             }
         }
