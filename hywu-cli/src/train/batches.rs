@@ -6,21 +6,23 @@ use hywu_diffusion::{EditBatch, EditData};
 use hywu_kernels::Device;
 use rayon::ThreadPoolBuilder;
 use std::{
+    collections::VecDeque,
     ops::Range,
     sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
-/// Batches that are prepared before they are asked for.
+/// Batches that are prepared, several at once, before they are asked for: one alone would wait for its slowest instance while
+/// other workers have nothing to do.
 const AHEAD: usize = 3;
 
-/// Hands out batches. Where a device does the arithmetic a thread prepares them ahead and brings them there; on the CPU it would take
+/// Hands out batches. Where a device does the arithmetic a thread has them made ahead and brings them there; on the CPU it would take
 /// from the steps what it gives.
 pub struct Batches {
     data: Arc<EditData>,
     config: DataConfig,
-    ahead: Option<mpsc::Receiver<hywu_diffusion::Result<EditBatch>>>,
+    ahead: Option<mpsc::Receiver<Result<EditBatch>>>,
     waited: Duration,
 }
 
@@ -61,21 +63,35 @@ impl Batches {
     }
 }
 
-/// Starts a thread that makes the batches of these steps and brings them to a device.
+/// Starts a thread that has the batches of these steps made and brings them, in their order, to a device.
 fn prepare(
     data: Arc<EditData>,
     config: DataConfig,
     steps: Range<u64>,
     device: Device,
-) -> Result<mpsc::Receiver<hywu_diffusion::Result<EditBatch>>> {
+) -> Result<mpsc::Receiver<Result<EditBatch>>> {
     let (send, receive) = mpsc::sync_channel(AHEAD);
     // Workers of its own: the thread that waits for a batch may be the only one of the others, and a worker that waits here works for
     // nobody.
-    let pool = ThreadPoolBuilder::new().build().context("workers that prepare batches")?;
+    // The panic of one has been told by then; it ends the run where its batch is asked for, not the process.
+    let pool = ThreadPoolBuilder::new().panic_handler(|_| {}).build();
+    let pool = pool.context("workers that prepare batches")?;
+    let make = move |step| {
+        let (ready, pending) = mpsc::sync_channel(1);
+        let (data, shape) = (data.clone(), config.shape(step));
+        pool.spawn_fifo(move || {
+            // Where nobody listens any more, the run has ended.
+            let _ = ready.send(data.batch(step, shape));
+        });
+        pending
+    };
     let work = move || {
-        for step in steps {
-            let batch = pool.install(|| data.batch(step, config.shape(step)));
-            let batch = batch.and_then(|batch| batch.to(device));
+        let mut steps = steps.map(make);
+        let mut being_made: VecDeque<_> = steps.by_ref().take(AHEAD).collect();
+        while let Some(pending) = being_made.pop_front() {
+            let made = pending.recv().map_err(|_| anyhow!("the worker that prepared this batch has failed"));
+            let batch = made.and_then(|batch| Ok(batch?.to(device)?));
+            being_made.extend(steps.next());
             // Nobody listens any more: the run has ended.
             if send.send(batch).is_err() {
                 break;

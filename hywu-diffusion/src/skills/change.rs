@@ -26,11 +26,14 @@ impl Place {
     }
 }
 
+/// Makes of a part of a picture, at its place, the changed part.
+type Making = dyn Fn(&Picture, Place) -> Picture + Send + Sync;
+
 /// A look with its strength and chance drawn. What it makes of a block follows from the pixels within `reach` of the block, so
 /// that a part of a picture can be changed alone.
 pub(super) struct Change {
     reach: usize,
-    make: Box<dyn Fn(&Picture, Place) -> Picture + Send + Sync>,
+    make: Box<Making>,
 }
 
 impl Change {
