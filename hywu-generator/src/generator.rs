@@ -11,7 +11,10 @@ use hywu_kernels::{
         swiglu::silu,
     },
 };
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 /// Added to the mean square in every norm.
 pub(crate) const EPS: f32 = 1e-6;
@@ -24,7 +27,12 @@ pub struct Generator {
     pub params: ParamSet,
     spec: AdapterSpec,
     shape: Shape,
+    /// Rotary tables of the last pass.
+    rotary: Mutex<Option<(Device, usize, Arc<Rotaries>)>>,
 }
+
+/// Those that don't depend on the condition, and that of its keys.
+type Rotaries = (Tables, Rotary);
 
 impl Generator {
     /// A fresh generator whose adapters are no-ops (lora_b = 0) with lora_a of the usual size (standard deviation
@@ -64,7 +72,7 @@ impl Generator {
 
     pub(crate) fn with(config: GeneratorConfig, params: ParamSet) -> Result<Self> {
         let (spec, shape) = config.sizes()?;
-        Ok(Self { config, params, spec, shape })
+        Ok(Self { config, params, spec, shape, rotary: Mutex::default() })
     }
 
     /// Reads a folder with `config.json` and the weights (one file or shards; f32, f16 or bf16).
@@ -138,8 +146,8 @@ impl Generator {
         let (d, n) = (self.config.d_model, self.config.num_base_model_layers);
         let Shape { a, t, s, c, .. } = self.shape;
         let (b, l) = self.config.batch_and_length(condition.shape())?;
-        let tables = Tables::new(&self.config, self.shape, bound.device())?;
-        let keys = Tables::keys(&self.config, self.shape, l, bound.device())?;
+        let rotaries = self.rotaries(l, bound.device())?;
+        let (tables, keys) = &*rotaries;
         let norm =
             |x: &Var, name: &str| rms_norm(tape, x, Some(bound.get(&format!("{name}.weight"))?), EPS, None);
         let dense = |x: &Var, name: &str| {
@@ -160,7 +168,7 @@ impl Generator {
                 let q = dense(&h, &format!("{block}.{kind}.W_q"))?;
                 let k = dense(memory, &format!("{block}.{kind}.W_k"))?;
                 let v = dense(memory, &format!("{block}.{kind}.W_v"))?;
-                let args = self.mixing(index, b, l, &tables, &keys);
+                let args = self.mixing(index, b, l, tables, keys);
                 let mixed = attention(tape, &args, &q, &k, &v, None)?.reshape(&[b, n, s, d])?;
                 x = add(tape, &x, &dense(&mixed, &format!("{block}.{kind}.W_o"))?)?;
             }
@@ -173,6 +181,21 @@ impl Generator {
         let (rows_a, rows_b) = split_tokens(tape, &rows, a)?;
         let (a, b) = (dense(&rows_a, "model.proj_out_A")?, dense(&rows_b, "model.proj_out_B")?);
         Ok(detokenise(tape, &self.spec, &a, &b)?)
+    }
+
+    /// The rotary tables for a condition of l tokens on a device: every step of a training run needs the same.
+    fn rotaries(&self, l: usize, device: Device) -> Result<Arc<Rotaries>> {
+        // A panic elsewhere can't leave it half-changed.
+        let mut kept = self.rotary.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((at, length, tables)) = &*kept
+            && (*at, *length) == (device, l)
+        {
+            return Ok(tables.clone());
+        }
+        let tables = Tables::new(&self.config, self.shape, device)?;
+        let made = Arc::new((tables, Tables::keys(&self.config, self.shape, l, device)?));
+        *kept = Some((device, l, made.clone()));
+        Ok(made)
     }
 
     /// The three attentions of a block on [b, N, S, d]: over layers, over a layer's positions, to the condition [b, L, d]. None needs a

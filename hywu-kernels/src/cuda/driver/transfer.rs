@@ -6,8 +6,10 @@ use cudarc::driver::{result, sys};
 
 /// Largest part of a transfer: so much pinned memory is in use at a time.
 const STAGE: usize = 16 << 20;
-/// Stages that are kept for reuse.
-const STAGES: usize = 8;
+/// Stages that are kept for reuse, and bytes of them. There are enough for the small uploads of a training step: where there is none left
+/// the host waits until the device has read one, and can't go ahead of it.
+const STAGES: usize = 64;
+const KEPT: usize = 8 * STAGE;
 
 /// Pinned host memory, in use by the device until its event has passed.
 pub(super) struct Stage {
@@ -31,19 +33,24 @@ impl Gpu {
     /// A pinned buffer of at least so many bytes that the device is done with.
     pub(super) fn stage(&self, bytes: usize) -> Result<Stage> {
         let mut stages = lock(&self.stages);
-        let fits = |s: &Stage| s.bytes >= bytes;
-        if let Some(i) = stages.iter().position(|s| fits(s) && s.done.passed()) {
-            return Ok(stages.swap_remove(i));
+        // Oldest first: while the device has not read that, it has hardly read a later one.
+        let oldest = stages.iter().position(|s| s.bytes >= bytes);
+        if let Some(i) = oldest.filter(|&i| stages[i].done.passed()) {
+            return Ok(stages.remove(i));
         }
-        if stages.len() >= STAGES {
-            let stage = stages.swap_remove(0);
+        let kept: usize = stages.iter().map(|s| s.bytes).sum();
+        if !stages.is_empty() && (stages.len() >= STAGES || kept + bytes > KEPT) {
+            let stage = stages.remove(oldest.unwrap_or(0));
+            // Others may find one that is free meanwhile.
+            drop(stages);
             stage.done.wait()?;
-            if fits(&stage) {
+            if stage.bytes >= bytes {
                 return Ok(stage);
             }
             stage.free();
+        } else {
+            drop(stages);
         }
-        drop(stages);
         let bytes = bytes.next_power_of_two().max(4096);
         let what = || format!("{bytes} bytes of pinned memory");
         // SAFETY: the result is checked; the memory is freed in `Stage::free` or lives as long as the process.
