@@ -254,7 +254,12 @@ impl EditData {
         let photo = self.photos.window(n, &mut random);
         // A combination counts as the skill after the last.
         let (skill, edit) = if random.chance(COMBINATIONS) {
-            (SKILLS.len(), combination(&photo, &mut random))
+            let mut edit = combination(&photo, Phrasing::Train, &mut random);
+            // Two long ways to ask may not fit in one instruction; the plainest always do.
+            if self.text.encode(&edit.instruction).is_err() {
+                edit = combination(&photo, Phrasing::Canonical, &mut random);
+            }
+            (SKILLS.len(), edit)
         } else {
             let skill = self.skills[random.below(self.skills.len())];
             (skill, SKILLS[skill].edit(&photo, Phrasing::Train, &mut random))

@@ -211,12 +211,12 @@ fn recolouring(photo: &Picture, random: &mut RandomStream) -> (usize, usize) {
 }
 
 /// Two different looks asked for in one sentence, made one after the other.
-pub fn combination(photo: &Picture, random: &mut RandomStream) -> Edit {
+pub fn combination(photo: &Picture, phrasing: Phrasing, random: &mut RandomStream) -> Edit {
     let looks: Vec<&Skill> = SKILLS.iter().filter(|s| s.combines()).collect();
     let first = random.below(looks.len());
     let second = (first + 1 + random.below(looks.len() - 1)) % looks.len();
-    let mut a = looks[first].edit(photo, Phrasing::Train, random);
-    let b = looks[second].edit(photo, Phrasing::Train, random);
+    let mut a = looks[first].edit(photo, phrasing, random);
+    let b = looks[second].edit(photo, phrasing, random);
     let link = [" and ", ", then ", " and then ", ", "][random.below(4)];
     let plain = |s: &str| {
         let s = s.trim_start_matches("please ").trim_start_matches("can you ");
