@@ -131,6 +131,20 @@ fn means_of_very_many_entries() {
     });
 }
 
+/// Sums in so many parts that threads share an element's, of elements that are not whole blocks.
+#[test]
+fn means_of_very_many_tokens() {
+    let (tokens, c) = (1300, 257);
+    let x = random(2, &[2, tokens, c]);
+    let mean = |entry: &[f64], i: usize| entry.iter().skip(i).step_by(c).sum::<f64>() / tokens as f64;
+    let means = |v: &[Vec<f64>]| {
+        v[0].chunks(tokens * c).flat_map(|entry| (0..c).map(move |i| mean(entry, i))).collect()
+    };
+    for_each_place(|place| {
+        check_output(place, std::slice::from_ref(&x), |t, v| mean_tokens(t, &v[0]), means, 1e-6);
+    });
+}
+
 /// The gradient comes back in the dtype of the operand.
 #[test]
 fn casts_there_and_back() {

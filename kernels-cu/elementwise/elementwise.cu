@@ -48,14 +48,24 @@ extern "C" __global__ void __launch_bounds__(BLOCK) cast_f32(const bf16* x, floa
     cast(x, out, n);
 }
 
-// Sums the parts of a reduction in order: out[i] = factor * sum of partial[s][i].
+// Sums the parts of a reduction: out[i] = factor * sum of partial[s][i]. Lane l of an element adds up the parts l, l + lanes, .. in order,
+// then the lanes' sums are added up in order: a wait for memory is shared by all lanes, where one thread would have it for every few parts.
 template <class T>
-__device__ void sum_parts(const float* partial, T* out, int64_t n, int splits, float factor) {
-    int64_t i = thread_index();
-    if (i >= n) return;
+__device__ __forceinline__ void sum_parts(const float* partial, T* out, int64_t n, int splits, int lanes, float factor) {
+    __shared__ float sums[BLOCK];
+    int columns = BLOCK / lanes, column = threadIdx.x % columns, lane = threadIdx.x / columns;
+    int64_t i = int64_t(blockIdx.x) * columns + column;
     float sum = 0.0f;
-    for (int s = 0; s < splits; s++) sum += partial[s * n + i];
-    out[i] = from_float<T>(factor * sum);
+    if (i < n) {
+#pragma unroll 8
+        for (int s = lane; s < splits; s += lanes) sum += partial[s * n + i];
+    }
+    if (lanes > 1) {
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        for (int l = 1; lane == 0 && l < lanes; l++) sum += sums[l * columns + column];
+    }
+    if (lane == 0 && i < n) out[i] = from_float<T>(factor * sum);
 }
 
 #define KERNELS "elementwise/elementwise.cu"
@@ -211,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    KERNEL(sum_parts)(const float* partial, Element* out, int64_t n, int splits, float factor) {
-    sum_parts(partial, out, n, splits, factor);
+    KERNEL(sum_parts)(const float* partial, Element* out, int64_t n, int splits, int lanes, float factor) {
+    sum_parts(partial, out, n, splits, lanes, factor);
 }
 
 #endif

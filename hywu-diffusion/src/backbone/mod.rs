@@ -494,25 +494,31 @@ impl Backbone {
         let bound = self.params.bind(&tape, false)?;
         let instances = views[0].shape().first().copied().unwrap_or(0);
         let text = self.text_tokens(&tape, &bound, ids, instances)?;
-        let see = |view: &&Tensor| {
-            let &[n, height, width, 3] = view.shape() else {
+        // Views of one size go through together, those of an instance one after the other.
+        let see = |views: &[&Tensor]| {
+            let &[n, height, width, 3] = views[0].shape() else {
                 let expected = "[instances, height, width, 3]";
-                return Err(hywu_kernels::Error::shape(OP, "view", view.shape(), expected).into());
+                return Err(hywu_kernels::Error::shape(OP, "view", views[0].shape(), expected).into());
             };
             if n != instances {
                 let expected = format!("{instances} instances");
-                return Err(hywu_kernels::Error::shape(OP, "view", view.shape(), expected).into());
+                return Err(hywu_kernels::Error::shape(OP, "view", views[0].shape(), expected).into());
             }
-            let view = placed(&bound, view, bound.dtype())?;
-            let x_t = view.value().zeros_like(view.shape())?;
+            let line = |view: &&Tensor| {
+                Ok(placed(&bound, view, bound.dtype())?.reshape(&[n, 1, height * width * 3])?)
+            };
+            let lines = views.iter().map(line).collect::<Result<Vec<Var>>>()?;
+            let (all, count) = (concat_tokens(&tape, &lines.iter().collect::<Vec<_>>())?, n * views.len());
+            let all = all.value().reshape(&[count, height, width, 3])?;
+            let x_t = all.zeros_like(all.shape())?;
             let position = placed(&bound, &whole_positions(height, width), bound.dtype())?;
-            let position = repeat_each(&tape, &position, n)?;
-            let t = vec![0.0; n];
-            let (view, position) = (view.value(), position.value());
-            let states = self.hidden(&tape, &bound, &x_t, view, position, &t, &text, &LoraVars::none())?;
-            Ok(states.0)
+            let (position, t) = (repeat_each(&tape, &position, count)?, vec![0.0; count]);
+            let none = LoraVars::none();
+            let (states, _) = self.hidden(&tape, &bound, &x_t, &all, position.value(), &t, &text, &none)?;
+            Ok(states.reshape(&[n, views.len() * states.shape()[1], self.config.width])?)
         };
-        let states = views.iter().map(see).collect::<Result<Vec<Var>>>()?;
+        let alike = views.chunk_by(|a, b| a.shape() == b.shape());
+        let states = alike.map(see).collect::<Result<Vec<Var>>>()?;
         let states = concat_tokens(&tape, &states.iter().collect::<Vec<_>>())?;
         let shape = [instances, 1, states.shape()[1], self.config.width];
         Ok(states.value().reshape(&shape)?)

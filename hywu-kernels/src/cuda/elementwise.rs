@@ -9,8 +9,11 @@ const OP: &str = "elementwise";
 const MOST_PACKS: usize = u32::MAX as usize - 256;
 /// Rows that a thread of a sum over rows adds up before the rows are split.
 const ROWS: usize = 8;
-/// Most parts of a sum over rows; they are added up one after the other.
+/// Most parts of a sum over rows.
 const SPLITS: usize = 512;
+/// Lanes that add up the parts of an element. So many or fewer parts are added up one after the other, which is the same order: that
+/// of an entry with few parts must not show how many the longest of its batch has.
+const LANES: usize = 16;
 
 /// `rows` for a kernel that gives a thread to every pack of every row.
 fn row_count(rows: usize, length: usize, pack: usize) -> Result<(usize, usize)> {
@@ -136,11 +139,14 @@ pub(super) fn sum_rows(
     sum_parts(&partial, x, shape, factor)
 }
 
-/// factor * the sum over the first axis of `partial`, in order, into `shape`, as `like` in dtype.
+/// factor * the sum over the first axis of `partial`, in an order that knows only its indices, into `shape`, as `like` in dtype.
 pub fn sum_parts(partial: &Tensor, like: &Tensor, shape: &[usize], factor: f32) -> Result<Tensor> {
     let out = like.empty_like(shape)?;
     let call = Call::new(OP, "sum_parts", &out)?.tensor_as(partial, Dtype::F32)?.tensor(&out)?;
-    call.long(out.numel()).size(partial.shape()[0])?.float(factor).over(out.numel(), 1)?;
+    let splits = partial.shape()[0];
+    let lanes = if splits > LANES { LANES } else { 1 };
+    let grid = blocks(out.numel(), BLOCK as usize / lanes)?;
+    call.long(out.numel()).size(splits)?.size(lanes)?.float(factor).launch([grid, 1, 1], BLOCK, 0)?;
     Ok(out)
 }
 
