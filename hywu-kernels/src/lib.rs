@@ -14,6 +14,7 @@ pub mod ops;
 pub mod optim;
 mod params;
 pub mod reference;
+mod system;
 mod tape;
 mod tensor;
 pub mod testing;
