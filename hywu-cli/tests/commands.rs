@@ -291,7 +291,8 @@ fn sparse_checkpoint(folder: &Path, dim: usize) {
     }
     let header = serde_json::Value::from(header).to_string();
     let path = folder.join("model.safetensors");
-    fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).expect("writable");
+    fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat())
+        .expect("writable");
     let file = fs::OpenOptions::new().append(true).open(&path).expect("writable");
     file.set_len(8 + header.len() as u64 + end).expect("a sparse file");
     let mut condition = TensorWriter::new();

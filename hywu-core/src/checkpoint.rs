@@ -291,7 +291,8 @@ fn not_finite(path: &Path, name: &str, i: usize, value: f32) -> Error {
 }
 
 pub(crate) fn beyond(path: &Path, name: &str, i: usize, value: f32, dtype: Dtype) -> Error {
-    let what = format!("tensor `{name}` holds {value:e} at element {i}, which is beyond the range of {dtype:?}");
+    let what =
+        format!("tensor `{name}` holds {value:e} at element {i}, which is beyond the range of {dtype:?}");
     Error::checkpoint(path, what)
 }
 

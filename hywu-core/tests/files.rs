@@ -176,7 +176,8 @@ fn a_folder_that_can_not_take_its_place_is_refused_before_it_is_filled() {
     let at = |name: &str| dir.path().join(name);
     fs::create_dir_all(at("full/inside")).expect("writable");
     fs::write(at("file"), "old").expect("writable");
-    let mut bad = vec![at("full"), at("file"), at("none/x"), at("full/.."), "".into(), ".".into(), "/".into()];
+    let mut bad =
+        vec![at("full"), at("file"), at("none/x"), at("full/.."), "".into(), ".".into(), "/".into()];
     #[cfg(unix)]
     {
         fs::create_dir(at("empty")).expect("writable");

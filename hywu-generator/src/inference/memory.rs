@@ -123,9 +123,11 @@ impl Memory {
         let width = bytes([d, element]);
         let one = plan.tensor(&[n, s, d], 4);
         // That of one instance, which the others start from, is there beside theirs: for a while, or where it is kept for good.
-        let stream = sum([plan.tensor(&[batch, n, s, d], 4), if batch > 1 || plan.keeping { one } else { 0 }]);
+        let stream =
+            sum([plan.tensor(&[batch, n, s, d], 4), if batch > 1 || plan.keeping { one } else { 0 }]);
         let condition = sum([config.input_dim, d, d].map(|width| plan.tensor(&[batch, l, width], element)));
-        let tables = plan.tensors(bytes([4, config.head_dim, sum([n * s, s, n, l].map(|x| x as u64)) as usize]));
+        let tables =
+            plan.tensors(bytes([4, config.head_dim, sum([n * s, s, n, l].map(|x| x as u64)) as usize]));
         let weights = if plan.streamed {
             // Those of one part, and on a device those of the next.
             let sublayers = (0..4).map(|index| Part::Sublayer(0, index));
@@ -156,7 +158,8 @@ impl Memory {
         // The tokens of a layer, in f32 as the stream is: positions as they are added up, their sum, its norm.
         let start = bytes([3, s, d, 4]);
         // What is read of a layer, in order and by side, and what is written, on its way to the host in f32.
-        let written = bytes([shape.t, config.rank, config.output_dim, element + if on_device { 4 } else { 0 }]);
+        let written =
+            bytes([shape.t, config.rank, config.output_dim, element + if on_device { 4 } else { 0 }]);
         let end = sum([product([2, s as u64, width]), written]);
         let kept = if on_device {
             DEVICE_KEPT

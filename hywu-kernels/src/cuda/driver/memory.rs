@@ -163,7 +163,9 @@ impl Gpu {
     pub fn available(&self) -> Result<usize> {
         let (free, _) = self.memory_info()?;
         let mut unused = 0;
-        self.each_cache(|cache| unused += cache.free.iter().map(|(size, all)| size * all.len()).sum::<usize>());
+        self.each_cache(|cache| {
+            unused += cache.free.iter().map(|(size, all)| size * all.len()).sum::<usize>()
+        });
         let Held { most, now } = &self.held;
         let used = now.load(Ordering::Relaxed).saturating_sub(unused);
         Ok(free.saturating_add(unused).min(most.load(Ordering::Relaxed).saturating_sub(used)))
