@@ -4,13 +4,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Installs the handler. A second Ctrl-C ends the process at once.
+/// Installs the handler. A second Ctrl-C ends the process at once, without the files that it has begun.
 ///
 /// # Errors
 /// When the system refuses the handler.
 pub fn install() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         if REQUESTED.swap(true, Ordering::SeqCst) {
+            hywu_core::remove_temporaries();
             std::process::exit(130);
         }
     })?;

@@ -15,6 +15,7 @@ mod commands {
 }
 mod interrupt;
 mod output;
+mod progress;
 mod values;
 
 /// Instance-specific weight generation for photo editing

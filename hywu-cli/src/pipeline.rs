@@ -9,10 +9,11 @@ use crate::{
 use anyhow::{Result, bail, ensure};
 use hywu_core::Adapter;
 use hywu_diffusion::{Picture, SampleOptions, condition_of, edit_picture};
-use hywu_generator::Generator;
+use hywu_generator::{Generator, Inference};
 use hywu_kernels::{Device, LoraVars};
 use rayon::prelude::*;
 use std::{
+    cell::OnceCell,
     fmt,
     ops::ControlFlow,
     time::{Duration, Instant},
@@ -98,13 +99,15 @@ pub struct Edit {
 /// Edits pictures with one model.
 pub struct Editor {
     model: Model,
+    /// The model's generator at work, from the first instance on: what it does for every condition alike is done once.
+    inference: OnceCell<Inference>,
     cache: Option<AdapterCache>,
 }
 
 impl Editor {
     /// Takes a loaded model.
     pub fn new(model: Model) -> Self {
-        Self { model, cache: None }
+        Self { model, inference: OnceCell::new(), cache: None }
     }
 
     /// Looks for adapters in a cache before it generates them, and keeps them there.
@@ -150,7 +153,8 @@ impl Editor {
             stamp(&mut adapter);
             return Ok(Some(Recalled { adapter, origin: Origin::Cached, warnings }));
         }
-        let mut adapter = generator.generate(&condition_of(&self.model.backbone, picture, &ids)?)?;
+        let condition = condition_of(&self.model.backbone, picture, &ids)?;
+        let mut adapter = self.inference(generator)?.generate(&condition)?;
         stamp(&mut adapter);
         if let Some((cache, key)) = kept
             && let Err(e) = cache.put(&key, &adapter)
@@ -158,6 +162,15 @@ impl Editor {
             warnings.push(format!("the adapter is not kept in the cache: {e:#}"));
         }
         Ok(Some(Recalled { adapter, origin: Origin::Generated, warnings }))
+    }
+
+    /// The model does not change while it is the editor's, so one serves all calls.
+    fn inference(&self, generator: &Generator) -> Result<&Inference> {
+        if let Some(made) = self.inference.get() {
+            return Ok(made);
+        }
+        let made = generator.inference()?.keeping_start();
+        Ok(self.inference.get_or_init(|| made))
     }
 
     /// Of all that a generated adapter depends on, the arithmetic of the machine too, so that a hit has the bits of a fresh one.

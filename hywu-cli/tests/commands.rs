@@ -130,7 +130,7 @@ fn random_checkpoints_can_be_generated_with() {
 
     // What stands there stays; names that mean nothing are told with those that do.
     let written = weights(&folders[0]);
-    random_checkpoint(&config, &folders[0], "3").assert().code(1).stderr(contains("not empty"));
+    random_checkpoint(&config, &folders[0], "3").assert().code(1).stderr(contains("there already"));
     assert!(weights(&folders[0]) == written);
     random_checkpoint("1/3", &dir.path().join("d"), "0").assert().code(1).stderr(contains("1/64, 1/16, 1/4"));
     random_checkpoint("1/64", &dir.path().join("d"), "0").args(["--device", "cpu"]).assert().code(2);
@@ -185,21 +185,24 @@ fn ctrl_c_in_a_long_pass_ends_with_130_and_no_file() {
     let condition = folder.join("condition.safetensors");
     let output = dir.path().join("out").join("adapter.safetensors");
     fs::create_dir(dir.path().join("out")).expect("writable");
-    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("hywu"));
-    command
-        .args(["generate", "--device", "cpu", "--checkpoint"])
-        .arg(&folder)
-        .arg("--condition")
-        .arg(condition);
-    let mut child = command.arg("--output").arg(&output).stderr(Stdio::null()).spawn().expect("it starts");
-    // The file is begun when the pass starts.
     let begun = || fs::read_dir(dir.path().join("out")).expect("a folder").count() > 0;
-    while !begun() && child.try_wait().expect("a child").is_none() {
-        std::thread::sleep(Duration::from_millis(5));
+    // The second one ends it where it stands.
+    for signals in [1, 2] {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("hywu"));
+        command.args(["generate", "--device", "cpu", "--checkpoint"]).arg(&folder);
+        command.arg("--condition").arg(&condition).arg("--output").arg(&output);
+        let mut child = command.stderr(Stdio::null()).spawn().expect("it starts");
+        // The file is begun when the pass starts.
+        while !begun() && child.try_wait().expect("a child").is_none() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        for _ in 0..signals {
+            let id = child.id().to_string();
+            std::process::Command::new("kill").args(["-INT", &id]).status().expect("kill");
+        }
+        assert_eq!(child.wait().expect("it ends").code(), Some(130));
+        assert!(!begun(), "{signals}");
     }
-    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
-    assert_eq!(child.wait().expect("it ends").code(), Some(130));
-    assert!(!begun());
 }
 
 #[test]
@@ -267,4 +270,62 @@ fn a_mistyped_output_folder_is_told_before_any_work() {
         .assert()
         .code(1)
         .stderr(contains("/no/such"));
+}
+
+/// A checkpoint of zeros that takes no room on the disk. Its stream has 128 MiB for every one of `dim`.
+#[cfg(unix)]
+fn sparse_checkpoint(folder: &Path, dim: usize) {
+    let config = r#"{"num_base_model_layers": 1024, "rank": 4, "token_dim": 4, "output_dim": 4, "dim_accumulation": 1,
+        "d_model": 16384, "head_dim": 128, "num_pg_layers": 1, "input_dim": 8,
+        "pg_mapping": {"proj": {"lora_A_dim": DIM, "lora_B_dim": DIM}}}"#;
+    let config = config.replace("DIM", &dim.to_string());
+    fs::create_dir(folder).expect("writable");
+    fs::write(folder.join("config.json"), &config).expect("writable");
+    let config = hywu_generator::GeneratorConfig::from_json(config.as_bytes()).expect("a good config");
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, shape) in config.weights().expect("a good config") {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>() as u64;
+        let entry = serde_json::json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]});
+        header.insert(name, entry);
+    }
+    let header = serde_json::Value::from(header).to_string();
+    let path = folder.join("model.safetensors");
+    fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat())
+        .expect("writable");
+    let file = fs::OpenOptions::new().append(true).open(&path).expect("writable");
+    file.set_len(8 + header.len() as u64 + end).expect("a sparse file");
+    let mut condition = TensorWriter::new();
+    condition.add("condition", &[1, 1, 3, 8], &[0.5; 24], Dtype::F32);
+    condition.write(folder.join("condition.safetensors")).expect("writable");
+}
+
+#[cfg(unix)]
+#[test]
+fn more_memory_than_there_is_is_told_before_any_work() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (folder, output) = (dir.path().join("big"), dir.path().join("x.safetensors"));
+    // A terabyte.
+    sparse_checkpoint(&folder, 8000);
+    let refused = generate(&folder, &folder.join("condition.safetensors"), &output).assert().code(1);
+    let text = String::from_utf8_lossy(&refused.get_output().stderr).into_owned();
+    assert!(text.contains("memory are too little") && text.contains("--max-memory"), "{text}");
+    assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 1);
+}
+
+/// Whoever says that there is more than the system gives.
+#[cfg(unix)]
+#[test]
+fn memory_that_the_system_refuses_leaves_no_file() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (folder, output) = (dir.path().join("big"), dir.path().join("x.safetensors"));
+    sparse_checkpoint(&folder, 8);
+    let condition = folder.join("condition.safetensors");
+    let script = format!(
+        "ulimit -v 1000000; exec {:?} generate --device cpu --max-memory 1TB --checkpoint {folder:?} --condition {condition:?} \
+         --output {output:?}",
+        assert_cmd::cargo::cargo_bin("hywu")
+    );
+    Command::new("sh").arg("-c").arg(script).assert().code(1).stderr(contains("out of memory"));
+    assert_eq!(fs::read_dir(dir.path()).expect("a folder").count(), 1);
 }

@@ -1,7 +1,9 @@
 use crate::{Error, Result};
 use std::{
+    collections::BTreeSet,
     io::{BufWriter, ErrorKind, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard},
 };
 use tempfile::NamedTempFile;
 
@@ -11,6 +13,7 @@ pub struct AtomicFile {
     path: PathBuf,
     place: PathBuf,
     file: BufWriter<NamedTempFile>,
+    _listed: Listed,
 }
 
 impl AtomicFile {
@@ -29,7 +32,8 @@ impl AtomicFile {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(parent_of(&place)).map_err(|e| fail(e.kind().into()))?;
-        Ok(Self { path: path.to_owned(), place, file: BufWriter::new(file) })
+        let listed = Listed::new(file.path());
+        Ok(Self { path: path.to_owned(), place, file: BufWriter::new(file), _listed: listed })
     }
     /// Where it is to appear.
     pub fn path(&self) -> &Path {
@@ -90,35 +94,55 @@ pub fn write_atomic(
     file.commit()
 }
 
-/// Makes a folder whole or not at all: `fill` writes into a temporary folder beside it, which is then renamed.
+/// Makes a folder whole or not at all: `fill` writes into a temporary folder beside it, which is then renamed. Whether it can take its
+/// place is known before `fill` begins.
 ///
 /// # Errors
-/// Those of `fill`; [`Error::Io`] when something stands at `path` (other than an empty folder), or no folder can be made there.
-/// Nothing is left behind.
-pub fn create_folder_atomic<T>(path: impl AsRef<Path>, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+/// Those of `fill`; [`Error::Io`] when something stands at `path` (other than an empty folder that can be replaced: not the current one
+/// as `.`, not a link, not where a disk is mounted), or no folder can be made there. Nothing is left behind.
+pub fn create_folder_atomic<T, E: From<Error>>(
+    path: impl AsRef<Path>,
+    fill: impl FnOnce(&Path) -> Result<T, E>,
+) -> Result<T, E> {
     let path = path.as_ref();
-    let fail = |e| Error::io(path, e);
-    let free = match std::fs::symlink_metadata(path) {
-        Ok(there) => there.is_dir() && std::fs::read_dir(path).map_err(fail)?.next().is_none(),
-        Err(e) if e.kind() == ErrorKind::NotFound => true,
-        Err(e) => return Err(fail(e)),
-    };
-    if !free {
-        let what = "it is there already; a new folder is expected";
-        return Err(fail(std::io::Error::new(ErrorKind::AlreadyExists, what)));
-    }
+    let fail = |e| E::from(Error::io(path, e));
+    let place = free_folder(path).map_err(fail)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(TEMPORARY_PREFIX);
+    // The temporary folder's own mode is 0700; a new one should have the usual, less the umask.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    let folder = builder.tempdir_in(parent_of(path)).map_err(|e| fail(e.kind().into()))?;
+    let folder = builder.tempdir_in(parent_of(&place)).map_err(|e| fail(e.kind().into()))?;
+    let _listed = Listed::new(folder.path());
     let done = fill(folder.path())?;
     // Renaming over an empty folder is not possible everywhere.
-    if path.is_dir() {
-        std::fs::remove_dir(path).map_err(fail)?;
+    if place.is_dir() {
+        std::fs::remove_dir(&place).map_err(fail)?;
     }
-    std::fs::rename(folder.path(), path).map_err(fail)?;
+    std::fs::rename(folder.path(), &place).map_err(fail)?;
+    // It stands under its name now.
+    let _ = folder.keep();
     Ok(done)
+}
+
+/// The place of a new folder, without what a path may end with (`x/.`), when nothing is in the way.
+fn free_folder(path: &Path) -> std::io::Result<PathBuf> {
+    let place: PathBuf = path.components().collect();
+    if place.file_name().is_none() {
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, "a new folder is expected, with a name"));
+    }
+    let there = match std::fs::symlink_metadata(&place) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(place),
+        there => there?,
+    };
+    if !there.is_dir() || std::fs::read_dir(&place)?.next().is_some() {
+        let what = "it is there already, and no empty folder; a new one is expected";
+        return Err(std::io::Error::new(ErrorKind::AlreadyExists, what));
+    }
+    // Nothing but doing it tells whether an empty folder can be replaced: a disk may be mounted there, or its parent not be writable.
+    std::fs::remove_dir(&place)?;
+    std::fs::create_dir(&place)?;
+    Ok(place)
 }
 
 /// The folder that holds `path`.
@@ -146,3 +170,35 @@ fn place(path: &Path) -> std::io::Result<PathBuf> {
 
 /// Names of the temporary files and folders that become whole ones start so; a killed process may leave one behind.
 pub const TEMPORARY_PREFIX: &str = ".hywu-";
+
+/// Temporary files and folders that there are now.
+static LISTED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn listed() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    // A set is never left half-changed.
+    LISTED.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// A path that is listed as long as this lives.
+struct Listed(PathBuf);
+
+impl Listed {
+    fn new(path: &Path) -> Self {
+        listed().insert(path.to_owned());
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        listed().remove(&self.0);
+    }
+}
+
+/// Removes what there is of files and folders that have not appeared yet. For a process that ends at once, as nothing else would then.
+pub fn remove_temporaries() {
+    for path in listed().iter() {
+        // Nobody is left to be told of errors.
+        let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    }
+}

@@ -30,6 +30,16 @@ impl Dtype {
             Self::F16 | Self::Bf16 => 2,
         }
     }
+    /// Where the first finite number is that this dtype would make infinite.
+    pub fn first_beyond(self, values: &[f32]) -> Option<usize> {
+        // Halfway from its largest number to what would come next, from where on rounding to even leads out.
+        let end = match self {
+            Self::F32 => return None,
+            Self::F16 => 65_520.0,
+            Self::Bf16 => f32::from_bits(0x7f7f_8000),
+        };
+        values.iter().position(|x| x.is_finite() && x.abs() >= end)
+    }
 }
 
 /// Tensors in a safetensors file, a folder with `model.safetensors`, a sharded folder with
@@ -215,6 +225,11 @@ impl Checkpoint {
         let path = self.entries.get(name).map_or(&self.path, |(source, _)| &source.path);
         not_finite(path, name, i, value)
     }
+    /// The error for a tensor whose finite element `i` is infinite in `dtype`.
+    pub fn beyond(&self, name: &str, i: usize, value: f32, dtype: Dtype) -> Error {
+        let path = self.entries.get(name).map_or(&self.path, |(source, _)| &source.path);
+        beyond(path, name, i, value, dtype)
+    }
     /// Checks a tensor's shape without reading it.
     ///
     /// # Errors
@@ -273,6 +288,12 @@ pub(crate) fn convert(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
 
 fn not_finite(path: &Path, name: &str, i: usize, value: f32) -> Error {
     Error::checkpoint(path, format!("tensor `{name}` holds {value} at element {i}"))
+}
+
+pub(crate) fn beyond(path: &Path, name: &str, i: usize, value: f32, dtype: Dtype) -> Error {
+    let what =
+        format!("tensor `{name}` holds {value:e} at element {i}, which is beyond the range of {dtype:?}");
+    Error::checkpoint(path, what)
 }
 
 /// Without a branch per element: the bits of infinity and NaN, less the sign, are the largest.

@@ -21,7 +21,7 @@ mod spec;
 mod tensor_file;
 
 pub use adapter::{Adapter, Lora};
-pub use atomic::{AtomicFile, TEMPORARY_PREFIX, create_folder_atomic, write_atomic};
+pub use atomic::{AtomicFile, TEMPORARY_PREFIX, create_folder_atomic, remove_temporaries, write_atomic};
 pub use checkpoint::{Checkpoint, Dtype, TensorWriter};
 pub use coverage::ApplyResult;
 pub use error::{Error, Result, check_range};

@@ -1,4 +1,4 @@
-use crate::{AtomicFile, Dtype, Error, Result};
+use crate::{AtomicFile, Dtype, Error, Result, checkpoint::beyond};
 use half::{bf16, f16};
 use indexmap::IndexMap;
 use serde_json::{Map, Value, json};
@@ -84,9 +84,13 @@ impl TensorFile {
     /// Writes elements `start ..` of a tensor, rounded to its dtype.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for elements that the tensor has not; [`Error::Io`] when the disk is full.
+    /// [`Error::Checkpoint`] for elements that the tensor has not, and for finite ones that its dtype would make infinite; [`Error::Io`]
+    /// when the disk is full.
     pub fn put(&mut self, name: &str, start: usize, values: &[f32]) -> Result<()> {
         let dtype = self.seek(name, start, values.len())?;
+        if let Some(i) = dtype.first_beyond(values) {
+            return Err(beyond(self.file.path(), name, start + i, values[i], dtype));
+        }
         let mut bytes = Vec::with_capacity(CHUNK * dtype.size());
         for values in values.chunks(CHUNK) {
             bytes.clear();
@@ -195,6 +199,14 @@ mod tests {
             assert!(file.put(name, start, &vec![0.0; len]).is_err(), "{name} {start}");
         }
         assert!(file.put_bf16("a", 0, &[bf16::ZERO]).is_err());
+        // The largest that is rounded down, and the least that is not.
+        for (name, start, most, over) in [("b", 2, 3.394e38, 3.397e38), ("c", 3, 65_519.0, -65_520.0)] {
+            let e = file.put(name, start, &[over]).expect_err("infinite").to_string();
+            assert!(e.contains(&format!("`{name}`")) && e.contains(&format!("element {start}")), "{e}");
+            assert_eq!(file.written, 0);
+            file.put(name, start, &[most]).expect("finite");
+            file.written = 0;
+        }
         file.put("b", 0, &[0.0; 6]).expect("there");
         let e = file.finish().expect_err("two are missing").to_string();
         assert!(e.contains("12 of 24 bytes"), "{e}");

@@ -1,6 +1,8 @@
 //! Checkpoints, adapters and specs: round trips, and files that lie.
 
-use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Lora, TensorWriter, write_atomic};
+use hywu_core::{
+    Adapter, AdapterSpec, Checkpoint, Dtype, Error, Lora, TensorWriter, create_folder_atomic, write_atomic,
+};
 use indexmap::IndexMap;
 use ndarray::ArrayD;
 use std::{fs, path::Path};
@@ -165,6 +167,41 @@ fn a_link_stays_and_its_target_is_written() {
     }
     symlink("circle", dir.path().join("circle")).expect("a link");
     assert!(write_atomic(dir.path().join("circle"), |_| Ok(())).is_err());
+}
+
+/// What can't be replaced is told before anything is written.
+#[test]
+fn a_folder_that_can_not_take_its_place_is_refused_before_it_is_filled() {
+    let dir = folder();
+    let at = |name: &str| dir.path().join(name);
+    fs::create_dir_all(at("full/inside")).expect("writable");
+    fs::write(at("file"), "old").expect("writable");
+    let mut bad =
+        vec![at("full"), at("file"), at("none/x"), at("full/.."), "".into(), ".".into(), "/".into()];
+    #[cfg(unix)]
+    {
+        fs::create_dir(at("empty")).expect("writable");
+        for (name, target) in [("link", "empty"), ("nowhere", "none")] {
+            std::os::unix::fs::symlink(target, at(name)).expect("a link");
+            bad.push(at(name));
+        }
+        // A file system of its own, where there is one that is empty.
+        let mounted = fs::read_to_string("/proc/mounts").unwrap_or_default();
+        let mut mounted = mounted.lines().filter_map(|line| line.split(' ').nth(1));
+        bad.extend(mounted.find(|m| fs::read_dir(m).is_ok_and(|mut d| d.next().is_none())).map(Into::into));
+    }
+    for path in bad {
+        let made = create_folder_atomic(&path, |_| -> Result<(), Error> { panic!("{path:?}: not reached") });
+        let e = made.expect_err("refused").to_string();
+        assert!(e.starts_with(path.to_str().expect("text")), "{e}");
+    }
+    // An empty one is replaced, whatever it is called.
+    for (name, asked) in [("empty", "empty"), ("new", "new/."), ("newer", "newer/")] {
+        let fill = |made: &std::path::Path| fs::write(made.join("x"), name).map_err(|e| Error::io(made, e));
+        create_folder_atomic(at(asked), fill).expect("a good place");
+        assert_eq!(fs::read_to_string(at(name).join("x")).expect("there"), name);
+    }
+    assert_eq!(fs::read_to_string(at("file")).expect("there"), "old");
 }
 
 /// A socket stands for /dev/null here, which a failing test would replace.

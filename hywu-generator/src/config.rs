@@ -233,6 +233,6 @@ impl GeneratorConfig {
 }
 
 /// The largest u64 instead of an overflow.
-fn product(factors: impl IntoIterator<Item = u64>) -> u64 {
+pub(crate) fn product(factors: impl IntoIterator<Item = u64>) -> u64 {
     factors.into_iter().fold(1, u64::saturating_mul)
 }

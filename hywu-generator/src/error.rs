@@ -9,13 +9,18 @@ pub enum Error {
     #[error("condition: {0}")]
     Condition(String),
     /// A pass does not fit into the memory that it may take.
-    #[error("{budget} bytes of memory are too little: a condition of {length} tokens needs at least {least}")]
+    #[error(
+        "{budget} bytes of memory are too little: {} of {length} tokens needs at least {least}",
+        if *batch == 1 { "a condition".to_owned() } else { format!("a batch of {batch} conditions") }
+    )]
     Memory {
         /// Bytes that it may take.
         budget: u64,
         /// Bytes that are enough.
         least: u64,
-        /// Tokens of the condition.
+        /// Conditions at a time.
+        batch: usize,
+        /// Tokens of a condition.
         length: usize,
     },
     /// The generator wrote something that is no number.

@@ -132,8 +132,11 @@ impl Generator {
 
     /// The adapter of a condition [b, 1, L, input_dim] or [b, L, input_dim], on the host.
     ///
+    /// The weights may be others at the next call, so nothing is kept for it. For many conditions with the same weights there is
+    /// [`Generator::inference`], with [`Inference::keeping_start`](crate::Inference::keeping_start).
+    ///
     /// # Errors
-    /// A condition of another shape, or with NaN or infinity.
+    /// A condition of another shape, or with NaN or infinity; [`Error::Memory`](crate::Error::Memory) when it needs more than is free.
     pub fn generate(&self, condition: &Tensor) -> Result<Adapter> {
         self.inference()?.generate(condition)
     }

@@ -2,7 +2,7 @@
 
 use crate::{Error, Generator, GeneratorConfig, Progress, Result};
 use half::bf16;
-use hywu_core::{Dtype, Philox, TEMPORARY_PREFIX, TensorFile, TensorWriter, write_atomic};
+use hywu_core::{Dtype, Philox, TensorFile, TensorWriter, create_folder_atomic, write_atomic};
 use hywu_kernels::{
     Device, ParamSet, Tape, Tensor, Var,
     ops::{
@@ -12,7 +12,7 @@ use hywu_kernels::{
 };
 use rayon::prelude::*;
 use serde_json::json;
-use std::{collections::BTreeMap, io, ops::ControlFlow, path::Path};
+use std::{collections::BTreeMap, ops::ControlFlow, path::Path};
 
 /// Normal numbers, rounded to bf16 as published weights are: number i of weight w is number i of stream w.
 #[derive(Clone, Copy)]
@@ -148,35 +148,16 @@ pub fn write_random_checkpoint(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<()> {
     let folder = folder.as_ref();
-    let fail = |e| hywu_core::Error::io(folder, e);
     let weights = what.config.weights()?;
-    match std::fs::read_dir(folder).map(|mut entries| entries.next().is_none()) {
-        Ok(true) => {}
-        Ok(false) => {
-            let e = io::Error::new(io::ErrorKind::AlreadyExists, "the folder is not empty");
-            return Err(fail(e).into());
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(fail(e).into()),
-    }
-    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(TEMPORARY_PREFIX);
-    // The temporary folder's own mode is 0700; a new one should have the usual, less the umask.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    let made = builder.tempdir_in(parent).map_err(|e| fail(e.kind().into()))?;
-    what.write(&weights, made.path(), progress).map_err(|e| match e {
-        Error::Core(hywu_core::Error::Io { path, source }) => {
-            let there = path.strip_prefix(made.path()).map(|file| folder.join(file));
-            hywu_core::Error::io(there.unwrap_or(path), source).into()
-        }
-        other => other,
-    })?;
-    std::fs::rename(made.path(), folder).map_err(fail)?;
-    // It stands under its name now.
-    let _ = made.keep();
-    Ok(())
+    create_folder_atomic(folder, |made| {
+        what.write(&weights, made, progress).map_err(|e| match e {
+            Error::Core(hywu_core::Error::Io { path, source }) => {
+                let there = path.strip_prefix(made).map(|file| folder.join(file));
+                hywu_core::Error::io(there.unwrap_or(path), source).into()
+            }
+            other => other,
+        })
+    })
 }
 
 impl RandomCheckpoint<'_> {

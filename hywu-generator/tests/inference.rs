@@ -39,7 +39,7 @@ fn saved(generator: &Generator) -> tempfile::TempDir {
 }
 
 fn open(folder: &Path, device: Device, dtype: Dtype, limits: Limits) -> Result<Inference, Error> {
-    Inference::open(folder, device, dtype, limits, 6)
+    Inference::open(folder, device, dtype, limits, (1, 6))
 }
 
 fn no_watch(_: Progress) -> ControlFlow<()> {
@@ -49,7 +49,7 @@ fn no_watch(_: Progress) -> ControlFlow<()> {
 /// The least memory of a pass over a condition of 6 tokens, as the refusal of less says.
 fn least(folder: &Path, device: Device, dtype: Dtype) -> u64 {
     match open(folder, device, dtype, Limits { memory: Some(1), rows: None }).err() {
-        Some(Error::Memory { least, budget: 1, length: 6 }) => least,
+        Some(Error::Memory { least, budget: 1, batch: 1, length: 6, .. }) => least,
         other => panic!("{other:?}"),
     }
 }
@@ -107,6 +107,26 @@ fn weights_that_do_not_fit_are_streamed() {
         assert_eq!(with(least + (1 << 30)).expect("enough"), place.device == Device::Cpu);
         let e = with(least - 1).expect_err("too little").to_string();
         assert!(e.contains(&least.to_string()) && e.contains("6 tokens"), "{e}");
+    });
+}
+
+/// Where they stay is decided for the batch that is to come; a larger one is an error, not a device that is full half-way.
+#[test]
+fn the_batch_counts() {
+    let folder = saved(&generator());
+    for_each_place(|place| {
+        let least = least(folder.path(), place.device, place.dtype);
+        let limits = Limits { memory: Some(least), rows: None };
+        let open = |batch| Inference::open(folder.path(), place.device, place.dtype, limits, (batch, 6));
+        let e = open(9).err().expect("too little for nine").to_string();
+        assert!(e.contains("9 conditions of 6 tokens"), "{e}");
+        let one = open(1).expect("enough for one");
+        let file = folder.path().join("adapter.safetensors");
+        let nine = random(5, &[9, 6, 12]);
+        let refused = one.generate_file(&nine, &file, Dtype::F32, &BTreeMap::new(), &mut no_watch);
+        assert!(matches!(refused, Err(Error::Memory { batch: 9, .. })), "{refused:?}");
+        // Nor is there room for what could be kept.
+        assert!(matches!(one.keeping_start().generate(&random(5, &[1, 6, 12])), Err(Error::Memory { .. })));
     });
 }
 

@@ -1,6 +1,8 @@
 use crate::{
     Error, Profile, Result,
-    cuda::{Event, Gpu, Properties, Replay},
+    cuda::{Event, Gpu, Properties, Replay, piece},
+    system,
+    tensor::pooled,
 };
 use std::{fmt, str::FromStr};
 
@@ -49,6 +51,24 @@ impl Device {
             Self::Cuda(n) => Ok(Some(Gpu::get(n)?.memory_info()?)),
         }
     }
+    /// Bytes that new tensors can have, those that are kept for them included: of the memory that the system can give this process without
+    /// swapping (where the system tells), or of a CUDA device's own, within [`Device::limit_memory`].
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn available_memory(self) -> Result<u64> {
+        match self {
+            Self::Cpu => Ok(system::available_memory().saturating_add(pooled() as u64)),
+            Self::Cuda(n) => Ok(Gpu::get(n)?.available()? as u64),
+        }
+    }
+    /// Bytes that a tensor of so many bytes takes: a CUDA device's memory is given out in pieces, of which up to an eighth is left over.
+    pub fn taken(self, bytes: u64) -> u64 {
+        match self {
+            Self::Cpu => bytes,
+            Self::Cuda(_) => piece(usize::try_from(bytes).unwrap_or(usize::MAX)) as u64,
+        }
+    }
     /// Gives the memory of a CUDA device that tensors no longer use back to the system, which is otherwise kept for the next ones. Waits
     /// until all work is done.
     ///
@@ -81,7 +101,7 @@ impl Device {
             Self::Cuda(n) => Gpu::get(n)?.synchronize(),
         }
     }
-    /// Marks this point in a CUDA device's work, for timing.
+    /// Marks this point in a CUDA device's work, to wait for it or for timing.
     ///
     /// # Errors
     /// As [`Device::check`].

@@ -86,6 +86,12 @@ pub enum Error {
         /// Bytes in all.
         total: usize,
     },
+    /// The system has not enough memory.
+    #[error("out of memory: the system refused {requested} bytes; use smaller tiles or batches")]
+    OutOfHostMemory {
+        /// Bytes asked for.
+        requested: usize,
+    },
     /// The CUDA driver refused a call or a kernel failed.
     #[error("CUDA: {call}: {name} ({code}): {message}; {remedy}")]
     Cuda {

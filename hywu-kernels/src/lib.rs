@@ -15,6 +15,7 @@ pub mod optim;
 mod params;
 mod profile;
 pub mod reference;
+mod system;
 mod tape;
 mod tensor;
 pub mod testing;

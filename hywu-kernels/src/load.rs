@@ -14,7 +14,7 @@ const CHUNK: usize = 1 << 16;
 /// A tensor of a checkpoint on a device, in `dtype` there (on the CPU in f32).
 ///
 /// # Errors
-/// A tensor that is missing or not finite; a device that can't be used, or has not enough memory.
+/// A tensor that is missing, not finite, or beyond the range of `dtype`; a device that can't be used, or has not enough memory.
 pub fn load_tensor(checkpoint: &Checkpoint, name: &str, device: Device, dtype: Dtype) -> Result<Tensor> {
     let (shape, _) = checkpoint.info(name)?;
     if device == Device::Cpu {
@@ -29,12 +29,15 @@ pub fn load_tensor(checkpoint: &Checkpoint, name: &str, device: Device, dtype: D
     Ok(tensor)
 }
 
-/// The bytes of a tensor's elements in f32 or bf16, all of them finite.
+/// The bytes of a tensor's elements in f32 or bf16, all of them finite, also when rounded.
 fn elements(checkpoint: &Checkpoint, name: &str, dtype: Dtype) -> Result<Vec<u8>> {
     let (shape, stored) = checkpoint.info(name)?;
     if stored != dtype {
         let mut numbers = vec![0.0; shape.iter().product()];
         checkpoint.read_into(name, &mut numbers)?;
+        if let Some(i) = dtype.first_beyond(&numbers) {
+            return Err(checkpoint.beyond(name, i, numbers[i], dtype).into());
+        }
         return Ok(match dtype {
             Dtype::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
             _ => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),

@@ -52,23 +52,42 @@ fn pool<T>(f: impl FnOnce(&mut Pool) -> T) -> T {
 }
 
 impl Buffer {
-    /// `len` floats with unspecified (but initialised) contents.
+    /// `len` floats with unspecified (but initialised) contents. A system that has not so much memory ends the process.
     fn take(len: usize) -> Self {
-        let reused = if len < POOL_MIN {
-            None
-        } else {
-            pool(|p| {
-                let data = p.free.get_mut(&len)?.pop()?;
-                p.held -= len;
-                Some(data)
-            })
-        };
-        let mut data = reused.unwrap_or_else(|| vec![0.0; len]);
+        Self::of(Self::reuse(len).unwrap_or_else(|| vec![0.0; len]))
+    }
+    /// The same, for what may be larger than memory.
+    fn try_take(len: usize) -> Result<Self> {
+        if let Some(data) = Self::reuse(len) {
+            return Ok(Self::of(data));
+        }
+        let mut data = Vec::new();
+        let full = |_| Error::OutOfHostMemory { requested: len.saturating_mul(size_of::<f32>()) };
+        data.try_reserve_exact(len).map_err(full)?;
+        data.resize(len, 0.0);
+        Ok(Self::of(data))
+    }
+    fn reuse(len: usize) -> Option<Vec<f32>> {
+        if len < POOL_MIN {
+            return None;
+        }
+        pool(|p| {
+            let data = p.free.get_mut(&len)?.pop()?;
+            p.held -= len;
+            Some(data)
+        })
+    }
+    fn of(mut data: Vec<f32>) -> Self {
         if cfg!(debug_assertions) {
             data.fill(f32::NAN);
         }
         Self { data }
     }
+}
+
+/// Bytes that the pool keeps for new tensors.
+pub(crate) fn pooled() -> usize {
+    pool(|p| p.held * size_of::<f32>())
 }
 
 impl Clone for Buffer {
@@ -230,7 +249,7 @@ impl Tensor {
     /// A tensor of another shape where this one is, with unspecified contents.
     ///
     /// # Errors
-    /// Not enough memory on a device.
+    /// Not enough memory.
     pub fn empty_like(&self, shape: &[usize]) -> Result<Self> {
         self.empty_as(shape, self.dtype())
     }
@@ -247,7 +266,11 @@ impl Tensor {
     /// As [`Device::check`]; not enough memory.
     pub(crate) fn empty(device: Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
         Ok(match device {
-            Device::Cpu => Self::build(shape, |_| {}),
+            Device::Cpu => {
+                // What overflows is more than there is, too.
+                let len = shape.iter().fold(1, |n: usize, &x| n.saturating_mul(x));
+                Self::host(shape, Buffer::try_take(len)?)
+            }
             Device::Cuda(n) => {
                 let view = View::new(Gpu::get(n)?, shape.iter().product(), dtype)?;
                 Self { shape: shape.to_vec(), storage: Storage::Cuda(view) }

@@ -249,11 +249,14 @@ fn fills_the_device() {
     held.clear();
     held.extend((0..count).map(|_| there.empty_like(&piece).expect("it was free")));
     held.clear();
+    let available = || device.available_memory().expect("the device works") as usize;
+    assert!(available() >= free / 4 * 3 && available() <= free, "{} of {free}", available());
     there.empty_like(&[free / 4 / 4 * 3]).expect("pieces of other sizes are given back");
     // A limit is as good as an end, and what lies unused counts.
     device.limit_memory(free / 2).expect("the device works");
     let quarter = [free / 4 / 4];
     let first = there.empty_like(&quarter).expect("half of it is allowed");
+    assert!(available() <= free / 4, "{} of {free}", available());
     let refused = there.empty_like(&quarter).expect_err("more than half");
     assert!(matches!(refused, Error::OutOfMemory { .. }), "{refused}");
     drop(first);
@@ -266,4 +269,18 @@ fn fills_the_device() {
     device.trim().expect("the device works");
     assert!(unused() >= free / 4 * 3, "{} of {free}", unused());
     assert_eq!(there.to_host().expect("works").data(), x.data(), "what is in use stays");
+}
+
+#[test]
+fn more_memory_than_the_system_has_is_an_error() {
+    let there = random(1, &[100]);
+    let huge = 1 << 50;
+    for shape in [&[huge][..], &[usize::MAX, 2]] {
+        match there.empty_like(shape) {
+            Err(Error::OutOfHostMemory { requested }) => assert!(requested >= 4 * huge),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(Device::Cpu.available_memory().expect("the CPU") > 0);
+    assert_eq!((Device::Cpu.taken(1001), Device::Cuda(0).taken(1001)), (1001, 1024));
 }

@@ -24,7 +24,8 @@ fn rows_of(x: &Tensor, runs: Runs) -> Tensor {
     Tensor::new(&[runs.rows(), c], data).expect("whole rows")
 }
 
-const ALL: [Runs; 5] = [
+const ALL: [Runs; 6] = [
+    Runs { first: 2, count: 57, length: 1, pitch: 1 },
     Runs { first: 0, count: 1, length: 60, pitch: 60 },
     Runs { first: 7, count: 1, length: 40, pitch: 90 },
     Runs { first: 1, count: 5, length: 3, pitch: 12 },

@@ -3,6 +3,7 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -135,6 +136,9 @@ int fill(void* stream, uint64_t to, T value, size_t count) {
 static int allocate_host(void** memory, size_t bytes) {
     if (int error = unsafe_call()) return error;
     if (!memory || !bytes) return INVALID_VALUE;
+    static const uint64_t fail_at = setting("HYWU_EMULATOR_FAIL_PINNED", 0);
+    static std::atomic<uint64_t> asked{0};
+    if (fail_at && ++asked == fail_at) return OUT_OF_MEMORY;
     if (posix_memalign(memory, 4096, bytes)) return OUT_OF_MEMORY;
     std::lock_guard lock(state);
     pinned()[*memory] = bytes;

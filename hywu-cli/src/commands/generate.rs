@@ -1,14 +1,17 @@
-use crate::{interrupt, values};
-use anyhow::{Context, Result, bail};
+use crate::{
+    interrupt,
+    progress::{self, Watch},
+    values,
+};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use hywu::provenance::{PROGRAM, PROGRAM_KEY};
 use hywu_core::{Checkpoint, Dtype};
 use hywu_generator::{
-    GeneratorConfig, Inference, Limits, Progress, RandomCheckpoint, Size, write_random_checkpoint,
+    Error, GeneratorConfig, Inference, Limits, Progress, RandomCheckpoint, Size, write_random_checkpoint,
 };
 use hywu_kernels::{Device, Tensor};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::{io::IsTerminal, ops::ControlFlow, path::Path, path::PathBuf, time::Instant};
+use std::{ops::ControlFlow, path::Path, path::PathBuf};
 
 /// Run a parameter generator checkpoint on a condition and write the adapter
 ///
@@ -75,9 +78,12 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
     if let Some(folder) = folder.filter(|f| !f.is_dir()) {
         bail!("{}: the folder {} does not exist", args.output.display(), folder.display());
     }
-    let file = Checkpoint::open(condition)?;
-    let condition = file.read("condition").context("the condition file needs a tensor named `condition`")?;
-    let condition = Tensor::from_array(&condition);
+    let condition = {
+        let file = Checkpoint::open(condition)?;
+        let array = file.read("condition").context("the condition file needs a tensor named `condition`")?;
+        // One copy is enough from here on.
+        Tensor::from_array(&array)
+    };
     let dtype = match (args.dtype, args.device) {
         (Some(Type::F32), _) | (None, Device::Cpu) => Dtype::F32,
         (Some(Type::Bf16), _) | (None, Device::Cuda(_)) => Dtype::Bf16,
@@ -86,25 +92,36 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
     if let Some(most) = args.max_memory {
         args.device.limit_memory(usize::try_from(most).unwrap_or(usize::MAX))?;
     }
-    let length = condition.dim_back(2);
-    let inference = Inference::open(checkpoint, args.device, dtype, limits, length)?;
-    let start = Instant::now();
+    let batch = condition.shape().first().copied().unwrap_or(1);
+    let sizes = (batch, condition.dim_back(2));
+    let open = || Inference::open(checkpoint, args.device, dtype, limits, sizes);
+    let inference = match args.device {
+        // Nothing is read yet.
+        Device::Cpu => open(),
+        Device::Cuda(_) => progress::waiting(args.quiet, "reading the weights", open),
+    };
+    let inference = inference.map_err(|e| match e {
+        Error::Memory { least, .. } if args.max_memory.is_none() && args.device == Device::Cpu => {
+            anyhow!("{e} of what the system has free; --max-memory {least} takes them all the same")
+        }
+        e => e.into(),
+    })?;
     let metadata = [(PROGRAM_KEY.to_owned(), PROGRAM.to_owned())].into();
-    let bar = progress_bar(args.quiet);
-    let done = inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&bar, at));
-    bar.finish_and_clear();
+    let mut watch = Watch::new(args.quiet);
+    let done =
+        inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&mut watch, at));
+    let taken = watch.finish();
     done?;
     if !args.quiet {
         let spec = inference.spec();
         let values: usize = spec.parameters().iter().map(|p| p.numel()).sum();
-        let batch = condition.shape().first().copied().unwrap_or(1);
         eprintln!(
             "{}: {} modules, {} values, scale {}, {:.2} s",
             args.output.display(),
             spec.module_names().count(),
             batch * spec.layers * values,
             spec.scale(),
-            start.elapsed().as_secs_f64()
+            taken.as_secs_f64()
         );
     }
     Ok(())
@@ -116,34 +133,23 @@ fn write_random(args: &GenerateArgs, what: &str) -> Result<()> {
         Err(e) if !Path::new(what).exists() => bail!("{e}, and there is no such file"),
         Err(_) => (GeneratorConfig::read(what)?, CONDITION),
     };
-    let start = Instant::now();
     let checkpoint = RandomCheckpoint { config: &config, seed: args.seed, condition, shard: SHARD };
-    let bar = progress_bar(args.quiet);
-    let done = write_random_checkpoint(&checkpoint, &args.output, &mut |at| show(&bar, at));
-    bar.finish_and_clear();
+    let mut watch = Watch::new(args.quiet);
+    let done = write_random_checkpoint(&checkpoint, &args.output, &mut |at| show(&mut watch, at));
+    let taken = watch.finish();
     done?;
     if !args.quiet {
         let weights: usize = config.weights()?.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         eprintln!(
             "{}: {weights} random weights, and a condition of {condition} tokens, {:.2} s",
             args.output.display(),
-            start.elapsed().as_secs_f64()
+            taken.as_secs_f64()
         );
     }
     Ok(())
 }
 
-/// Thousandths of the work, and how long the rest will take.
-fn progress_bar(quiet: bool) -> ProgressBar {
-    if quiet || !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("[{bar:30}] {percent} %, {elapsed} so far, {eta} left")
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(1000).with_style(style)
-}
-
-fn show(bar: &ProgressBar, at: Progress) -> ControlFlow<()> {
-    bar.set_position((1000.0 * at.done / at.total) as u64);
+fn show(watch: &mut Watch, at: Progress) -> ControlFlow<()> {
+    watch.at(at.done, at.total);
     if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }

@@ -72,7 +72,7 @@ pub fn merge(
         total: files.iter().flat_map(|f| &f.tensors).map(|(_, info)| size(info) as u64).sum(),
         progress,
     };
-    create_folder_atomic(output, |folder| {
+    create_folder_atomic(output, |folder| -> Result<()> {
         for file in &files {
             task.write(file, folder)?;
         }

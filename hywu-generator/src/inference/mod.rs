@@ -13,7 +13,7 @@ pub use output::{LayerTokens, Progress};
 use crate::{Generator, GeneratorConfig, Result, config::Shape, mixing::Tables};
 use hywu_core::{AdapterSpec, Checkpoint, Dtype};
 use hywu_kernels::{Device, Tape, Tensor};
-use memory::Memory;
+use memory::{Memory, Plan};
 use std::{cell::OnceCell, path::Path};
 use weights::Weights;
 
@@ -33,18 +33,23 @@ pub struct Inference {
 }
 
 impl Generator {
-    /// Its forward pass without gradients, with the weights as they are now.
+    /// Its forward pass without gradients, with the weights as they are now, in the memory that is free now.
     ///
     /// # Errors
     /// Not enough memory on a device.
     pub fn inference(&self) -> Result<Inference> {
-        let bound = self.params.bind(&Tape::inference(), false)?;
-        Inference::new(self.config.clone(), Weights::resident(bound), Limits::default())
+        let weights = Weights::resident(self.params.bind(&Tape::inference(), false)?);
+        let inference = Inference::new(self.config.clone(), weights, Limits::default())?;
+        // Weights count, though they are there already.
+        let held = inference.planned(1, 1).weights(&self.config, None)?;
+        let memory = inference.weights.device().available_memory()?.saturating_add(held);
+        Ok(Inference { limits: Limits { memory: Some(memory), rows: None }, ..inference })
     }
 }
 
 impl Inference {
-    /// Opens a checkpoint folder for conditions of up to `length` tokens, to compute in `dtype` on `device` (the CPU computes in f32).
+    /// Opens a checkpoint folder for batches of up to `batch` conditions of up to `length` tokens, to compute in `dtype` on `device` (the
+    /// CPU computes in f32).
     ///
     /// Its weights are read from the files as they are used, and not kept, on the CPU always, on a CUDA device where they don't
     /// fit beside the rest: then those of the next sub-layer come while one is computed.
@@ -57,12 +62,12 @@ impl Inference {
         device: Device,
         dtype: Dtype,
         limits: Limits,
-        length: usize,
+        (batch, length): (usize, usize),
     ) -> Result<Self> {
         let folder = folder.as_ref();
         let config = GeneratorConfig::read(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
-        Self::from_checkpoint(config, checkpoint, device, dtype, limits, length)
+        Self::from_checkpoint(config, checkpoint, device, dtype, limits, (batch, length))
     }
 
     /// As [`Inference::open`], of a config and a checkpoint.
@@ -75,29 +80,28 @@ impl Inference {
         device: Device,
         dtype: Dtype,
         limits: Limits,
-        length: usize,
+        (batch, length): (usize, usize),
     ) -> Result<Self> {
         device.check()?;
         hywu_kernels::check_header(&config.weights()?, &checkpoint, "")?;
         let shape = config.sizes()?.1;
-        let memory = |streamed| Memory::new(&config, shape, device, dtype, streamed, 1, length);
-        let budget = match (limits.memory, device.memory()?) {
-            (Some(memory), free) => Some(memory.min(free.map_or(u64::MAX, |(free, _)| free as u64))),
-            (None, Some((free, _))) => Some(free as u64),
-            (None, None) => None,
+        let memory = |streamed| {
+            Memory::new(&config, shape, &Plan { device, dtype, streamed, keeping: false, batch, length })
         };
-        let resident = memory(false)?;
-        let fits = budget.is_none_or(|budget| resident.least() <= budget);
-        let weights = if device != Device::Cpu && fits {
+        let available = device.available_memory()?;
+        let budget = match (limits.memory, device) {
+            // What is free changes all the time there, and more can be had by swapping.
+            (Some(memory), Device::Cpu) => memory,
+            (Some(memory), Device::Cuda(_)) => memory.min(available),
+            (None, _) => available,
+        };
+        let weights = if device != Device::Cpu && memory(false)?.least() <= budget {
             Weights::load(&config, &checkpoint, device, dtype)?
         } else {
-            let streamed = memory(true)?;
-            if let Some(budget) = budget {
-                streamed.check(budget)?;
-            }
+            memory(true)?.check(budget)?;
             Weights::streamed(&config, checkpoint, device, dtype)?
         };
-        Self::new(config, weights, Limits { memory: budget, ..limits })
+        Self::new(config, weights, Limits { memory: Some(budget), ..limits })
     }
 
     fn new(config: GeneratorConfig, weights: Weights, limits: Limits) -> Result<Self> {
@@ -107,9 +111,28 @@ impl Inference {
     }
 
     /// Keeps what the first two sub-layers make, which no condition changes: later passes leave them out. It takes the memory of a residual
-    /// stream, 2.9 GB for the published generator.
+    /// stream, 2.9 GB for the published generator, within the limits: a pass that does not fit beside it is an error.
     pub fn keeping_start(self) -> Self {
         Self { start: Some(OnceCell::new()), ..self }
+    }
+
+    /// A pass over a batch of conditions of so many tokens.
+    fn planned(&self, batch: usize, length: usize) -> Plan {
+        Plan {
+            device: self.weights.device(),
+            dtype: self.weights.dtype(),
+            streamed: self.weights.is_streamed(),
+            keeping: self.start.is_some(),
+            batch,
+            length,
+        }
+    }
+    /// Rows at a time for every sub-layer of such a pass.
+    ///
+    /// # Errors
+    /// [`Memory`](crate::Error::Memory) when it needs more than the limits.
+    fn rows(&self, batch: usize, length: usize) -> Result<[usize; 4]> {
+        Memory::new(&self.config, self.shape, &self.planned(batch, length))?.rows(self.limits)
     }
 
     /// Sizes and map.

@@ -121,7 +121,9 @@ impl Inference {
         metadata: &BTreeMap<String, String>,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<()> {
-        let (batch, _) = self.config.batch_and_length(condition.shape())?;
+        let (batch, length) = self.config.batch_and_length(condition.shape())?;
+        // What does not fit is told before the file takes its room on the disk.
+        self.rows(batch, length)?;
         let pieces = self.pieces();
         let name = |layer: usize, piece: &Piece| {
             format!("{}.{}", self.spec.module_name(layer, piece.module), piece.suffix())

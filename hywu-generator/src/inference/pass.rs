@@ -1,10 +1,10 @@
 //! The pass itself (FORMAT.md section 4), part by part.
 
-use super::{Inference, LayerTokens, Progress, memory::Memory};
+use super::{Inference, LayerTokens, Progress};
 use crate::{Error, Result, generator::EPS, mixing::Tables, size::Cost};
 use hywu_core::Dtype;
 use hywu_kernels::{
-    Bound, Tape, Tensor, Var,
+    Bound, Device, Event, Tape, Tensor, Var,
     ops::{
         attention::{Attention, Rotary, attention},
         elementwise::slice_tokens,
@@ -32,8 +32,13 @@ pub(super) enum Part {
 const SUBLAYERS: [&str; 4] = ["self_attn_n", "self_attn_hw", "self_attn_cross", "feed_forward"];
 
 impl Part {
-    /// What the names of its weights start with.
-    pub fn prefixes(self) -> Vec<String> {
+    /// Tells its weights by their names.
+    pub fn owns(self) -> impl Fn(&str) -> bool {
+        let prefixes = self.prefixes();
+        move |name| prefixes.iter().any(|prefix| name.starts_with(prefix.as_str()))
+    }
+    /// What their names start with.
+    fn prefixes(self) -> Vec<String> {
         match self {
             Self::Start => {
                 ["hidden_in", "model.norm_input", "model.norm_tokens", "model.hw_pos", "model.layer_pos"]
@@ -92,12 +97,16 @@ struct Pass<'a> {
     keys: Rotary,
     cost: Cost,
     progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
-    at: Progress,
+    /// Work that was given out, in FLOPs, of how much.
+    given: f64,
+    total: f64,
+    /// A point in a device's work, and what was given out before it.
+    mark: Option<(Event, f64)>,
 }
 
 impl Inference {
     /// Runs a pass: the tokens of every instance and layer go to `sink`, in order, as soon as they are there. `condition` is
-    /// [b, 1, L, input_dim] or [b, L, input_dim]; `progress` hears of every piece of work.
+    /// [b, 1, L, input_dim] or [b, L, input_dim]; `progress` hears of every piece of work when it is done, on a device of every block.
     ///
     /// # Errors
     /// A condition of another shape, or with NaN or infinity; [`Error::Memory`] when it needs more than the limits; weights of a
@@ -113,8 +122,6 @@ impl Inference {
             return Err(Error::Condition(format!("it holds {bad}")));
         }
         let (device, dtype) = (self.weights.device(), self.weights.dtype());
-        let streamed = self.weights.is_streamed();
-        let memory = Memory::new(&self.config, self.shape, device, dtype, streamed, batch, length)?;
         let cost = Cost::new(&self.config, self.shape, length);
         // Of block 0, what does not depend on the condition: once, or not at all.
         let (first, kept) = (cost.sublayers[0] + cost.sublayers[1], self.kept_start());
@@ -124,11 +131,13 @@ impl Inference {
             of: self,
             batch,
             length,
-            rows: memory.rows(self.limits)?,
+            rows: self.rows(batch, length)?,
             keys: Tables::keys(&self.config, self.shape, length, device)?,
             cost,
             progress,
-            at: Progress { done: 0.0, total },
+            given: 0.0,
+            total,
+            mark: None,
         };
         let condition = condition.to(device, dtype)?.reshape(&[batch, length, self.config.input_dim])?;
         let blocks = self.config.num_pg_layers;
@@ -153,10 +162,14 @@ impl Inference {
                 _ => Part::Sublayer(block, index + 1),
             };
             pass.sublayer(block, index, next, &mut stream, &e)?;
+            if index == 3 {
+                pass.mark()?;
+            }
         }
         drop(e);
         let weights = self.weights.part(Part::End)?;
-        pass.write(&weights, &mut stream, sink)
+        pass.write(&weights, &mut stream, sink)?;
+        pass.finish()
     }
 
     fn kept_start(&self) -> Option<&Tensor> {
@@ -165,13 +178,37 @@ impl Inference {
 }
 
 impl Pass<'_> {
-    /// Counts work, and asks whether to go on.
-    fn done(&mut self, flops: f64) -> Result<()> {
-        self.at.done += flops;
-        match (self.progress)(self.at) {
+    /// Counts work, which the CPU has done; a device has only been given it, see [`Pass::mark`].
+    fn count(&mut self, flops: f64) -> Result<()> {
+        self.given += flops;
+        match self.of.weights.device() {
+            Device::Cpu => self.report(self.given),
+            Device::Cuda(_) => Ok(()),
+        }
+    }
+    /// Tells of work that is done, and asks whether to go on.
+    fn report(&mut self, done: f64) -> Result<()> {
+        match (self.progress)(Progress { done, total: self.total }) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Interrupted),
         }
+    }
+    /// Waits until a device has come to the mark before, and sets the next. So it always has the work between two marks to go on with,
+    /// and never so much more that its end could not be waited for.
+    fn mark(&mut self) -> Result<()> {
+        let Some(event) = self.of.weights.device().event()? else { return Ok(()) };
+        match self.mark.replace((event, self.given)) {
+            Some(before) => self.reach(before),
+            None => Ok(()),
+        }
+    }
+    /// Waits until a device has done all.
+    fn finish(&mut self) -> Result<()> {
+        self.mark.take().map_or(Ok(()), |last| self.reach(last))
+    }
+    fn reach(&mut self, (event, given): (Event, f64)) -> Result<()> {
+        event.wait()?;
+        self.report(given)
     }
     /// Rows of the stream of an instance.
     fn places(&self) -> usize {
@@ -183,7 +220,7 @@ impl Pass<'_> {
         let layers = Layers::new(weights, String::new());
         let e = Var::constant(layers.dense(&condition, "hidden_in")?);
         let e = rms_norm(&layers.tape, &e, Some(layers.weight("model.norm_input.weight")?), EPS, None)?;
-        self.done(self.batch as f64 * self.cost.condition)?;
+        self.count(self.batch as f64 * self.cost.condition)?;
         Ok(e.value().clone())
     }
 
@@ -262,7 +299,7 @@ impl Pass<'_> {
         let mixed = layers.attention(args, q?, &k?, &v?)?;
         stream.add(runs, &layers.dense(&mixed, &format!("{name}.W_o"))?)?;
         let share = runs.rows() as f64 / self.places() as f64;
-        self.done(share * self.cost.sublayers[kind])
+        self.count(share * self.cost.sublayers[kind])
     }
 
     /// Sub-layer 1: a sequence is a position in all layers, a stride of S rows apart.
@@ -311,7 +348,7 @@ impl Pass<'_> {
                 let args = self.of.config.mixing([entries.len(), 1], [part.len(), l], [rows, keys], tables);
                 let mixed = layers.attention(&args, q, &k, &v)?;
                 stream.add(runs, &layers.dense(&mixed, &format!("{name}.W_o"))?)?;
-                self.done(runs.rows() as f64 / places as f64 * self.cost.sublayers[2])?;
+                self.count(runs.rows() as f64 / places as f64 * self.cost.sublayers[2])?;
             }
         }
         Ok(())
@@ -325,7 +362,7 @@ impl Pass<'_> {
             let hidden = layers.dense(&layers.norm(stream, runs, "norm4")?, "feed_forward.fc1")?;
             let hidden = silu(&layers.tape, &Var::constant(hidden))?;
             stream.add(runs, &layers.dense(hidden.value(), "feed_forward.fc2")?)?;
-            self.done(runs.rows() as f64 / places as f64 * self.cost.sublayers[3])?;
+            self.count(runs.rows() as f64 / places as f64 * self.cost.sublayers[3])?;
         }
         Ok(())
     }
@@ -350,7 +387,8 @@ impl Pass<'_> {
             let a = project(0, shape.a, "proj_out_A")?;
             let b = project(shape.a, shape.t - shape.a, "proj_out_B")?;
             sink(LayerTokens { instance: i / n, layer: i % n, a, b })?;
-            self.done(self.cost.output / n as f64)?;
+            self.count(self.cost.output / n as f64)?;
+            self.mark()?;
         }
         Ok(())
     }

@@ -131,8 +131,7 @@ impl Weights {
 impl Streamed {
     /// Names and shapes of a part's weights.
     fn names(&self, part: Part) -> impl Iterator<Item = (&str, &[usize])> {
-        let prefixes = part.prefixes();
-        let belongs = move |name: &str| prefixes.iter().any(|prefix| name.starts_with(prefix.as_str()));
-        self.shapes.iter().filter(move |(name, _)| belongs(name)).map(|(n, s)| (n.as_str(), s.as_slice()))
+        let owns = part.owns();
+        self.shapes.iter().filter(move |(name, _)| owns(name)).map(|(n, s)| (n.as_str(), s.as_slice()))
     }
 }

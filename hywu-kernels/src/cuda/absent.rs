@@ -68,6 +68,9 @@ impl Gpu {
     pub fn trim(&self) -> Result<()> {
         match *self {}
     }
+    pub fn available(&self) -> Result<usize> {
+        match *self {}
+    }
     pub fn memory_info(&self) -> Result<(usize, usize)> {
         match *self {}
     }
@@ -92,6 +95,13 @@ impl Memory {
 }
 
 impl Event {
+    /// Waits until the work before it is done.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn wait(&self) -> Result<()> {
+        match self.0 {}
+    }
     /// Milliseconds from `earlier` to this one; waits for both.
     ///
     /// # Errors

@@ -106,6 +106,17 @@ impl View {
     }
 }
 
+/// Least size of a piece of device memory.
+const LEAST_PIECE: usize = 512;
+
+/// Size of the piece of device memory for so many bytes: eight sizes from one power of two to the next, so that similar sizes share
+/// pieces and at most an eighth is wasted.
+pub(crate) fn piece(bytes: usize) -> usize {
+    let bytes = bytes.max(LEAST_PIECE);
+    let step = (1usize << bytes.ilog2()) / 8;
+    bytes.checked_next_multiple_of(step.max(LEAST_PIECE)).unwrap_or(usize::MAX)
+}
+
 /// Elements in 16 bytes: what a thread of a vectorised kernel takes.
 pub(crate) fn pack(dtype: Dtype) -> usize {
     16 / dtype.size()
@@ -146,5 +157,23 @@ impl Words {
     }
     pub fn address(&self) -> u64 {
         self.0.address()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::piece;
+
+    #[test]
+    fn pieces_waste_an_eighth_at_most_and_are_few() {
+        let mut sizes = std::collections::HashSet::new();
+        for bytes in 1..200_000 {
+            let whole = piece(bytes);
+            assert!(whole >= bytes && whole <= (bytes + bytes / 8 + 1).max(bytes + 512), "{bytes}: {whole}");
+            assert_eq!(piece(whole), whole);
+            sizes.insert(whole);
+        }
+        assert!(sizes.len() < 8 * 18, "{}", sizes.len());
+        assert_eq!(piece(usize::MAX), usize::MAX);
     }
 }

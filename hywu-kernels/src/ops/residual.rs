@@ -41,12 +41,12 @@ impl Runs {
         self.count * self.length
     }
     /// The rows, where they are neighbours.
-    fn neighbours(&self) -> Option<std::ops::Range<usize>> {
+    pub(crate) fn neighbours(&self) -> Option<std::ops::Range<usize>> {
         let one = self.count == 1 || self.pitch == self.length;
         one.then(|| self.first..self.first + self.rows())
     }
     /// One past the last row; none where that overflows, or where runs overlap.
-    fn end(&self) -> Option<usize> {
+    pub(crate) fn end(&self) -> Option<usize> {
         if self.pitch < self.length {
             return None;
         }

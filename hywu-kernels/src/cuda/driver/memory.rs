@@ -4,7 +4,7 @@
 //! after what used it before. A step after the first therefore asks the driver for nothing.
 
 use super::{Gpu, check, lock};
-use crate::{Error, Result};
+use crate::{Error, Result, cuda::piece};
 use cudarc::driver::{
     DriverError,
     result::{self, mem_pool},
@@ -22,8 +22,6 @@ use std::{
 const GUARD: usize = 256;
 /// What the driver says when it has no more.
 const FULL: DriverError = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-/// Least size of a piece.
-const LEAST: usize = 512;
 
 static GUARDED: AtomicBool = AtomicBool::new(false);
 static BROKEN: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -75,14 +73,6 @@ impl Drop for Private {
             cache.free.entry(size).or_default().extend(pieces);
         }
     }
-}
-
-/// Size of the piece for so many bytes: eight sizes from one power of two to the next, so that similar sizes share pieces and at most
-/// an eighth is wasted.
-fn piece(bytes: usize) -> usize {
-    let bytes = bytes.max(LEAST);
-    let step = (1usize << bytes.ilog2()) / 8;
-    bytes.next_multiple_of(step.max(LEAST))
 }
 
 impl Gpu {
@@ -143,13 +133,12 @@ impl Gpu {
     /// Gives all unused memory back to the system.
     pub fn trim(&self) -> Result<()> {
         self.enter()?;
-        let privates: Vec<_> = lock(&self.privates).iter().filter_map(Weak::upgrade).collect();
         let mut free = Vec::new();
-        for cache in privates.iter().map(|private| &private.cache).chain([&self.cache]) {
-            for (size, pieces) in std::mem::take(&mut lock(cache).free) {
+        self.each_cache(|cache| {
+            for (size, pieces) in std::mem::take(&mut cache.free) {
                 free.extend(pieces.into_iter().map(|start| (size, start)));
             }
-        }
+        });
         // What is held back may use memory that was freed since; nobody gets it any more.
         self.settle()?;
         for (size, start) in free {
@@ -162,7 +151,27 @@ impl Gpu {
         check(|| "cuMemPoolTrimTo".into(), unsafe { mem_pool::trim_to(self.pool, 0) })
     }
 
-    /// Bytes that can be had, and bytes in all.
+    /// Visits the device's cache and those of replays.
+    fn each_cache(&self, mut visit: impl FnMut(&mut Cache)) {
+        let privates: Vec<_> = lock(&self.privates).iter().filter_map(Weak::upgrade).collect();
+        for cache in privates.iter().map(|private| &private.cache).chain([&self.cache]) {
+            visit(&mut lock(cache));
+        }
+    }
+
+    /// Bytes that new tensors can have: what the driver has left, and what lies unused in caches, within the limit.
+    pub fn available(&self) -> Result<usize> {
+        let (free, _) = self.memory_info()?;
+        let mut unused = 0;
+        self.each_cache(|cache| {
+            unused += cache.free.iter().map(|(size, all)| size * all.len()).sum::<usize>()
+        });
+        let Held { most, now } = &self.held;
+        let used = now.load(Ordering::Relaxed).saturating_sub(unused);
+        Ok(free.saturating_add(unused).min(most.load(Ordering::Relaxed).saturating_sub(used)))
+    }
+
+    /// Bytes that the driver has left, and bytes in all.
     pub fn memory_info(&self) -> Result<(usize, usize)> {
         self.enter()?;
         check(|| "cuMemGetInfo".into(), result::mem_get_info())
@@ -235,21 +244,4 @@ pub(super) fn guarded() -> bool {
 /// What was written beside its allocation since the last call.
 pub(crate) fn broken_guards() -> Vec<String> {
     std::mem::take(&mut lock(&BROKEN))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::piece;
-
-    #[test]
-    fn pieces_waste_an_eighth_at_most_and_are_few() {
-        let mut sizes = std::collections::HashSet::new();
-        for bytes in 1..200_000 {
-            let whole = piece(bytes);
-            assert!(whole >= bytes && whole <= (bytes + bytes / 8 + 1).max(bytes + 512), "{bytes}: {whole}");
-            assert_eq!(piece(whole), whole);
-            sizes.insert(whole);
-        }
-        assert!(sizes.len() < 8 * 18, "{}", sizes.len());
-    }
 }

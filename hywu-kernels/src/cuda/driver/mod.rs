@@ -370,7 +370,11 @@ impl Event {
         // SAFETY: the event is valid.
         unsafe { event::query(self.0) }.is_ok()
     }
-    fn wait(&self) -> Result<()> {
+    /// Waits until the work before it is done.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn wait(&self) -> Result<()> {
         // SAFETY: the event is valid.
         check(|| "waiting for an event".into(), unsafe { event::synchronize(self.0) })
     }

@@ -91,10 +91,18 @@ impl Gpu {
     }
 
     /// Copies to the device, from the start on, beside the stream's work: after `free`, from which on nothing else uses the memory. The
-    /// work that reads it has to wait for the event that this returns, see [`Gpu::wait_for`].
+    /// work that reads it has to wait for the event that this returns, see [`Gpu::wait_for`]. After an error no part of it is under way.
     pub fn upload_beside(&self, to: &Memory, data: &[u8], free: &Event) -> Result<Event> {
         assert!(data.len() <= to.bytes, "an upload leaves its allocation");
         self.enter()?;
+        self.send_beside(to, data, free).inspect_err(|_| {
+            // The caller may give the memory back. Where this fails too the device is lost.
+            // SAFETY: the stream is valid.
+            let _ = unsafe { result::stream::synchronize(self.beside) };
+        })
+    }
+
+    fn send_beside(&self, to: &Memory, data: &[u8], free: &Event) -> Result<Event> {
         free.hold(self.beside)?;
         for (i, part) in data.chunks(STAGE).enumerate() {
             let stage = self.stage(part.len())?;
