@@ -78,8 +78,8 @@ pub fn check_range<T: PartialOrd + Display>(
     Err(Error::Config(format!("{field} {value} must be from {} to {}", range.start(), range.end())))
 }
 
-/// Up to ten names, and how many more there are.
-pub(crate) fn some_of<S: AsRef<str>>(names: &[S]) -> String {
+/// Up to ten names, for a message, and how many more there are.
+pub fn some_of<S: AsRef<str>>(names: &[S]) -> String {
     const TOLD: usize = 10;
     let told: Vec<String> = names.iter().take(TOLD).map(|n| format!("`{}`", n.as_ref())).collect();
     let more = names.len().saturating_sub(TOLD);

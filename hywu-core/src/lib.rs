@@ -27,7 +27,7 @@ pub use atomic::{AtomicFile, TEMPORARY_PREFIX, create_folder_atomic, write_atomi
 pub use checkpoint::{Checkpoint, TensorWriter};
 pub use coverage::ApplyResult;
 pub use dtype::Dtype;
-pub use error::{Error, Plain, Result, check_range};
+pub use error::{Error, Plain, Result, check_range, some_of};
 pub use header::{Entry, Header};
 pub use index::Index;
 pub use json::parse_json;

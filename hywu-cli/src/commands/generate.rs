@@ -1,7 +1,10 @@
 use crate::{interrupt, values};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use hywu::provenance::{PROGRAM, PROGRAM_KEY};
+use hywu::{
+    hash::{of_checkpoint, of_condition},
+    provenance,
+};
 use hywu_core::{Checkpoint, Dtype};
 use hywu_generator::{
     GeneratorConfig, Inference, Limits, Progress, RandomCheckpoint, Size, write_random_checkpoint,
@@ -77,6 +80,7 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
     }
     let file = Checkpoint::open(condition)?;
     let condition = file.read("condition").context("the condition file needs a tensor named `condition`")?;
+    let condition_hash = of_condition(&condition);
     let condition = Tensor::from_array(&condition);
     let dtype = match (args.dtype, args.device) {
         (Some(Type::F32), _) | (None, Device::Cpu) => Dtype::F32,
@@ -88,8 +92,8 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
     }
     let length = condition.dim_back(2);
     let inference = Inference::open(checkpoint, args.device, dtype, limits, length)?;
+    let metadata = provenance::of_generator(hash_of(checkpoint)?, condition_hash);
     let start = Instant::now();
-    let metadata = [(PROGRAM_KEY.to_owned(), PROGRAM.to_owned())].into();
     let bar = progress_bar(args.quiet);
     let done = inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&bar, at));
     bar.finish_and_clear();
@@ -108,6 +112,12 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
         );
     }
     Ok(())
+}
+
+/// Of the config and all weights, which are read once more for it.
+fn hash_of(folder: &Path) -> Result<String> {
+    let config = serde_json::to_string(&GeneratorConfig::read(folder.join("config.json"))?)?;
+    of_checkpoint(&config, &Checkpoint::open(folder)?, interrupt::requested)
 }
 
 fn write_random(args: &GenerateArgs, what: &str) -> Result<()> {
