@@ -566,7 +566,7 @@ fn an_expert_that_was_never_trained_comes_along() {
     }
     writer.write(&file).expect("writable");
     let read = import(&file, None, &from(&fused())).expect("one rank for all");
-    let up = &read.modules["model.layers.0.mlp.experts.w3"];
+    let up = &read.adapter.modules["model.layers.0.mlp.experts.w3"];
     assert_eq!((up.lora_a.shape(), up.lora_b.shape()), (&[1, 3, 2, 6][..], &[1, 3, 5, 2][..]));
     assert!(up.lora_b.slice(s![0, 1, .., ..]).iter().all(|&x| x == 0.0));
     assert!(up.lora_b.slice(s![0, 2, .., ..]).iter().all(|&x| x == 1.5));
