@@ -211,7 +211,7 @@ mod tests {
                 let difference = part.b.dot(&part.a) - product.b;
                 prop_assert!(difference.iter().all(|x| x.abs() <= 1e-5));
             }
-            prop_assert_eq!(unblock(&whole, rows.len(), Some(&rows)).expect("they fit"), own);
+            prop_assert_eq!(&unblock(&whole, rows.len(), Some(&rows)).expect("they fit"), &own);
             // A part that is not there does nothing, and the others are what they were.
             let absent = seed as usize % own.len();
             let there: Vec<Option<&Pair>> =
