@@ -90,8 +90,11 @@ impl AdapterCache {
     /// # Errors
     /// A folder that can't be written, a full disk, an adapter larger than the limit. What is there stays whole.
     pub fn put(&self, key: &CacheKey, adapter: &Adapter) -> Result<()> {
-        let values: usize = adapter.modules.values().map(|m| m.lora_a.len() + m.lora_b.len()).sum();
-        let size = values as u64 * size_of::<f32>() as u64;
+        let path = self.path(key);
+        let mut entry = adapter.clone();
+        entry.metadata.insert(CHECKSUM.into(), checksum(key, adapter));
+        // Before it would make room for nothing: one that is too large would be the next to go.
+        let size = entry.saved_size(&path.to_string_lossy())?;
         ensure!(
             size <= self.limit,
             "an adapter of {} is larger than the limit of {}",
@@ -100,9 +103,6 @@ impl AdapterCache {
         );
         let failed = || format!("{}: it can't be kept", self.folder.display());
         fs::create_dir_all(&self.folder).with_context(failed)?;
-        let path = self.path(key);
-        let mut entry = adapter.clone();
-        entry.metadata.insert(CHECKSUM.into(), checksum(key, adapter));
         match entry.save(&path) {
             // It has the path of the entry, which says less than that of the folder.
             Err(Error::Io { source, .. }) => Err(source).with_context(failed)?,

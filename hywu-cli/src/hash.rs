@@ -1,9 +1,11 @@
 //! Hashes of contents, for provenance and for the adapter cache.
 
 use anyhow::Result;
-use hywu_core::{Adapter, Dtype};
+use hywu_core::{Adapter, Checkpoint, Dtype, Error};
 use hywu_diffusion::Picture;
 use hywu_kernels::{Device, ParamSet};
+use ndarray::ArrayD;
+use rayon::prelude::*;
 
 /// A BLAKE3 hash over parts. Every part ends with its length, so that different parts never look alike put together.
 pub struct ContentHash(blake3::Hasher);
@@ -68,6 +70,45 @@ pub fn of_weights<'a>(sets: impl IntoIterator<Item = &'a ParamSet>) -> Result<St
         }
     }
     Ok(hash.finish())
+}
+
+/// Bytes of a tensor that are read and hashed at a time.
+const PIECE: usize = 1 << 20;
+
+/// Of a checkpoint's tensors as they are stored, in whatever shards, and the config that goes with them.
+///
+/// # Errors
+/// A file that can't be read; [`Error::Interrupted`] when `stop` says so, which is asked before every piece of a tensor.
+pub fn of_checkpoint(config: &str, file: &Checkpoint, stop: impl Fn() -> bool + Sync) -> Result<String> {
+    let tensor = |name: &&str| -> Result<String> {
+        let (shape, dtype) = file.info(name)?;
+        let mut hash = ContentHash::new("tensor");
+        hash.text(name).text(&format!("{dtype:?} {shape:?}"));
+        let size = shape.iter().product::<usize>() * dtype.size();
+        let mut piece = vec![0; PIECE.min(size)];
+        for start in (0..size).step_by(PIECE) {
+            if stop() {
+                return Err(Error::Interrupted.into());
+            }
+            let piece = &mut piece[..PIECE.min(size - start)];
+            file.read_stored(name, start, piece)?;
+            hash.0.update(piece);
+        }
+        Ok(hash.length(size as u64).finish())
+    };
+    // Tensor by tensor, on all cores: the largest checkpoints have many of nearly the same size.
+    let tensors = file.names().par_iter().map(tensor).collect::<Result<Vec<_>>>()?;
+    let mut hash = ContentHash::new("checkpoint");
+    hash.text(config);
+    tensors.iter().for_each(|tensor| {
+        hash.text(tensor);
+    });
+    Ok(hash.finish())
+}
+
+/// Of a condition that a generator is given.
+pub fn of_condition(condition: &ArrayD<f32>) -> String {
+    ContentHash::new("condition").array(condition.shape(), condition).finish()
 }
 
 /// Of an adapter's pairs, in whatever order, and its scale; not of its metadata.

@@ -143,6 +143,8 @@ impl Model {
             );
         }
         if let Memory::Static(adapter) = &memory {
+            let instances = adapter.batch();
+            ensure!(instances == 1, "the shared adapter holds {instances} instances; one is needed");
             adapter.check(&backbone.adapter_spec(1, 1.0)).context("the shared adapter")?;
         }
         let text = TextEncoder::bundled(backbone.config.text_len)?;

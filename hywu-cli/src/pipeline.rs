@@ -6,8 +6,8 @@ use crate::{
     model::{Memory, Model},
     provenance::{PROGRAM, stamp},
 };
-use anyhow::{Result, bail, ensure};
-use hywu_core::Adapter;
+use anyhow::{Result, ensure};
+use hywu_core::{Adapter, ApplyResult};
 use hywu_diffusion::{Picture, SampleOptions, condition_of, edit_picture};
 use hywu_generator::{Generator, Inference};
 use hywu_kernels::{Device, LoraVars};
@@ -187,7 +187,7 @@ impl Editor {
     /// Edits a picture with `adapter`, or with one generated for it. `progress(step, steps)` may stop the edit.
     ///
     /// # Errors
-    /// An empty instruction, an adapter that does not fit the backbone ([`LoraVars::fit`]), a strength that is not finite;
+    /// An empty instruction, an adapter that does not fit the backbone ([`fit`]), a strength that is not finite;
     /// [`hywu_diffusion::Error::Interrupted`] when `progress` says so.
     pub fn edit(
         &self,
@@ -207,11 +207,7 @@ impl Editor {
         };
         let mut loras = LoraVars::none();
         if let Some(Recalled { adapter, .. }) = &adapter {
-            if adapter.batch() != 1 {
-                bail!("the adapter holds {} instances; one is needed", adapter.batch());
-            }
-            let spec = self.model.backbone.adapter_spec(1, 1.0);
-            (loras, _) = LoraVars::fit(adapter, &spec, options.strength, options.partial)?;
+            (loras, _) = fit(adapter, &self.model, options)?;
         }
         let params = &self.model.backbone.params;
         let loras = loras.to(params.device(), params.dtype())?;
@@ -225,6 +221,17 @@ impl Editor {
         let change = distance(&edited.rgb, &picture.rgb) * 127.5 / picture.rgb.len().max(1) as f64;
         Ok(Edit { picture: edited, adapter, generating, sampling: start.elapsed(), change })
     }
+}
+
+/// The adapter of one instance as a model's backbone takes it, and how the two meet.
+///
+/// # Errors
+/// An adapter of several instances; those of [`LoraVars::fit`].
+pub fn fit(adapter: &Adapter, model: &Model, options: &EditOptions) -> Result<(LoraVars, ApplyResult)> {
+    let instances = adapter.batch();
+    ensure!(instances == 1, "the adapter holds {instances} instances; one is needed");
+    let spec = model.backbone.adapter_spec(1, 1.0);
+    Ok(LoraVars::fit(adapter, &spec, options.strength, options.partial)?)
 }
 
 /// Values that a parallel task works on; fixed, so that sums don't depend on the number of threads.

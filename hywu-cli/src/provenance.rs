@@ -2,12 +2,15 @@
 
 use crate::model::Model;
 use hywu_core::Adapter;
+use std::collections::BTreeMap;
 
 /// The program with its version.
 pub const PROGRAM: &str = concat!("hywu ", env!("CARGO_PKG_VERSION"));
 /// Metadata key: name of the model.
 pub const MODEL: &str = "model";
-/// Metadata key: [`Model::hash`].
+/// Metadata key: [`Model::hash`]; of an adapter that a generator alone wrote, that of its checkpoint ([`of_checkpoint`]).
+///
+/// [`of_checkpoint`]: crate::hash::of_checkpoint
 pub const MODEL_HASH: &str = "model_hash";
 /// Metadata key: the instruction as it was given.
 pub const INSTRUCTION: &str = "instruction";
@@ -15,6 +18,12 @@ pub const INSTRUCTION: &str = "instruction";
 pub const SOURCE_HASH: &str = "source_hash";
 /// Metadata key: seed of the noise of the edit that it was generated for. The adapter itself does not depend on it.
 pub const SEED: &str = "seed";
+/// Metadata key: what the scale of the generated adapter was multiplied by since.
+pub const SCALED_BY: &str = "scaled_by";
+/// Metadata key: hash of the condition that a generator was given instead of a picture ([`of_condition`]).
+///
+/// [`of_condition`]: crate::hash::of_condition
+pub const CONDITION_HASH: &str = "condition_hash";
 /// Metadata key: [`PROGRAM`].
 pub const PROGRAM_KEY: &str = "program";
 
@@ -31,4 +40,11 @@ pub fn stamp(adapter: &mut Adapter, model: &Model, instruction: &str, source_has
         ]
         .map(|(key, value)| (key.to_owned(), value.to_owned())),
     );
+}
+
+/// The metadata of adapters that a generator alone writes, from a condition.
+pub fn of_generator(checkpoint: String, condition: String) -> BTreeMap<String, String> {
+    [(MODEL_HASH, checkpoint), (CONDITION_HASH, condition), (PROGRAM_KEY, PROGRAM.to_owned())]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into()
 }

@@ -1,7 +1,7 @@
 //! `hywu adapter` from the outside.
 
 use assert_cmd::Command;
-use hywu_core::{Adapter, Checkpoint, Lora, Philox};
+use hywu_core::{Adapter, Checkpoint, Dtype, Lora, Philox, TensorWriter};
 use ndarray::ArrayD;
 use predicates::{prelude::*, str::contains};
 use std::{
@@ -82,6 +82,83 @@ fn inspect_tells_modules_layers_and_provenance() {
     assert_eq!(modules.len(), made.modules.len());
     assert!(modules.iter().all(|m| m["rank"] == 4 && m["norm"].as_f64().is_some_and(|n| n > 0.0)));
     hywu(["inspect", "/no/such/file"]).code(1).stderr(contains("/no/such/file"));
+    // What a file says does not reach the terminal as orders to it.
+    let mut rude = made;
+    rude.metadata.insert("k\u{1b}[2J".into(), "v\u{9b}31m\nforged: line".into());
+    rude.save(&file).expect("writable");
+    hywu(["inspect", text(&file)])
+        .success()
+        .stdout(contains('\u{1b}').or(contains('\u{9b}')).not())
+        .stdout(contains(r"  k\u{1b}[2J: v\u{9b}31m\nforged: line"));
+}
+
+#[test]
+fn scaling_is_told() {
+    let files = Files::new();
+    let (a, b) = (files.path("a"), files.path("b"));
+    let made = adapter(&a, 1);
+    let scaled = |from: &Path, by: &str| {
+        hywu(["scale", text(from), "--by", by, "-o", text(&b)]).success();
+        Adapter::load(&b).expect("written")
+    };
+    let once = scaled(&a, "-0.5");
+    assert_eq!((once.scale, once.metadata["scaled_by"].as_str()), (-1.0, "-0.5"));
+    assert_eq!(once.metadata["instruction"], made.metadata["instruction"]);
+    assert_eq!(scaled(&b, "2").metadata["scaled_by"], "-0.5 * 2");
+}
+
+/// A file of diffusers with some tensors left out.
+fn without(from: &Path, to: &Path, part: &str) {
+    let file = Checkpoint::open(from).expect("readable");
+    let mut writer = TensorWriter::new();
+    for name in file.names().into_iter().filter(|name| !name.contains(part)) {
+        let array = file.read(name).expect("it is there");
+        writer.add(name, array.shape(), array.as_slice().expect("as it was read"), Dtype::F32);
+    }
+    for (key, value) in file.metadata() {
+        writer.meta(key, value);
+    }
+    writer.write(to).expect("writable");
+}
+
+#[test]
+fn an_import_is_compared_with_its_checkpoint() {
+    let files = Files::new();
+    let path = |name: &str| files.path(&format!("{name}.safetensors"));
+    let (file, there, part, back) = (path("a"), path("there"), path("part"), path("back"));
+    let made = adapter(&file, 6);
+    let split = ["--layout", "split", "--qkv-rows", "192,192,192"];
+    let call = |first: &[&str], rest: &[&str]| hywu(first.iter().chain(&split).chain(rest));
+    call(&["export", text(&file), "--format", "diffusers", "-o", text(&there)], &[]).success();
+    let import = |from: &Path, more: &[&str]| call(&["import", text(from), "-o", text(&back)], more);
+    import(&there, &["--base", BASE]).success().stderr(contains("zeros").not());
+    assert_eq!(Adapter::load(&back).expect("written").modules, made.modules);
+    // Trained on q and v alone: the same operator, and it is said.
+    without(&there, &part, ".k_proj.");
+    import(&part, &["--base", BASE])
+        .success()
+        .stderr(contains("zeros for parts that it does not adapt: `model.layers.0.self_attn.k_proj`"));
+    let read = Adapter::load(&back).expect("written");
+    let name = "model.layers.0.self_attn.qkv_proj";
+    let update = |adapter: &Adapter| {
+        let pair = adapter.modules[name].matrices(0)[0];
+        pair.b.dot(&pair.a)
+    };
+    let (all, some) = (update(&made), update(&read));
+    for (row, (x, y)) in all.rows().into_iter().zip(some.rows()).enumerate() {
+        let k = (192..384).contains(&row);
+        let same = x.iter().zip(&y).all(|(x, y)| (if k { 0.0 } else { *x } - y).abs() <= 1e-6);
+        assert!(same, "row {row}");
+    }
+    // A layer less is another thing.
+    without(&there, &part, "layers.1.");
+    let refused = import(&part, &["--base", BASE]).code(1);
+    refused.stderr(contains("missing modules: `model.layers.1.").and(contains("unused").not()));
+    import(&part, &[]).success();
+    let warned = import(&part, &["--base", BASE, "--allow-partial"]).success();
+    warned.stderr(contains("warning: ").and(contains("missing modules")));
+    import(&part, &["--allow-partial"]).code(2).stderr(contains("--base"));
+    import(&there, &["--component", "tranformer"]).code(1).stderr(contains("only for `transformer`"));
 }
 
 #[test]
@@ -197,6 +274,16 @@ fn merge_writes_a_new_folder_and_names_what_is_missing() {
     let other = files.path("other");
     hywu(["merge", text(&file), "--base", BASE, "--output", text(&other)])
         .code(1)
-        .stderr(contains("`model.layers.99.mlp.down_proj`"));
+        .stderr(contains("unused entries: `model.layers.99.mlp.down_proj`"));
+    made.modules.swap_remove(name);
+    made.save(&file).expect("writable");
+    let call = ["merge", text(&file), "--base", BASE, "--output", text(&other)];
+    hywu(call).code(1).stderr(contains("missing modules: `model.layers.1.mlp.down_proj`"));
     assert!(!other.exists());
+    let whole = made.modules.len() - 1;
+    hywu(call.iter().chain(&["--allow-partial"]))
+        .success()
+        .stderr(contains("warning: ").and(contains(format!("{whole} tensors merged"))));
+    fs::remove_dir_all(&other).expect("written");
+    hywu(call.iter().chain(&["--allow-partial", "--quiet"])).success().stderr("");
 }

@@ -149,7 +149,7 @@ fn a_part_of_an_adapter_is_applied_only_where_it_is_asked_for() {
     let stderr = String::from_utf8_lossy(&refused.get_output().stderr).into_owned();
     let names: Vec<_> = whole.modules.keys().take(11).collect();
     assert!(stderr.contains("part.safetensors") && stderr.contains("missing modules"), "{stderr}");
-    assert!(names[..10].iter().all(|name| stderr.contains(&format!("x.{name}"))), "{stderr}");
+    assert!(names[..10].iter().all(|name| stderr.contains(&format!("`x.{name}`"))), "{stderr}");
     assert_eq!((stderr.matches("and 1 more").count(), stderr.lines().count()), (2, 1), "{stderr}");
     assert!(!stderr.contains(&format!("x.{}", names[10])) && !place.at("part.png").exists(), "{stderr}");
     // Even where it would not be applied.
@@ -190,6 +190,40 @@ fn a_part_of_an_adapter_is_applied_only_where_it_is_asked_for() {
 }
 
 #[test]
+fn an_adapter_of_several_instances_is_refused_before_any_work() {
+    let place = Place::new();
+    let file = place.at("one.safetensors");
+    place.edit(&place.input, "make it warmer", "a.png").arg("--save-adapter").arg(&file).assert().success();
+    let mut two = Adapter::load(&file).expect("written");
+    let twice = |array: &mut ArrayD<f32>| {
+        *array = ndarray::concatenate(ndarray::Axis(0), &[array.view(), array.view()]).expect("of one shape");
+    };
+    for Lora { lora_a, lora_b } in two.modules.values_mut() {
+        twice(lora_a);
+        twice(lora_b);
+    }
+    two.save(&file).expect("writable");
+    // Of two pictures neither is there, which is not what is told.
+    let mut command = hywu();
+    command.arg("edit").args([place.at("x.png"), place.at("y.png")]).arg("make it warmer");
+    command.arg("--output-dir").arg(place.at("out")).arg("--adapter").arg(&file);
+    let refused = command.assert().code(1).stderr(contains("one.safetensors: the adapter holds 2 instances"));
+    assert_eq!(String::from_utf8_lossy(&refused.get_output().stderr).lines().count(), 1);
+    assert!(!place.at("out").exists());
+    let model = place.model(|model| {
+        fs::remove_dir_all(model.join("generator")).expect("written");
+        two.save(model.join("lora.safetensors")).expect("writable");
+    });
+    let mut shared = place.edit(&place.input, "make it warmer", "b.png");
+    shared
+        .arg("--model")
+        .arg(&model)
+        .assert()
+        .code(1)
+        .stderr(contains("the shared adapter holds 2 instances"));
+}
+
+#[test]
 fn a_shared_adapter_must_cover_the_backbone_too() {
     let place = Place::new();
     let file = place.at("whole.safetensors");
@@ -211,5 +245,5 @@ fn a_shared_adapter_must_cover_the_backbone_too() {
     shared.modules.swap_remove("model.layers.2.mlp.down_proj").expect("a module");
     shared.save(model.join("lora.safetensors")).expect("writable");
     let refused = with("c.png").assert().code(1).stderr(contains("the shared adapter"));
-    refused.stderr(contains("missing modules: model.layers.2.mlp.down_proj"));
+    refused.stderr(contains("missing modules: `model.layers.2.mlp.down_proj`"));
 }

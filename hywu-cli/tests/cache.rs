@@ -179,6 +179,11 @@ fn the_least_recently_used_make_room() {
     let e = AdapterCache::new(&folder, 1000).put(&key("h"), &small(8.0)).expect_err("too large").to_string();
     assert!(e.contains("larger than the limit"), "{e}");
     assert_eq!(there("gh"), "g");
+    // Its values alone would have room, its file has not: nothing makes way for it.
+    let e =
+        AdapterCache::new(&folder, size - 1).put(&key("h"), &small(8.0)).expect_err("too large").to_string();
+    assert!(e.contains("larger than the limit"), "{e}");
+    assert_eq!(there("gh"), "g");
 }
 
 #[test]

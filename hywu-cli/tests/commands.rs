@@ -128,6 +128,20 @@ fn random_checkpoints_can_be_generated_with() {
     let (shape, dtype) = file.info("model.layers.3.proj.lora_B").expect("there");
     assert_eq!((shape, dtype), (vec![1, 700, 4], Dtype::Bf16));
 
+    // It tells which weights and which condition it is from: the hash is of contents, wherever they are.
+    let origin = |folder: &Path, condition: &Path| {
+        generate(folder, condition, &output).assert().success();
+        let told = Checkpoint::open(&output).expect("a readable file").metadata().clone();
+        assert!(told["program"].starts_with("hywu "), "{told:?}");
+        (told["model_hash"].clone(), told["condition_hash"].clone())
+    };
+    let first = origin(&folders[0], &condition);
+    assert!(first.0.len() == 64 && first.1.len() == 64 && first.0 != first.1, "{first:?}");
+    assert_eq!(origin(&folders[1], &folders[1].join("condition.safetensors")), first);
+    let (model, other) = origin(&folders[2], &condition);
+    assert!(model != first.0 && other == first.1);
+    assert_ne!(origin(&folders[0], &folders[2].join("condition.safetensors")).1, first.1);
+
     // What stands there stays; names that mean nothing are told with those that do.
     let written = weights(&folders[0]);
     random_checkpoint(&config, &folders[0], "3").assert().code(1).stderr(contains("there already"));

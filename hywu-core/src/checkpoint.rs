@@ -1,46 +1,16 @@
 use crate::{
-    Entry, Error, Header, Index, Result, index::shard_path, read_small, source::Source, write_atomic,
+    Dtype, Entry, Error, Header, Result,
+    files::{Named, open_all},
+    source::Source,
+    write_atomic,
 };
-use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
-use safetensors::tensor::Dtype as Stored;
 use std::{
     borrow::Cow,
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
-
-/// Element type of a stored tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// IEEE single.
-    F32,
-    /// IEEE half.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl Dtype {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-    /// Where the first finite number is that this dtype would make infinite.
-    pub fn first_beyond(self, values: &[f32]) -> Option<usize> {
-        // Halfway from its largest number to what would come next, from where on rounding to even leads out.
-        let end = match self {
-            Self::F32 => return None,
-            Self::F16 => 65_520.0,
-            Self::Bf16 => f32::from_bits(0x7f7f_8000),
-        };
-        values.iter().position(|x| x.is_finite() && x.abs() >= end)
-    }
-}
 
 /// Tensors in a safetensors file, a folder with `model.safetensors`, a sharded folder with
 /// `model.safetensors.index.json`, or bytes in memory.
@@ -58,9 +28,6 @@ impl std::fmt::Debug for Checkpoint {
         write!(f, "Checkpoint({}, {} tensors)", self.path.display(), self.entries.len())
     }
 }
-
-pub(crate) const SINGLE: &str = "model.safetensors";
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 impl Checkpoint {
     /// Opens a file or a folder.
@@ -80,14 +47,8 @@ impl Checkpoint {
     pub fn open_within(path: impl AsRef<Path>, most: u64) -> Result<Self> {
         let path = path.as_ref();
         let mut this = Self::empty(path);
-        if !path.is_dir() {
-            this.add(Source::open(path)?, most)?;
-        } else if path.join(INDEX).is_file() {
-            this.open_shards(path, most)?;
-        } else if path.join(SINGLE).is_file() {
-            this.add(Source::open(&path.join(SINGLE))?, most)?;
-        } else {
-            return Err(Error::checkpoint(path, format!("the folder holds neither {SINGLE} nor {INDEX}")));
+        for file in open_all(path, |file| Opened::read(Source::open(file)?, most))? {
+            this.add(file);
         }
         Ok(this)
     }
@@ -106,7 +67,7 @@ impl Checkpoint {
     /// [`Error::Checkpoint`] when the bytes are damaged.
     pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>, most: u64) -> Result<Self> {
         let mut this = Self::empty(Path::new(name));
-        this.add(Source::memory(name, bytes), most)?;
+        this.add(Opened::read(Source::memory(name, bytes), most)?);
         Ok(this)
     }
 
@@ -114,41 +75,12 @@ impl Checkpoint {
         Self { path: path.to_owned(), entries: BTreeMap::new(), metadata: BTreeMap::new() }
     }
 
-    fn open_shards(&mut self, folder: &Path, most: u64) -> Result<()> {
-        let file = folder.join(INDEX);
-        let index = Index::parse(&file, &read_small(&file, Index::MAX_BYTES)?)?;
-        for (name, tensors) in index.shards() {
-            let source = self.add(Source::open(&shard_path(&file, folder, name)?)?, most)?;
-            let held = |tensor: &&str| {
-                self.entries.get(*tensor).is_some_and(|(there, _)| Arc::ptr_eq(there, &source))
-            };
-            if let Some(missing) = tensors.iter().find(|t| !held(t)) {
-                return Err(Error::checkpoint(
-                    &file,
-                    format!("tensor `{missing}` is not in its shard `{name}`"),
-                ));
-            }
-        }
-        if let Some((extra, (source, _))) =
-            self.entries.iter().find(|(name, _)| !index.weight_map.contains_key(*name))
-        {
-            return Err(Error::checkpoint(&source.path, format!("tensor `{extra}` is not in the index")));
-        }
-        Ok(())
-    }
-
-    fn add(&mut self, source: Source, most: u64) -> Result<Arc<Source>> {
-        let header = Header::read(&source, most)?;
+    /// Its names are in no other file.
+    fn add(&mut self, Opened { source, header }: Opened) {
         let source = Arc::new(source);
-        for (name, entry) in header.tensors {
-            if let Some((other, _)) = self.entries.get(&name) {
-                let what = format!("tensor `{name}` is also in {}", other.path.display());
-                return Err(Error::checkpoint(&source.path, what));
-            }
-            self.entries.insert(name, (source.clone(), entry));
-        }
+        let entries = header.tensors.into_iter().map(|(name, entry)| (name, (source.clone(), entry)));
+        self.entries.extend(entries);
         self.metadata.extend(header.metadata);
-        Ok(source)
     }
 
     /// Where it came from.
@@ -256,6 +188,28 @@ impl Checkpoint {
     }
 }
 
+/// A file whose header was read and checked.
+struct Opened {
+    source: Source,
+    header: Header,
+}
+
+impl Opened {
+    fn read(source: Source, most: u64) -> Result<Self> {
+        let header = Header::read(&source, most)?;
+        Ok(Self { source, header })
+    }
+}
+
+impl Named for Opened {
+    fn path(&self) -> &Path {
+        &self.source.path
+    }
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.header.tensors.keys().map(String::as_str)
+    }
+}
+
 /// Elements that are read at a time: while they are in the cache they are converted and looked at.
 const PIECE: usize = 1 << 16;
 
@@ -264,26 +218,13 @@ fn read_piece(source: &Source, entry: &Entry, name: &str, start: usize, out: &mu
     let size = entry.dtype.size();
     let mut bytes = vec![0; out.len() * size];
     source.read_at(entry.start + (start * size) as u64, &mut bytes)?;
-    convert(&bytes, entry.dtype, out);
+    entry.dtype.decode(&bytes, out);
     if !all_finite(out)
         && let Some(i) = out.iter().position(|x| !x.is_finite())
     {
         return Err(not_finite(&source.path, name, start + i, out[i]));
     }
     Ok(())
-}
-
-/// Widens little-endian elements.
-pub(crate) fn convert(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
-    fn fill<const N: usize>(out: &mut [f32], bytes: &[u8], widen: impl Fn([u8; N]) -> f32) {
-        let (whole, _) = bytes.as_chunks();
-        out.iter_mut().zip(whole).for_each(|(o, b)| *o = widen(*b));
-    }
-    match dtype {
-        Dtype::F32 => fill(out, bytes, f32::from_le_bytes),
-        Dtype::F16 => fill(out, bytes, |b| f16::from_le_bytes(b).to_f32()),
-        Dtype::Bf16 => fill(out, bytes, |b| bf16::from_le_bytes(b).to_f32()),
-    }
 }
 
 fn not_finite(path: &Path, name: &str, i: usize, value: f32) -> Error {
@@ -315,11 +256,8 @@ impl TensorWriter {
     }
     /// Adds a tensor; `data` is row-major and converted to `dtype` (round to nearest even).
     pub fn add(&mut self, name: impl Into<String>, shape: &[usize], data: &[f32], dtype: Dtype) -> &mut Self {
-        let bytes = match dtype {
-            Dtype::F32 => data.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Dtype::F16 => data.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-            Dtype::Bf16 => data.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-        };
+        let mut bytes = Vec::with_capacity(data.len() * dtype.size());
+        dtype.encode(data, &mut bytes);
         self.tensors.insert(name.into(), (dtype, shape.to_vec(), bytes));
         self
     }
@@ -335,15 +273,10 @@ impl TensorWriter {
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let bad = |e: safetensors::SafeTensorError| Error::checkpoint(path, e.to_string());
-        let stored = |d| match d {
-            Dtype::F32 => Stored::F32,
-            Dtype::F16 => Stored::F16,
-            Dtype::Bf16 => Stored::BF16,
-        };
         let mut views = Vec::new();
         for (name, (dtype, shape, bytes)) in &self.tensors {
             let view =
-                safetensors::tensor::TensorView::new(stored(*dtype), shape.clone(), bytes).map_err(bad)?;
+                safetensors::tensor::TensorView::new(dtype.stored(), shape.clone(), bytes).map_err(bad)?;
             views.push((name, view));
         }
         let metadata = (!self.metadata.is_empty()).then(|| self.metadata.clone().into_iter().collect());

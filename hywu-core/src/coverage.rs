@@ -1,4 +1,4 @@
-use crate::{Adapter, AdapterSpec, Error, Module, Result};
+use crate::{Adapter, AdapterSpec, Error, Module, Result, error::some_of};
 use indexmap::IndexSet;
 use std::fmt;
 
@@ -18,9 +18,6 @@ pub struct ApplyResult {
     /// Entries that no module takes.
     pub unused: Vec<String>,
 }
-
-/// Names of a set that a message tells.
-const TOLD: usize = 10;
 
 impl ApplyResult {
     /// Compares the names of both sides; `skips` says which modules may go without an entry.
@@ -61,6 +58,14 @@ impl ApplyResult {
         if self.is_complete() { Ok(()) } else { Err(Error::Adapter(self.to_string())) }
     }
 
+    /// [`ApplyResult::strict`], or [`ApplyResult::partial`] where that was asked for.
+    ///
+    /// # Errors
+    /// Theirs.
+    pub fn check(&self, partial: bool) -> Result<()> {
+        if partial { self.partial() } else { self.strict() }
+    }
+
     /// At least something must be applied: an adapter of which nothing fits is for another backbone.
     ///
     /// # Errors
@@ -76,13 +81,8 @@ impl fmt::Display for ApplyResult {
         let modules = self.applied.len() + self.skipped.len() + self.missing.len();
         write!(f, "{} of {modules} modules have an entry", self.applied.len())?;
         for (what, names) in [("missing modules", &self.missing), ("unused entries", &self.unused)] {
-            if names.is_empty() {
-                continue;
-            }
-            let told: Vec<&str> = names.iter().take(TOLD).map(String::as_str).collect();
-            write!(f, "; {what}: {}", told.join(", "))?;
-            if names.len() > TOLD {
-                write!(f, " and {} more", names.len() - TOLD)?;
+            if !names.is_empty() {
+                write!(f, "; {what}: {}", some_of(names))?;
             }
         }
         Ok(())

@@ -49,8 +49,9 @@ impl Error {
     }
 }
 
-/// Shows text that may cite a file: in one line, no control character reaches a terminal, and not without end.
-struct Plain<'a>(&'a str);
+/// Shows text that may come from a file: in one line, no control character reaches a terminal, and not without end.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain<'a>(pub &'a str);
 
 impl Display for Plain<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -75,4 +76,12 @@ pub fn check_range<T: PartialOrd + Display>(
         return Ok(());
     }
     Err(Error::Config(format!("{field} {value} must be from {} to {}", range.start(), range.end())))
+}
+
+/// Up to ten names, for a message, and how many more there are.
+pub fn some_of<S: AsRef<str>>(names: &[S]) -> String {
+    const TOLD: usize = 10;
+    let told: Vec<String> = names.iter().take(TOLD).map(|n| format!("`{}`", n.as_ref())).collect();
+    let more = names.len().saturating_sub(TOLD);
+    told.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
 }

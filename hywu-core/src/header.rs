@@ -1,5 +1,5 @@
 use crate::{Dtype, Error, Result, parse_json, source::Source};
-use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::tensor::{Dtype as Stored, Metadata, TensorInfo};
 use serde_json::value::RawValue;
 use std::{collections::BTreeMap, path::Path};
 
@@ -58,33 +58,46 @@ impl Header {
     /// other than F32, F16 and BF16, a size that is not its shape's, tensors that overlap or leave holes, a file that is longer or
     /// shorter than they are; names with control characters.
     pub fn parse(path: impl AsRef<Path>, text: &[u8], length: u64) -> Result<Self> {
-        let bad = |what: String| Error::checkpoint(path.as_ref(), what);
+        let Tensors { tensors, metadata } =
+            Tensors::parse(path.as_ref(), text, length, |stored| Dtype::of(stored).is_some())?;
+        let data = PREFIX + text.len() as u64;
+        let entry = |(name, info): (String, TensorInfo)| {
+            let start = data.saturating_add(info.data_offsets.0 as u64);
+            Some((name, Entry { dtype: Dtype::of(info.dtype)?, shape: info.shape, start }))
+        };
+        Ok(Self { tensors: tensors.into_iter().filter_map(entry).collect(), metadata })
+    }
+}
+
+/// What a header holds, with tensors of any type.
+pub(crate) struct Tensors {
+    /// In the order of their bytes.
+    pub tensors: Vec<(String, TensorInfo)>,
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl Tensors {
+    /// As [`Header::parse`], but with tensors of the types that `takes` says.
+    pub fn parse(path: &Path, text: &[u8], length: u64, takes: impl Fn(Stored) -> bool) -> Result<Self> {
+        let bad = |what: String| Error::checkpoint(path, what);
         let damaged = |e: &dyn std::fmt::Display| bad(format!("not a valid safetensors file: {e}"));
         let mut json: BTreeMap<String, Box<RawValue>> = parse_json(text).map_err(|e| damaged(&e))?;
-        let mut header = Self::default();
-        if let Some(metadata) = json.remove("__metadata__") {
-            header.metadata = serde_json::from_str(metadata.get())
-                .map_err(|e| damaged(&format_args!("metadata is not text alone: {e}")))?;
-        }
-        let data = PREFIX + text.len() as u64;
+        let metadata = match json.remove("__metadata__") {
+            Some(metadata) => serde_json::from_str(metadata.get())
+                .map_err(|e| damaged(&format_args!("metadata is not text alone: {e}")))?,
+            None => BTreeMap::new(),
+        };
         let mut tensors = Vec::new();
         for (name, value) in json {
             let info: TensorInfo = serde_json::from_str(value.get()).map_err(|e| {
                 bad(format!("tensor `{name}` is not described as in a safetensors file: {e}"))
             })?;
-            let dtype = match info.dtype {
-                safetensors::Dtype::F32 => Dtype::F32,
-                safetensors::Dtype::F16 => Dtype::F16,
-                safetensors::Dtype::BF16 => Dtype::Bf16,
-                other => {
-                    let what =
-                        format!("tensor `{name}` has dtype {other:?}; F32, F16 and BF16 are supported");
-                    return Err(bad(what));
-                }
-            };
-            if name.contains(char::is_control) {
-                return Err(bad(format!("the name of tensor `{name}` holds control characters")));
+            if !takes(info.dtype) {
+                let what =
+                    format!("tensor `{name}` has dtype {:?}; F32, F16 and BF16 are supported", info.dtype);
+                return Err(bad(what));
             }
+            check_name(&name).map_err(&bad)?;
             if info.shape.len() > MAX_AXES {
                 let what = format!(
                     "tensor `{name}` has {} axes; at most {MAX_AXES} are supported",
@@ -92,16 +105,14 @@ impl Header {
                 );
                 return Err(bad(what));
             }
-            let start = data.saturating_add(info.data_offsets.0 as u64);
-            header.tensors.insert(name.clone(), Entry { dtype, shape: info.shape.clone(), start });
             tensors.push((name, info));
         }
         tensors.sort_by_key(|(_, info)| info.data_offsets);
         // The library checks sizes against shapes, and that each tensor starts where the one before it ends.
-        let end = Metadata::new(None, tensors).map_err(|e| damaged(&e))?.data_len() as u64;
-        let held = length.saturating_sub(data);
+        let end = Metadata::new(None, tensors.clone()).map_err(|e| damaged(&e))?.data_len() as u64;
+        let held = length.saturating_sub(PREFIX + text.len() as u64);
         match held.cmp(&end) {
-            std::cmp::Ordering::Equal => Ok(header),
+            std::cmp::Ordering::Equal => Ok(Self { tensors, metadata }),
             std::cmp::Ordering::Less => {
                 Err(bad(format!("truncated: {held} bytes of tensors where its header tells of {end}")))
             }
@@ -110,6 +121,14 @@ impl Header {
             }
         }
     }
+}
+
+/// Names reach terminals, and files that are written are read again.
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
+    if name.contains(char::is_control) {
+        return Err(format!("the name of tensor `{name}` holds control characters"));
+    }
+    Ok(())
 }
 
 /// The JSON text of a file's header, of at most `most` bytes, and the length of the file.

@@ -1,16 +1,14 @@
 use crate::{
-    Dtype, Error, Header, Index, Result,
-    checkpoint::{INDEX, SINGLE},
-    header::read_text,
-    index::shard_path,
-    parse_json, read_small,
+    Error, Header, Result,
+    files::{Named, open_all},
+    header::{Tensors, read_text},
     source::Source,
 };
-use safetensors::tensor::{Dtype as Stored, Metadata, TensorInfo};
+use safetensors::tensor::TensorInfo;
 use std::{collections::BTreeMap, path::Path};
 
 /// A safetensors file as other programs write it: with tensors of any type, which [`crate::Checkpoint`] would not open. For what copies
-/// them, or needs single values only.
+/// them, or needs names, shapes and single values only.
 pub(crate) struct RawFile {
     source: Source,
     /// The JSON text.
@@ -23,35 +21,14 @@ pub(crate) struct RawFile {
 impl RawFile {
     pub fn open(path: &Path, most: u64) -> Result<Self> {
         let source = Source::open(path)?;
-        let bad = |what: String| Error::checkpoint(path, what);
         let (header, length) = read_text(&source, most)?;
-        let parsed: Metadata =
-            parse_json(&header).map_err(|e| bad(format!("not a valid safetensors file: {e}")))?;
-        let (told, held) = (parsed.data_len() as u64, length - 8 - header.len() as u64);
-        if told != held {
-            return Err(bad(format!("{held} bytes of tensors where its header tells of {told}")));
-        }
-        let mut tensors: Vec<_> = parsed.tensors().into_iter().map(|(n, info)| (n, info.clone())).collect();
-        tensors.sort_by_key(|(_, info)| info.data_offsets);
-        let metadata = parsed.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let Tensors { tensors, metadata } = Tensors::parse(path, &header, length, |_| true)?;
         Ok(Self { source, header, tensors, metadata })
     }
 
     /// The file, or the files of a folder.
     pub fn open_all(path: &Path) -> Result<Vec<Self>> {
-        let index = path.join(INDEX);
-        let files = if !path.is_dir() {
-            vec![path.to_owned()]
-        } else if index.is_file() {
-            let parsed = Index::parse(&index, &read_small(&index, Index::MAX_BYTES)?)?;
-            let shard = |name: &&str| shard_path(&index, path, name);
-            parsed.shards().keys().map(shard).collect::<Result<Vec<_>>>()?
-        } else if path.join(SINGLE).is_file() {
-            vec![path.join(SINGLE)]
-        } else {
-            return Err(Error::checkpoint(path, format!("the folder holds neither {SINGLE} nor {INDEX}")));
-        };
-        files.iter().map(|file| Self::open(file, Header::MAX_CHECKPOINT)).collect()
+        open_all(path, |file| Self::open(file, Header::MAX_CHECKPOINT))
     }
 
     pub fn path(&self) -> &Path {
@@ -78,12 +55,11 @@ impl RawFile {
     }
 }
 
-/// The type, if it is one that this project computes with.
-pub(crate) fn dtype_of(stored: Stored) -> Option<Dtype> {
-    match stored {
-        Stored::F32 => Some(Dtype::F32),
-        Stored::F16 => Some(Dtype::F16),
-        Stored::BF16 => Some(Dtype::Bf16),
-        _ => None,
+impl Named for RawFile {
+    fn path(&self) -> &Path {
+        self.path()
+    }
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(|(name, _)| name.as_str())
     }
 }

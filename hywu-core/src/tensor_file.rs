@@ -1,6 +1,7 @@
-use crate::{AtomicFile, Dtype, Error, Result, checkpoint::beyond};
-use half::{bf16, f16};
+use crate::{AtomicFile, Dtype, Error, Result, checkpoint::beyond, header::check_name};
+use half::bf16;
 use indexmap::IndexMap;
+use ndarray::{CowArray, IxDyn};
 use serde_json::{Map, Value, json};
 use std::{
     collections::BTreeMap,
@@ -30,18 +31,21 @@ struct Place {
     len: usize,
 }
 
-impl TensorFile {
-    /// A file with these tensors, which lie in it in this order: pieces that come in order are written without seeking.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when the file can't be made or the disk has no room for it; [`Error::Checkpoint`] for a name that comes twice, or
-    /// so many tensors that no reader would take the header.
-    pub fn create(
-        path: impl AsRef<Path>,
+/// What stands where in a file, before any of it is written.
+struct Layout {
+    /// Everything before the values.
+    head: Vec<u8>,
+    places: IndexMap<String, Place>,
+    /// Bytes of values.
+    bytes: u64,
+}
+
+impl Layout {
+    fn new(
+        path: &Path,
         tensors: impl IntoIterator<Item = (String, Dtype, Vec<usize>)>,
         metadata: &BTreeMap<String, String>,
     ) -> Result<Self> {
-        let path = path.as_ref();
         let bad = |what: String| Error::checkpoint(path, what);
         let mut header = Map::new();
         if !metadata.is_empty() {
@@ -49,18 +53,14 @@ impl TensorFile {
         }
         let (mut places, mut end) = (IndexMap::new(), 0u64);
         for (name, dtype, shape) in tensors {
+            check_name(&name).map_err(&bad)?;
             let len = shape.iter().try_fold(1usize, |n, &x| n.checked_mul(x));
             let Some((len, bytes)) = len.and_then(|n| Some((n, n.checked_mul(dtype.size())?))) else {
                 return Err(bad(format!("tensor `{name}` of shape {shape:?} is too large")));
             };
             let start = end;
             end += bytes as u64;
-            let stored = match dtype {
-                Dtype::F32 => "F32",
-                Dtype::F16 => "F16",
-                Dtype::Bf16 => "BF16",
-            };
-            let entry = json!({"dtype": stored, "shape": shape, "data_offsets": [start, end]});
+            let entry = json!({"dtype": dtype.stored(), "shape": shape, "data_offsets": [start, end]});
             header.insert(name.clone(), entry);
             if places.insert(name.clone(), Place { dtype, start, len }).is_some() {
                 return Err(bad(format!("tensor `{name}` comes twice")));
@@ -72,13 +72,59 @@ impl TensorFile {
         if text.len() > MAX_HEADER {
             return Err(bad(format!("{} tensors have a header of {} bytes", places.len(), text.len())));
         }
-        let first = 8 + text.len() as u64;
-        places.values_mut().for_each(|place| place.start += first);
-        let mut file = AtomicFile::create(path)?;
-        file.reserve(first + end)?;
         let head = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
+        places.values_mut().for_each(|place| place.start += head.len() as u64);
+        Ok(Self { head, places, bytes: end })
+    }
+}
+
+impl TensorFile {
+    /// A file with these tensors, which lie in it in this order: pieces that come in order are written without seeking.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the file can't be made or the disk has no room for it; [`Error::Checkpoint`] for a name that comes twice or
+    /// holds control characters, or so many tensors that no reader would take the header.
+    pub fn create(
+        path: impl AsRef<Path>,
+        tensors: impl IntoIterator<Item = (String, Dtype, Vec<usize>)>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let Layout { head, places, bytes } = Layout::new(path, tensors, metadata)?;
+        let mut file = AtomicFile::create(path)?;
+        let at = head.len() as u64;
+        file.reserve(at + bytes)?;
         file.write_all(&head).map_err(|e| Error::io(path, e))?;
-        Ok(Self { file, places, at: first, written: 0, bytes: end })
+        Ok(Self { file, places, at, written: 0, bytes })
+    }
+
+    /// Bytes of a file with these tensors and this metadata; `path` is for the errors.
+    pub(crate) fn size(
+        path: &Path,
+        tensors: impl IntoIterator<Item = (String, Dtype, Vec<usize>)>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<u64> {
+        let layout = Layout::new(path, tensors, metadata)?;
+        Ok(layout.head.len() as u64 + layout.bytes)
+    }
+
+    /// Writes a file of arrays whole: the widest type first, so that every value lies at a multiple of its size, then by name.
+    pub(crate) fn write_whole(
+        path: &Path,
+        mut arrays: Vec<(String, Dtype, CowArray<'_, f32, IxDyn>)>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<()> {
+        arrays.sort_by(|(x, t, _), (y, u, _)| u.size().cmp(&t.size()).then_with(|| x.cmp(y)));
+        let tensors =
+            arrays.iter().map(|(name, dtype, array)| (name.clone(), *dtype, array.shape().to_vec()));
+        let mut file = Self::create(path, tensors, metadata)?;
+        for (name, _, array) in &arrays {
+            match array.as_slice() {
+                Some(values) => file.put(name, 0, values)?,
+                None => file.put(name, 0, &array.iter().copied().collect::<Vec<_>>())?,
+            }
+        }
+        file.finish()
     }
 
     /// Writes elements `start ..` of a tensor, rounded to its dtype.
@@ -94,11 +140,7 @@ impl TensorFile {
         let mut bytes = Vec::with_capacity(CHUNK * dtype.size());
         for values in values.chunks(CHUNK) {
             bytes.clear();
-            match dtype {
-                Dtype::F32 => bytes.extend(values.iter().flat_map(|x| x.to_le_bytes())),
-                Dtype::F16 => bytes.extend(values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes())),
-                Dtype::Bf16 => bytes.extend(values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes())),
-            }
+            dtype.encode(values, &mut bytes);
             self.append(&bytes)?;
         }
         Ok(())

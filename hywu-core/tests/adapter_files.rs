@@ -5,13 +5,17 @@ mod common;
 use common::{adapter, folder, fused, lora, random};
 use hywu_core::{
     Adapter, Checkpoint, Dtype, Lora, TensorWriter,
-    adapter::{average, compare, inspect, merge},
+    adapter::{MergeOptions, Names, average, compare, inspect, merge},
 };
 use ndarray::{Array2, ArrayD, Axis, s};
 use std::{fs, ops::ControlFlow, path::Path};
 
 fn go_on(_: u64, _: u64) -> ControlFlow<()> {
     ControlFlow::Continue(())
+}
+
+fn at(instance: usize, names: &Names) -> MergeOptions<'_> {
+    MergeOptions { names, instance, partial: false }
 }
 
 /// scale B A of a plain module of the first instance, formed.
@@ -174,7 +178,7 @@ fn merged_experts_compute_what_the_published_program_does() {
     let dir = folder();
     let out = dir.path().join("merged");
     let base = golden.join("moe-base.safetensors");
-    let report = merge(&mlp, 0, &fused(), &base, &out, &mut go_on).expect("it fits");
+    let report = merge(&mlp, &base, &out, &at(0, &fused()), &mut go_on).expect("it fits");
     assert_eq!((report.merged, report.copied, report.files), (10, 0, 1));
     let weights = Checkpoint::open(out.join("moe-base.safetensors")).expect("readable");
     let matrix = |file: &Checkpoint, name: &str| {
@@ -247,7 +251,7 @@ fn a_merge_keeps_shards_types_and_what_is_beside() {
         told.push((done, all));
         ControlFlow::Continue(())
     };
-    let report = merge(&made, 0, &fused(), &base, &out, &mut tell).expect("it fits");
+    let report = merge(&made, &base, &out, &at(0, &fused()), &mut tell).expect("it fits");
     assert_eq!((report.merged, report.copied, report.files), (3, 2, 2));
     assert!(told.is_sorted() && told.last().is_some_and(|(done, all)| done == all), "{told:?}");
     assert_eq!(originals(&base), before);
@@ -280,12 +284,12 @@ fn a_merge_keeps_shards_types_and_what_is_beside() {
 
     // Nothing to add: the same bytes.
     let nothing = made.clone().scaled(0.0).expect("finite");
-    merge(&nothing, 0, &fused(), &base, dir.path().join("same"), &mut go_on).expect("it fits");
+    merge(&nothing, &base, dir.path().join("same"), &at(0, &fused()), &mut go_on).expect("it fits");
     assert_eq!(originals(&dir.path().join("same")), before);
 
     // What can't be merged leaves nothing behind.
     let refused = |bad: &Adapter, to: &Path, message: &str| {
-        let e = merge(bad, 0, &fused(), &base, to, &mut go_on).expect_err(message).to_string();
+        let e = merge(bad, &base, to, &at(0, &fused()), &mut go_on).expect_err(message).to_string();
         assert!(e.contains(message), "{e}");
         assert_eq!(names(dir.path()), ["base", "out", "same"]);
     };
@@ -298,11 +302,11 @@ fn a_merge_keeps_shards_types_and_what_is_beside() {
     refused(&bad, &never, "and 2 more");
     refused(&adapter(1.0, [("l.0.q", lora(&[1], [1, 8, 5], 1))]), &never, "[5, 7]");
     refused(&made.clone().scaled(1e6).expect("finite"), &never, "`l.1.q.weight` would hold");
-    let stopped = merge(&made, 0, &fused(), &base, &never, &mut |_, _| ControlFlow::Break(()));
+    let stopped = merge(&made, &base, &never, &at(0, &fused()), &mut |_, _| ControlFlow::Break(()));
     assert!(matches!(stopped, Err(hywu_core::Error::Interrupted)));
     assert_eq!(names(dir.path()), ["base", "out", "same"]);
     let several = adapter(1.0, [("l.0.q", lora(&[2], [1, 7, 5], 1))]);
-    assert!(merge(&several, 2, &fused(), &base, &never, &mut go_on).is_err());
+    assert!(merge(&several, &base, &never, &at(2, &fused()), &mut go_on).is_err());
     fs::remove_file(base.join("two.safetensors")).expect("there");
     refused(&made, &never, "two.safetensors");
 }

@@ -16,7 +16,7 @@ fn to(format: Format, names: &Names) -> ExportOptions<'_> {
 }
 
 fn from(names: &Names) -> ImportOptions<'_> {
-    ImportOptions { names, component: None, known: &[] }
+    ImportOptions { names, component: None, known: &[], base: None, partial: false }
 }
 
 /// Every format, every layout: back to the bit.
@@ -26,6 +26,8 @@ fn round_trip(made: &Adapter, names: &Names, known: &[String]) {
         let path = dir.path().join(format!("{format:?}"));
         export(made, &path, &to(format, names)).expect("it can be told");
         let back = import(&path, None, &ImportOptions { known, ..from(names) }).expect("it comes back");
+        assert!(back.absent.is_empty(), "{format:?}: {:?}", back.absent);
+        let back = back.adapter;
         assert_eq!(back.modules, made.modules, "{format:?}");
         assert_eq!(back.metadata, made.metadata, "{format:?}");
         let unit = if format == Format::Kohya { f32::EPSILON * made.scale } else { 0.0 };
@@ -220,14 +222,14 @@ fn scales_of_a_peft_config() {
     let folder = dir.path().join("there");
     let config = serde_json::json!({
         "peft_type": "LORA", "r": 2, "lora_alpha": 3, "bias": "none",
-        "rank_pattern": {"q": 4, "^l\\.1\\.k": 1}, "alpha_pattern": {"l.1.q": 8, "k": 5},
+        "rank_pattern": {"q": 4, "^l\\.1\\.k": 1}, "alpha_pattern": {"l.1.q": 8, "(k|\\w+k)": 5},
     });
     peft(
         &folder,
         config,
         &[("l.0.q", 4), ("l.1.q", 4), ("l.0.k", 2), ("l.1.k", 1), ("l.0.v", 2), ("l.1.xq", 2), ("l.2.v", 2)],
     );
-    let read = import(&folder, None, &from(&fused())).expect("readable");
+    let read = import(&folder, None, &from(&fused())).expect("readable").adapter;
     // Most frequent: 3 / 2, of v and of xq, which ends in q but not behind a dot.
     assert_eq!(read.scale, 1.5);
     for (name, scale) in
@@ -239,7 +241,7 @@ fn scales_of_a_peft_config() {
     let rs = serde_json::json!({"peft_type": "LORA", "r": 4, "lora_alpha": 3, "use_rslora": true});
     let folder = dir.path().join("rs");
     peft(&folder, rs, &[("l.0.q", 4)]);
-    assert_eq!(import(&folder, None, &from(&fused())).expect("readable").scale, 1.5);
+    assert_eq!(import(&folder, None, &from(&fused())).expect("readable").adapter.scale, 1.5);
     // A config that says another rank is not believed.
     peft(&folder, serde_json::json!({"r": 2, "lora_alpha": 3}), &[("l.0.q", 4)]);
     let e = import(&folder, None, &from(&fused())).expect_err("another rank").to_string();
@@ -263,6 +265,11 @@ fn options_that_are_more_than_a_pair_are_named() {
         ("peft_type", "LOHA".into()),
         ("rank_pattern", serde_json::json!({"q": "four"})),
         ("alpha_pattern", serde_json::json!({"(?=q)": 4})),
+        ("alpha_pattern", serde_json::json!({"(a{999}){99}": 4})),
+        (
+            "rank_pattern",
+            (0..10_000).map(|i| (format!("l.{i}.q"), 4.into())).collect::<serde_json::Map<_, _>>().into(),
+        ),
     ] {
         let mut config = serde_json::json!({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "modules_to_save": [], "use_dora": false});
         config[field] = value;
@@ -333,7 +340,7 @@ fn other_spellings_and_components() {
         &file,
         &[("unet.q.lora.down.weight", &[2, 4]), ("unet.q.lora.up.weight", &[3, 2]), ("unet.q.alpha", &[])],
     );
-    let read = import(&file, None, &from(&fused())).expect("readable");
+    let read = import(&file, None, &from(&fused())).expect("readable").adapter;
     assert_eq!((read.scale, read.modules["q"].lora_b.shape()), (0.75, &[1, 3, 2][..]));
     tensors(
         &file,
@@ -348,9 +355,94 @@ fn other_spellings_and_components() {
     assert!(e.contains("`text_encoder`, `transformer`"), "{e}");
     let names = fused();
     let one = ImportOptions { component: Some("text_encoder"), ..from(&names) };
-    assert_eq!(import(&file, None, &one).expect("readable").modules.keys().collect::<Vec<_>>(), ["k"]);
-    let none = ImportOptions { component: Some("prior"), ..from(&names) };
-    assert!(import(&file, None, &none).expect_err("not there").to_string().contains("no adapter"));
+    assert_eq!(
+        import(&file, None, &one).expect("readable").adapter.modules.keys().collect::<Vec<_>>(),
+        ["k"]
+    );
+    let none = ImportOptions { component: Some("tranformer"), ..from(&names) };
+    let e = import(&file, None, &none).expect_err("not there").to_string();
+    assert!(e.contains("no adapter for `tranformer`, only for `text_encoder`, `transformer`"), "{e}");
+    // Names without a component beside others, and one that is in no list.
+    tensors(
+        &file,
+        &[
+            ("q.lora_A.weight", &[2, 4]),
+            ("q.lora_B.weight", &[3, 2]),
+            ("unet.k.lora_A.weight", &[2, 4]),
+            ("unet.k.lora_B.weight", &[3, 2]),
+            ("mine.v.lora_A.weight", &[2, 4]),
+            ("mine.v.lora_B.weight", &[3, 2]),
+        ],
+    );
+    for (component, names) in [("", &["mine.v", "q"][..]), ("unet", &["k"]), ("mine", &["v"])] {
+        let one = ImportOptions { component: Some(component), known: &[], ..none.clone() };
+        let read = import(&file, None, &one).expect(component).adapter;
+        assert_eq!(read.modules.keys().collect::<Vec<_>>(), names, "{component}");
+    }
+    let e = import(&file, None, &from(&names)).expect_err("two components").to_string();
+    assert!(e.contains("`no component`, `unet`"), "{e}");
+}
+
+#[test]
+fn components_that_a_format_can_not_say_are_refused() {
+    let dir = folder();
+    let made = adapter(1.0, [("q", lora(&[1], [1, 2, 3], 1))]);
+    let names = fused();
+    let path = dir.path().join("x");
+    for (format, component, message) in [
+        (Format::Peft, "unet", "`unet`: a PEFT folder"),
+        (Format::Kohya, "u net", "no component `u net`; known are unet, "),
+        (Format::Kohya, "", "no component ``"),
+        (Format::Diffusers, "tranformer", "known are transformer, "),
+    ] {
+        let options = ExportOptions { component: Some(component), ..to(format, &names) };
+        let e = export(&made, &path, &options).expect_err(component).to_string();
+        assert!(e.contains(message) && !path.exists(), "{e}");
+    }
+    export(&made, &path, &to(Format::Peft, &names)).expect("it can be told");
+    let one = ImportOptions { component: Some("unet"), ..from(&names) };
+    let e = import(&path, None, &one).expect_err("none").to_string();
+    assert!(e.contains("`unet`: a PEFT folder"), "{e}");
+    // Every component that can be written can be read.
+    let file = dir.path().join("x.safetensors");
+    for (format, components) in [
+        (Format::Kohya, &["unet", "transformer", "te", "te1", "te2", "te3"][..]),
+        (Format::Diffusers, &["transformer", "unet", "text_encoder_2", "prior", ""]),
+    ] {
+        for component in components {
+            let options = ExportOptions { component: Some(component), ..to(format, &names) };
+            export(&made, &file, &options).expect(component);
+            let known = ["q".to_owned()];
+            for wanted in [None, Some(*component)] {
+                let one = ImportOptions { component: wanted, known: &known, ..from(&names) };
+                assert_eq!(import(&file, None, &one).expect(component).adapter, made, "{component}");
+            }
+        }
+    }
+}
+
+#[test]
+fn names_that_no_adapter_may_have_are_refused_at_once() {
+    let dir = folder();
+    let file = dir.path().join("x.safetensors");
+    let entry = |name: &str, from: usize| {
+        format!(r#""l\u001b[2J.{name}":{{"dtype":"F32","shape":[1,1],"data_offsets":[{from},{}]}}"#, from + 4)
+    };
+    let header = format!("{{{},{}}}", entry("lora_A.weight", 0), entry("lora_B.weight", 4));
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 8]].concat();
+    fs::write(&file, bytes).expect("writable");
+    let e = import(&file, None, &from(&fused())).expect_err("an escape").to_string();
+    assert!(e.contains(r"l\u{1b}[2J.lora_A.weight") && e.contains("control characters"), "{e}");
+    // A module map can ask for such a name too.
+    let made = adapter(1.0, [("q", lora(&[1], [1, 2, 3], 1))]);
+    let names = Names::fused(&map(r#"{"module": [{"ours": "q", "theirs": "a\u0007b"}]}"#)).expect("a rule");
+    for format in [Format::Peft, Format::Kohya, Format::Diffusers] {
+        let path = dir.path().join("y");
+        let e = export(&made, &path, &to(format, &names)).expect_err("a bell").to_string();
+        assert!(e.contains("control characters") && !path.exists(), "{e}");
+    }
+    let bell = adapter(1.0, [("a\u{7}b", lora(&[1], [1, 2, 3], 1))]);
+    assert!(bell.save(dir.path().join("z")).is_err() && !dir.path().join("z").exists());
 }
 
 #[test]
@@ -364,7 +456,7 @@ fn flattened_names_need_the_real_ones() {
     let known = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
     let names = fused();
     let read = |known: &[String]| import(&file, None, &ImportOptions { known, ..from(&names) });
-    let good = read(&known(&["a.0.to_q", "a.1.to_q"])).expect("it is told");
+    let good = read(&known(&["a.0.to_q", "a.1.to_q"])).expect("it is told").adapter;
     // No alpha: it is the rank.
     assert_eq!((good.scale, good.modules.contains_key("a.0.to_q")), (1.0, true));
     let e = read(&known(&["a.0.to_q", "a.0.to.q"])).expect_err("ambiguous").to_string();
@@ -374,7 +466,7 @@ fn flattened_names_need_the_real_ones() {
     // By the rules of a map, to our name.
     let names = Names::fused(&map(r#"{"module": [{"ours": "l.{n}.q", "theirs": "a.{n}.to_q"}]}"#))
         .expect("rules that work");
-    let read = import(&file, None, &from(&names)).expect("it is told");
+    let read = import(&file, None, &from(&names)).expect("it is told").adapter;
     assert!(read.modules.contains_key("l.0.q"), "{read:?}");
     // Text encoders are another component.
     tensors(
@@ -410,7 +502,7 @@ fn alpha_may_be_a_whole_number() {
         fs::write(&file, bytes).expect("writable");
         let names = fused();
         let read = import(&file, None, &ImportOptions { known: &["q".to_owned()], ..from(&names) });
-        assert_eq!(read.expect("readable").scale, 1.5, "{dtype}");
+        assert_eq!(read.expect("readable").adapter.scale, 1.5, "{dtype}");
     }
 }
 
@@ -427,7 +519,7 @@ fn a_folded_scale_is_in_the_values() {
         ..to(Format::Diffusers, &names)
     };
     export(&made, &file, &options).expect("it can be told");
-    let read = import(&file, None, &from(&names)).expect("readable");
+    let read = import(&file, None, &from(&names)).expect("readable").adapter;
     assert_eq!(read.scale, 1.0);
     let second = made.entry(1).expect("two instances");
     assert_eq!(read.modules["q"].lora_a, second.modules["q"].lora_a);
@@ -474,7 +566,7 @@ fn an_expert_that_was_never_trained_comes_along() {
     }
     writer.write(&file).expect("writable");
     let read = import(&file, None, &from(&fused())).expect("one rank for all");
-    let up = &read.modules["model.layers.0.mlp.experts.w3"];
+    let up = &read.adapter.modules["model.layers.0.mlp.experts.w3"];
     assert_eq!((up.lora_a.shape(), up.lora_b.shape()), (&[1, 3, 2, 6][..], &[1, 3, 5, 2][..]));
     assert!(up.lora_b.slice(s![0, 1, .., ..]).iter().all(|&x| x == 0.0));
     assert!(up.lora_b.slice(s![0, 2, .., ..]).iter().all(|&x| x == 1.5));

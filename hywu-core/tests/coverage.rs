@@ -40,7 +40,7 @@ fn a_whole_adapter_is_applied() {
 fn ten_names_of_each_side_are_told_and_how_many_more() {
     let (small, large) = (spec(1), spec(7));
     let missing = refused(&adapter(&small, 1), &large);
-    for told in ["2 of 14 modules", "missing modules: layers.1.q, ", "layers.5.experts.w1 and 2 more"] {
+    for told in ["2 of 14 modules", "missing modules: `layers.1.q`, ", "`layers.5.experts.w1` and 2 more"] {
         assert!(missing.contains(told), "{told}: {missing}");
     }
     assert!(
@@ -48,13 +48,13 @@ fn ten_names_of_each_side_are_told_and_how_many_more() {
         "{missing}"
     );
     let unused = refused(&adapter(&large, 1), &small);
-    for told in ["2 of 2 modules", "unused entries: layers.1.q, ", "layers.5.experts.w1 and 2 more"] {
+    for told in ["2 of 2 modules", "unused entries: `layers.1.q`, ", "`layers.5.experts.w1` and 2 more"] {
         assert!(unused.contains(told), "{told}: {unused}");
     }
     assert!(!unused.contains("missing") && !unused.contains("layers.6"), "{unused}");
     // Exactly ten: all are told.
     let ten = refused(&adapter(&spec(6), 1), &spec(1));
-    assert!(ten.ends_with("layers.5.experts.w1"), "{ten}");
+    assert!(ten.ends_with("`layers.5.experts.w1`"), "{ten}");
 }
 
 #[test]

@@ -290,7 +290,7 @@ fn a_part_of_an_adapter_works_where_it_is_asked_for() {
     for strength in [0.0, 1.0] {
         let e = LoraVars::fit(&part, &spec, strength, false).unwrap_err().to_string();
         assert!(
-            e.contains(&format!("missing modules: {O}")) && e.contains("unused entries: elsewhere"),
+            e.contains(&format!("missing modules: `{O}`")) && e.contains("unused entries: `elsewhere`"),
             "{e}"
         );
     }

@@ -46,11 +46,7 @@ impl LoraVars {
         partial: bool,
     ) -> Result<(Self, ApplyResult)> {
         let mut found = adapter.cover(spec)?;
-        if partial {
-            found.partial()?
-        } else {
-            found.strict()?
-        };
+        found.check(partial)?;
         if strength == 0.0 {
             found.skipped.append(&mut found.applied);
         }

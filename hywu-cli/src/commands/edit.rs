@@ -8,12 +8,12 @@ use clap::{Args, CommandFactory, error::ErrorKind};
 use hywu::{
     cache::AdapterCache,
     model::{Memory, Model},
-    pipeline::{Edit, EditOptions, Editor, Recalled},
+    pipeline::{Edit, EditOptions, Editor, Recalled, fit},
     provenance,
 };
 use hywu_core::{Adapter, Dtype};
 use hywu_diffusion::{Picture, SampleOptions, Sampler, check_output, load_picture, save_picture};
-use hywu_kernels::{Device, LoraVars, ops::low_rank_linear::Apply};
+use hywu_kernels::{Device, ops::low_rank_linear::Apply};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     collections::HashSet,
@@ -204,9 +204,7 @@ impl EditArgs {
     fn given(&self, model: &Model) -> Result<Option<Recalled>> {
         let Some(file) = &self.adapter else { return Ok(None) };
         let adapter = Adapter::load(file)?;
-        let spec = model.backbone.adapter_spec(1, 1.0);
-        let (_, found) = LoraVars::fit(&adapter, &spec, self.strength, self.allow_partial)
-            .with_context(|| file.display().to_string())?;
+        let (_, found) = fit(&adapter, model, &self.options()).with_context(|| file.display().to_string())?;
         if !found.is_complete() && !self.quiet {
             warn(format_args!("{}: {found}", file.display()));
         }

@@ -5,7 +5,10 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueEnum};
-use hywu::provenance::{PROGRAM, PROGRAM_KEY};
+use hywu::{
+    hash::{of_checkpoint, of_condition},
+    provenance,
+};
 use hywu_core::{Checkpoint, Dtype};
 use hywu_generator::{
     Error, GeneratorConfig, Inference, Limits, Progress, RandomCheckpoint, Size, write_random_checkpoint,
@@ -78,10 +81,12 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
     if let Some(folder) = folder.filter(|f| !f.is_dir()) {
         bail!("{}: the folder {} does not exist", args.output.display(), folder.display());
     }
+    let file = Checkpoint::open(condition)?;
+    let condition = file.read("condition").context("the condition file needs a tensor named `condition`")?;
+    let condition_hash = of_condition(&condition);
     let condition = {
-        let file = Checkpoint::open(condition)?;
-        let array = file.read("condition").context("the condition file needs a tensor named `condition`")?;
         // One copy is enough from here on.
+        let array = condition;
         Tensor::from_array(&array)
     };
     let dtype = match (args.dtype, args.device) {
@@ -106,7 +111,7 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
         }
         e => e.into(),
     })?;
-    let metadata = [(PROGRAM_KEY.to_owned(), PROGRAM.to_owned())].into();
+    let metadata = provenance::of_generator(hash_of(checkpoint)?, condition_hash);
     let mut watch = Watch::new(args.quiet);
     let done =
         inference.generate_file(&condition, &args.output, dtype, &metadata, &mut |at| show(&mut watch, at));
@@ -125,6 +130,12 @@ fn generate(args: &GenerateArgs, checkpoint: &Path, condition: &Path) -> Result<
         );
     }
     Ok(())
+}
+
+/// Of the config and all weights, which are read once more for it.
+fn hash_of(folder: &Path) -> Result<String> {
+    let config = serde_json::to_string(&GeneratorConfig::read(folder.join("config.json"))?)?;
+    of_checkpoint(&config, &Checkpoint::open(folder)?, interrupt::requested)
 }
 
 fn write_random(args: &GenerateArgs, what: &str) -> Result<()> {

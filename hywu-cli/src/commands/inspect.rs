@@ -1,7 +1,7 @@
 use crate::output::say;
 use anyhow::Result;
 use clap::Args;
-use hywu_core::Checkpoint;
+use hywu_core::{Checkpoint, Plain};
 use std::path::PathBuf;
 
 /// List the tensors of a checkpoint or adapter, with their norms
@@ -55,7 +55,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     }
     say(format_args!("{}: {} tensors, {values} values", args.file.display(), rows.len()))?;
     for (key, value) in checkpoint.metadata() {
-        say(format_args!("  {key}: {value}"))?;
+        say(format_args!("  {}: {}", Plain(key), Plain(value)))?;
     }
     let width = rows.iter().map(|r| r.name.len()).max().unwrap_or(0);
     say(format_args!(

@@ -43,23 +43,50 @@ pub(super) fn split(pair: &Pair, parts: usize, rows: Option<&[usize]>) -> Result
     ranges(&rows, pair.b.nrows())?.iter().map(part).collect()
 }
 
-/// One pair for all parts. Where all have the same lora_a to the bit, as [`split`] leaves them, it stays; otherwise as [`blocks`].
-pub(super) fn join(parts: &[Pair], rows: Option<&[usize]>) -> Result<Pair> {
-    let same = |p: &Pair| {
-        let bits = |p: &Pair| p.a.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        p.a.dim() == parts[0].a.dim() && bits(p) == bits(&parts[0])
+/// Rows of each part of a fused output of `out` rows.
+pub(super) fn heights(rows: Option<&[usize]>, parts: usize, out: usize) -> Result<Vec<usize>> {
+    let places = ranges(&rows_of(rows, parts, out)?, out)?;
+    Ok(places.iter().map(|place| place.iter().map(Range::len).sum()).collect())
+}
+
+/// One pair for all parts, of which at least one must be there; the others do nothing. Where those that are there have the same lora_a
+/// to the bit, as [`split`] leaves them, it stays; otherwise as [`blocks`].
+pub(super) fn join(parts: &[Option<&Pair>], rows: Option<&[usize]>) -> Result<Pair> {
+    let parts = filled(parts, rows)?;
+    let bits = |p: &Pair| p.a.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let mut there = parts.iter().filter(|p| p.rank() > 0);
+    let first = there.next();
+    let shared = first.filter(|f| there.all(|p| p.a.dim() == f.a.dim() && bits(p) == bits(f)));
+    fuse(&parts, rows, shared)
+}
+
+/// Pairs of rank 0 for parts that are not there: as high as `rows` say beside the others, or as the others where all are equally high.
+fn filled(parts: &[Option<&Pair>], rows: Option<&[usize]>) -> Result<Vec<Pair>> {
+    let there: Vec<(usize, &Pair)> = (0..).zip(parts).filter_map(|(i, p)| Some((i, (*p)?))).collect();
+    let Some((first, lead)) = there.first() else { return Err(Error::Adapter("no part is there".into())) };
+    let equal = there.iter().all(|(_, p)| p.b.nrows() == lead.b.nrows());
+    let empty = |i: usize| {
+        let out = match rows.and_then(|rows| Some((*rows.get(i)?, *rows.get(*first)?))) {
+            Some((own, leads)) => lead.b.nrows() / leads * own,
+            None if equal => lead.b.nrows(),
+            None => {
+                let what = "a part is not there, and as the others differ in height its own is not known; give the rows of the parts";
+                return Err(Error::Adapter(what.into()));
+            }
+        };
+        Ok(Pair { a: Array2::zeros((0, lead.a.ncols())), b: Array2::zeros((out, 0)) })
     };
-    let shared = parts.iter().all(same);
-    fuse(parts, rows, shared)
+    (0..).zip(parts).map(|(i, part)| part.map_or_else(|| empty(i), |p| Ok(p.clone()))).collect()
 }
 
 /// One pair whose lora_a is that of all parts one below the other and whose lora_b has the parts' own in the rows and ranks of each and
 /// zeros elsewhere: the rank is the sum of the ranks, and nothing is lost.
 pub(super) fn blocks(parts: &[Pair], rows: Option<&[usize]>) -> Result<Pair> {
-    fuse(parts, rows, false)
+    fuse(parts, rows, None)
 }
 
-fn fuse(parts: &[Pair], rows: Option<&[usize]>, shared: bool) -> Result<Pair> {
+/// `shared`: a part whose lora_a all others have too, or are of rank 0.
+fn fuse(parts: &[Pair], rows: Option<&[usize]>, shared: Option<&Pair>) -> Result<Pair> {
     let bad = |what: String| Err(Error::Adapter(what));
     let inner = parts[0].a.ncols();
     if let Some(other) = parts.iter().find(|p| p.a.ncols() != inner) {
@@ -77,7 +104,7 @@ fn fuse(parts: &[Pair], rows: Option<&[usize]>, shared: bool) -> Result<Pair> {
             "parts of {own:?} rows don't fit groups of {rows:?}: {n} where {wanted} are expected"
         ));
     }
-    let rank = if shared { parts[0].rank() } else { parts.iter().map(Pair::rank).sum() };
+    let rank = shared.map_or_else(|| parts.iter().map(Pair::rank).sum(), Pair::rank);
     let mut b = Array2::zeros((out, rank));
     let mut column = 0;
     for (part, place) in parts.iter().zip(&places) {
@@ -87,13 +114,14 @@ fn fuse(parts: &[Pair], rows: Option<&[usize]>, shared: bool) -> Result<Pair> {
             b.slice_mut(s![range.clone(), column..column + part.rank()]).assign(&from);
             row += range.len();
         }
-        column += if shared { 0 } else { part.rank() };
+        column += if shared.is_some() { 0 } else { part.rank() };
     }
-    let a = if shared {
-        parts[0].a.clone()
-    } else {
-        let views: Vec<_> = parts.iter().map(|p| p.a.view()).collect();
-        concatenate(Axis(0), &views).map_err(|e| Error::Adapter(e.to_string()))?
+    let a = match shared {
+        Some(part) => part.a.clone(),
+        None => {
+            let views: Vec<_> = parts.iter().map(|p| p.a.view()).collect();
+            concatenate(Axis(0), &views).map_err(|e| Error::Adapter(e.to_string()))?
+        }
     };
     Ok(Pair { a, b })
 }
@@ -172,7 +200,8 @@ mod tests {
             let out = groups * rows.iter().sum::<usize>();
             let fused = pair(rank, inner, out, seed);
             let parts = split(&fused, rows.len(), Some(&rows)).expect("they fit");
-            prop_assert_eq!(&join(&parts, Some(&rows)).expect("they fit"), &fused);
+            let all: Vec<Option<&Pair>> = parts.iter().map(Some).collect();
+            prop_assert_eq!(&join(&all, Some(&rows)).expect("they fit"), &fused);
             // Parts of their own: as blocks, whose product is that of each in its rows.
             let own: Vec<Pair> =
                 rows.iter().zip(1..).map(|(n, i)| pair(ranks[i as usize], inner, n * groups, seed ^ i)).collect();
@@ -182,7 +211,18 @@ mod tests {
                 let difference = part.b.dot(&part.a) - product.b;
                 prop_assert!(difference.iter().all(|x| x.abs() <= 1e-5));
             }
-            prop_assert_eq!(unblock(&whole, rows.len(), Some(&rows)).expect("they fit"), own);
+            prop_assert_eq!(&unblock(&whole, rows.len(), Some(&rows)).expect("they fit"), &own);
+            // A part that is not there does nothing, and the others are what they were.
+            let absent = seed as usize % own.len();
+            let there: Vec<Option<&Pair>> =
+                own.iter().enumerate().map(|(i, p)| (i != absent).then_some(p)).collect();
+            let whole = join(&there, Some(&rows)).expect("they fit");
+            prop_assert_eq!(whole.rank(), own.iter().map(Pair::rank).sum::<usize>() - own[absent].rank());
+            let product = split(&Pair { a: Array2::eye(inner), b: whole.b.dot(&whole.a) }, rows.len(), Some(&rows));
+            for ((i, part), product) in own.iter().enumerate().zip(product.expect("they fit")) {
+                let expected = if i == absent { Array2::zeros(product.b.dim()) } else { part.b.dot(&part.a) };
+                prop_assert!((expected - product.b).iter().all(|x| x.abs() <= 1e-5));
+            }
             // What is no blocks keeps its rank in every part.
             prop_assert_eq!(unblock(&fused, rows.len(), Some(&rows)).expect("they fit"), parts);
         }

@@ -127,10 +127,3 @@ impl Adapter {
         Ok(self)
     }
 }
-
-/// Up to ten names, and how many more there are.
-pub(super) fn some_of<S: AsRef<str>>(names: &[S]) -> String {
-    let shown: Vec<String> = names.iter().take(10).map(|n| format!("`{}`", n.as_ref())).collect();
-    let more = names.len().saturating_sub(10);
-    shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
-}

@@ -1,31 +1,36 @@
 //! W' = W + scale B A, a whole checkpoint at a time.
 
-use super::{
-    Adapter, Names,
-    matrices::{Pair, some_of},
-};
+use super::{Adapter, Base, Names, matrices::Pair};
 use crate::{
-    Dtype, Error, Result,
-    checkpoint::INDEX,
-    create_folder_atomic,
-    index::shard_path,
-    raw::{RawFile, dtype_of},
+    ApplyResult, Dtype, Error, Result, create_folder_atomic, dtype::first_nan, files::INDEX,
+    index::shard_path, raw::RawFile,
 };
-use half::{bf16, f16};
 use indexmap::IndexMap;
 use ndarray::{ArrayView2, s};
 use safetensors::tensor::TensorInfo;
 use std::{
-    collections::HashMap,
     fs::File,
     io::{BufWriter, Write},
     ops::ControlFlow,
     path::Path,
 };
 
+/// How to merge.
+#[derive(Clone, Debug)]
+pub struct MergeOptions<'a> {
+    /// What modules are called in the checkpoint.
+    pub names: &'a Names,
+    /// Which instance of a batch.
+    pub instance: usize,
+    /// Merge what fits of an adapter that has entries without a weight, or leaves out some layers or experts of what it is for.
+    pub partial: bool,
+}
+
 /// What was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MergeReport {
+    /// How the adapter and the checkpoint met, under the checkpoint's names.
+    pub coverage: ApplyResult,
     /// Tensors that an update was added to.
     pub merged: usize,
     /// Tensors that were copied as they are.
@@ -39,35 +44,41 @@ const CHUNK: usize = 1 << 22;
 /// What else of a checkpoint's folder belongs to a model: configs, tokenizer, model code, licences.
 const BESIDE: [&str; 6] = ["json", "txt", "model", "jinja", "md", "py"];
 
-/// Writes the checkpoint `base` (a safetensors file, or a folder with `model.safetensors` or with shards and their index) with instance
-/// `instance` of the adapter added, into the new folder `output`: the same files with the same headers, every tensor of its own dtype.
+/// Writes the checkpoint `base` (a safetensors file, or a folder with `model.safetensors` or with shards and their index) with an
+/// instance of the adapter added, into the new folder `output`: the same files with the same headers, every tensor of its own dtype.
 /// Sums are f32 and rounded once. `base` is read a few rows at a time, and never written; tensors may be of any type, as most are copied
 /// only.
 ///
-/// A module `m` is the tensor `m.weight` [out, in] under the name that `names` gives it; a grouped module is one tensor an expert.
+/// A module `m` is the tensor `m.weight` [out, in] under the name that [`MergeOptions::names`] gives it; a grouped module is one tensor
+/// an expert. What the adapter has for one layer or expert it must have for all of them, unless [`MergeOptions::partial`].
 /// Configs, tokenizer, model code and licences of the folder are copied too; other formats of the weights, which would be the old ones,
 /// are not. `progress` is told the bytes written and their number, and may end the work.
 ///
 /// # Errors
-/// [`Error::Adapter`] naming up to ten modules without a tensor, a tensor of another shape with both shapes, or a sum that is not
-/// finite in the tensor's dtype; [`Error::Checkpoint`] for a damaged file; [`Error::Io`] when something can't be read or written, or
-/// `output` is there already; [`Error::Interrupted`] when `progress` says so. Nothing is left behind then.
+/// [`Error::Adapter`] naming up to ten modules without an entry and entries without a module (with `partial`: if nothing fits), a tensor
+/// of another shape with both shapes, or a sum that is not finite in the tensor's dtype; [`Error::Checkpoint`] for a damaged file, an
+/// index that disagrees with its shards, or a tensor that holds NaN (infinity may be meant, such as in a mask that is only copied);
+/// [`Error::Io`] when something can't be read or written, or `output` is there already; [`Error::Interrupted`] when `progress` says so.
+/// Nothing is left behind then.
 pub fn merge(
     adapter: &Adapter,
-    instance: usize,
-    names: &Names,
     base: impl AsRef<Path>,
     output: impl AsRef<Path>,
+    options: &MergeOptions<'_>,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<MergeReport> {
     let (base, output) = (base.as_ref(), output.as_ref());
-    let pairs = names.to_theirs(adapter, instance)?;
+    let pairs = options.names.to_theirs(adapter, options.instance)?;
     let files = RawFile::open_all(base)?;
-    check(&pairs, &files)?;
+    let coverage = Base::of(&files).cover(&pairs, None)?;
+    coverage.check(options.partial)?;
+    for (name, info) in files.iter().flat_map(|f| &f.tensors) {
+        addition(&pairs, name, info)?;
+    }
     let mut task = Task {
         pairs: &pairs,
         scale: adapter.scale,
-        report: MergeReport { merged: 0, copied: 0, files: files.len() },
+        report: MergeReport { coverage, merged: 0, copied: 0, files: files.len() },
         written: 0,
         total: files.iter().flat_map(|f| &f.tensors).map(|(_, info)| size(info) as u64).sum(),
         progress,
@@ -84,42 +95,20 @@ pub fn merge(
     Ok(task.report)
 }
 
-/// The tensor of a module.
-fn tensor_of(module: &str) -> String {
-    format!("{module}.weight")
-}
-
-/// Every pair must have its tensor, of the right shape and of a dtype that can be summed in.
-fn check(pairs: &IndexMap<String, Pair>, files: &[RawFile]) -> Result<()> {
-    let mut tensors = HashMap::<&str, &TensorInfo>::new();
-    for file in files {
-        for (name, info) in &file.tensors {
-            if tensors.insert(name, info).is_some() {
-                return Err(Error::checkpoint(file.path(), format!("tensor `{name}` is in two shards")));
-            }
-        }
-    }
-    let missing: Vec<&String> =
-        pairs.keys().filter(|module| !tensors.contains_key(tensor_of(module).as_str())).collect();
-    if !missing.is_empty() {
-        let what = format!("the checkpoint has no weight for {}", some_of(&missing));
-        return Err(Error::Adapter(what));
-    }
-    for (module, pair) in pairs {
-        let name = tensor_of(module);
-        let Some(info) = tensors.get(name.as_str()) else { continue };
-        let wanted = [pair.b.nrows(), pair.a.ncols()];
-        if info.shape != wanted {
-            let what = format!("tensor `{name}` has shape {:?}, the adapter's is {wanted:?}", info.shape);
-            return Err(Error::Adapter(what));
-        }
-        if dtype_of(info.dtype).is_none() {
-            let what =
-                format!("tensor `{name}` has dtype {:?}; F32, F16 and BF16 can be merged into", info.dtype);
-            return Err(Error::Adapter(what));
-        }
-    }
-    Ok(())
+/// What is added to a tensor, if anything, which must be of a type that can be summed in.
+fn addition<'a>(
+    pairs: &'a IndexMap<String, Pair>,
+    name: &str,
+    info: &TensorInfo,
+) -> Result<Option<(&'a Pair, Dtype)>> {
+    let Some(pair) = name.strip_suffix(".weight").and_then(|module| pairs.get(module)) else {
+        return Ok(None);
+    };
+    let bad = || {
+        let dtype = info.dtype;
+        Error::Adapter(format!("tensor `{name}` has dtype {dtype:?}; F32, F16 and BF16 can be merged into"))
+    };
+    Ok(Some((pair, Dtype::of(info.dtype).ok_or_else(bad)?)))
 }
 
 struct Task<'a> {
@@ -144,18 +133,18 @@ impl Task<'_> {
         out.write_all(&file.header).map_err(fail)?;
         let mut buffer = Vec::new();
         for (name, info) in &file.tensors {
-            let pair = name.strip_suffix(".weight").and_then(|module| self.pairs.get(module));
-            let merging = pair.zip(dtype_of(info.dtype));
-            match merging {
-                Some(_) => self.report.merged += 1,
-                None => self.report.copied += 1,
-            }
+            let merging = addition(self.pairs, name, info)?;
             // Whole rows where something is added.
             let row = merging.map_or(1, |(pair, dtype)| pair.a.ncols() * dtype.size());
             let chunk = (CHUNK / row).max(1) * row;
             for at in (0..size(info)).step_by(chunk) {
                 buffer.resize(chunk.min(size(info) - at), 0);
                 file.read_at(info, at, &mut buffer)?;
+                if let Some(i) = first_nan(&buffer, info.dtype) {
+                    let i = at * 8 / info.dtype.bitsize() + i;
+                    let what = format!("tensor `{name}` holds NaN at element {i}");
+                    return Err(Error::checkpoint(file.path(), what));
+                }
                 if let Some((pair, dtype)) = merging {
                     let rows = at / row..(at + buffer.len()) / row;
                     let b = pair.b.slice(s![rows, ..]);
@@ -168,6 +157,10 @@ impl Task<'_> {
                 if (self.progress)(self.written, self.total).is_break() {
                     return Err(Error::Interrupted);
                 }
+            }
+            match merging {
+                Some(_) => self.report.merged += 1,
+                None => self.report.copied += 1,
             }
         }
         let file = out.into_inner().map_err(|e| fail(e.into_error()))?;
@@ -183,7 +176,7 @@ fn size(info: &TensorInfo) -> usize {
 /// Some rows of W become W + scale B A, in W's type. Where nothing is added they keep their bits. An error is the first sum that is not
 /// finite in that type: 65504 + 100 is infinite in f16.
 fn add(
-    rows: &mut [u8],
+    rows: &mut Vec<u8>,
     dtype: Dtype,
     b: ArrayView2<'_, f32>,
     a: ArrayView2<'_, f32>,
@@ -197,31 +190,17 @@ fn add(
         return Ok(());
     }
     let update = b.slice(s![.., first..=last]).dot(&a.slice(s![first..=last, ..]));
-    for (w, u) in rows.chunks_exact_mut(dtype.size()).zip(&update) {
-        let sum = match (dtype, w) {
-            (Dtype::F32, w @ &mut [p, q, r, s]) => {
-                let sum = f32::from_le_bytes([p, q, r, s]) + scale * u;
-                w.copy_from_slice(&sum.to_le_bytes());
-                sum
-            }
-            (Dtype::F16, w @ &mut [p, q]) => {
-                let sum = f16::from_f32(f16::from_le_bytes([p, q]).to_f32() + scale * u);
-                w.copy_from_slice(&sum.to_le_bytes());
-                sum.to_f32()
-            }
-            (Dtype::Bf16, w @ &mut [p, q]) => {
-                let sum = bf16::from_f32(bf16::from_le_bytes([p, q]).to_f32() + scale * u);
-                w.copy_from_slice(&sum.to_le_bytes());
-                sum.to_f32()
-            }
-            // Chunks are of the type's size.
-            _ => continue,
-        };
-        if !sum.is_finite() {
-            return Err(sum);
+    let mut sums = vec![0.0; update.len()];
+    dtype.decode(rows, &mut sums);
+    sums.iter_mut().zip(&update).for_each(|(w, u)| *w += scale * u);
+    match dtype.first_not_finite(&sums) {
+        Some(bad) => Err(bad),
+        None => {
+            rows.clear();
+            dtype.encode(&sums, rows);
+            Ok(())
         }
     }
-    Ok(())
 }
 
 /// Copies what else belongs to the model.

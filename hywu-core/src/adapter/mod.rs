@@ -3,14 +3,15 @@
 //! * [`inspect()`] and [`compare()`]: norms, effective ranks, cosines.
 //! * [`average()`], [`Adapter::scaled`]: new adapters from old ones.
 //! * [`export()`], [`import()`]: files of PEFT, kohya and diffusers, through [`Names`] that tell how their modules are called.
-//! * [`merge()`]: a checkpoint with an adapter added to its weights.
+//! * [`merge()`]: a checkpoint with an adapter added to its weights. [`Base`]: what of a checkpoint an adapter meets.
 
-use crate::{AdapterSpec, Checkpoint, Dtype, Error, Header, Result, TensorWriter};
+use crate::{AdapterSpec, Checkpoint, Dtype, Error, Header, Result, TensorFile};
 use indexmap::IndexMap;
-use ndarray::ArrayD;
+use ndarray::{ArrayD, IxDyn};
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 mod average;
+mod base;
 mod compare;
 mod formats;
 mod inspect;
@@ -21,11 +22,12 @@ mod merge;
 mod names;
 
 pub use average::average;
+pub use base::Base;
 pub use compare::{Comparison, ModuleComparison, compare};
-pub use formats::{ExportOptions, Format, ImportOptions, export, import};
+pub use formats::{ExportOptions, Format, ImportOptions, Imported, export, import};
 pub use inspect::{InstanceReport, LayerReport, ModuleReport, inspect};
 pub use matrices::Matrices;
-pub use merge::{MergeReport, merge};
+pub use merge::{MergeOptions, MergeReport, merge};
 pub use names::{MapEntry, ModuleMap, Names, OneOrMore};
 
 /// The low-rank pair of one module.
@@ -50,6 +52,9 @@ pub struct Adapter {
     /// Provenance: instruction, seed, model hash and the like.
     pub metadata: BTreeMap<String, String>,
 }
+
+/// Name of the scale's tensor.
+const SCALE: &str = "scale";
 
 impl Adapter {
     /// Number of instances (the leading axis of every tensor).
@@ -84,7 +89,7 @@ impl Adapter {
 
     fn from_checkpoint(file: &Checkpoint) -> Result<Self> {
         let bad = |what: String| Error::checkpoint(file.path(), what);
-        let scale = file.read_shaped("scale", &[])?;
+        let scale = file.read_shaped(SCALE, &[])?;
         let mut modules = IndexMap::new();
         for name in file.names() {
             if let Some(module) = name.strip_suffix(".lora_A") {
@@ -100,7 +105,7 @@ impl Adapter {
                 if !file.contains(&format!("{module}.lora_A")) {
                     return Err(bad(format!("`{module}` has a lora_B but no lora_A")));
                 }
-            } else if name != "scale" {
+            } else if name != SCALE {
                 return Err(bad(format!("tensor `{name}` is not part of an adapter")));
             }
         }
@@ -114,20 +119,30 @@ impl Adapter {
     /// Writes one safetensors file atomically, f32.
     ///
     /// # Errors
-    /// [`crate::Error::Io`] when the file can't be written.
+    /// [`crate::Error::Io`] when the file can't be written, [`crate::Error::Checkpoint`] when a name holds control characters.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let mut writer = TensorWriter::new();
-        for (name, lora) in &self.modules {
-            for (kind, array) in [("lora_A", &lora.lora_a), ("lora_B", &lora.lora_b)] {
-                let data: Vec<f32> = array.iter().copied().collect();
-                writer.add(format!("{name}.{kind}"), array.shape(), &data, Dtype::F32);
-            }
-        }
-        writer.add("scale", &[], &[self.scale], Dtype::F32);
-        for (key, value) in &self.metadata {
-            writer.meta(key, value);
-        }
-        writer.write(path)
+        let scale = ArrayD::from_elem(IxDyn(&[]), self.scale);
+        let mut arrays = vec![(SCALE.to_owned(), Dtype::F32, scale.into())];
+        arrays.extend(self.arrays().map(|(name, array)| (name, Dtype::F32, array.view().into())));
+        TensorFile::write_whole(path.as_ref(), arrays, &self.metadata)
+    }
+
+    /// Bytes of the file that [`Adapter::save`] writes.
+    ///
+    /// # Errors
+    /// As there, but for those of writing; `name` stands for the path.
+    pub fn saved_size(&self, name: &str) -> Result<u64> {
+        let scale = (SCALE.to_owned(), Dtype::F32, Vec::new());
+        let tensors = self.arrays().map(|(name, array)| (name, Dtype::F32, array.shape().to_vec()));
+        TensorFile::size(Path::new(name), tensors.chain([scale]), &self.metadata)
+    }
+
+    /// Every array under its name in a file.
+    fn arrays(&self) -> impl Iterator<Item = (String, &ArrayD<f32>)> {
+        self.modules.iter().flat_map(|(name, lora)| {
+            [("lora_A", &lora.lora_a), ("lora_B", &lora.lora_b)]
+                .map(|(kind, array)| (format!("{name}.{kind}"), array))
+        })
     }
 
     /// One instance of a batch, as a batch of one; `None` when there are not that many.

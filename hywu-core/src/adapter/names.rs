@@ -1,12 +1,7 @@
 //! How the modules of an adapter are called elsewhere, and which of them are fused there.
 
-use super::{
-    Adapter, Lora,
-    average::stack,
-    layout,
-    matrices::{Pair, some_of},
-};
-use crate::{Error, Result};
+use super::{Adapter, Lora, average::stack, layout, matrices::Pair};
+use crate::{Error, Result, error::some_of};
 use indexmap::IndexMap;
 use regex::Regex;
 use serde::Deserialize;
@@ -146,15 +141,20 @@ impl Names {
 
     /// The names elsewhere of modules of these names, of those that have no experts.
     pub fn plain_targets<'a>(&'a self, ours: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-        let targets = |name: &str| -> Vec<String> {
-            let found = self
-                .rules
-                .iter()
-                .find_map(|rule| Some((rule, rule.ours.iter().find_map(|p| p.slots(name))?)));
-            let Some((rule, slots)) = found else { return Vec::new() };
-            rule.theirs.iter().filter_map(|p| p.fill(&slots)).collect()
+        ours.into_iter().flat_map(|name| self.called(name, &[])).map(|(name, _)| name).collect()
+    }
+
+    /// What a plain module of this name and of a weight of this shape is called elsewhere, or its parts are, with the shapes that follow.
+    pub(super) fn called(&self, ours: &str, shape: &[usize]) -> Vec<(String, Option<Vec<usize>>)> {
+        let Ok((rule, slots)) = self.find(ours, |rule| &rule.ours) else { return Vec::new() };
+        let own = |part: usize| match (rule.ours.len(), rule.theirs.len(), shape) {
+            (1, 1, _) => Some(shape.to_vec()),
+            (1, parts, &[out, inner]) => {
+                Some(vec![*layout::heights(rule.rows().ok()?, parts, out).ok()?.get(part)?, inner])
+            }
+            _ => None,
         };
-        ours.into_iter().flat_map(targets).collect()
+        (0..).zip(&rule.theirs).filter_map(|(i, pattern)| Some((pattern.fill(&slots)?, own(i)))).collect()
     }
 
     /// Names that a flattened one (dots as underscores, as kohya writes them) may stand for, by the rules alone.
@@ -207,8 +207,13 @@ impl Names {
         Ok(all)
     }
 
-    /// The reverse of [`Names::to_theirs`], for an adapter of one instance.
-    pub(super) fn to_ours(&self, theirs: &IndexMap<String, Pair>) -> Result<IndexMap<String, Lora>> {
+    /// The reverse of [`Names::to_theirs`], for an adapter of one instance. Parts of a fused module that are not there do nothing: the
+    /// whole is the same operator. Their names come along.
+    pub(super) fn to_ours(
+        &self,
+        theirs: &IndexMap<String, Pair>,
+    ) -> Result<(IndexMap<String, Lora>, Vec<String>)> {
+        let mut absent = Vec::new();
         let mut all = IndexMap::<String, BTreeMap<Option<usize>, Pair>>::new();
         let mut done = HashSet::new();
         for name in theirs.keys() {
@@ -217,17 +222,19 @@ impl Names {
             }
             let (rule, slots) = self.find(name, |rule| &rule.theirs)?;
             let names = fill(&rule.theirs, &slots, name)?;
-            let pairs: Vec<Pair> = present(&names, |n| theirs.get(n))?.into_iter().cloned().collect();
+            let pairs: Vec<Option<&Pair>> = names.iter().map(|n| theirs.get(n)).collect();
+            absent.extend(names.iter().filter(|n| !theirs.contains_key(*n)).cloned());
             let expert = slots.get(EXPERT).and_then(|e| e.parse().ok());
             let ours = fill(&rule.ours, &slots, name)?;
-            for (ours, pair) in ours.into_iter().zip(rule.to_ours(pairs).map_err(|e| within(name, &e))?) {
+            for (ours, pair) in ours.into_iter().zip(rule.to_ours(&pairs).map_err(|e| within(name, &e))?) {
                 if all.entry(ours.clone()).or_default().insert(expert, pair).is_some() {
                     return Err(Error::Adapter(format!("two modules would be `{ours}`")));
                 }
             }
             done.extend(names);
         }
-        all.into_iter().map(|(name, experts)| Ok((name.clone(), together(&name, experts)?))).collect()
+        let all = all.into_iter().map(|(name, experts)| Ok((name.clone(), together(&name, experts)?)));
+        Ok((all.collect::<Result<_>>()?, absent))
     }
 
     /// The first rule that fits, and what stands in its braces.
@@ -317,11 +324,11 @@ impl Rule {
         }
     }
 
-    fn to_ours(&self, pairs: Vec<Pair>) -> Result<Vec<Pair>> {
-        match (self.ours.len(), self.theirs.len()) {
-            (1, 1) => Ok(pairs),
-            (1, _) => Ok(vec![layout::join(&pairs, self.rows()?)?]),
-            (parts, _) => layout::unblock(&pairs[0], parts, self.rows()?),
+    fn to_ours(&self, pairs: &[Option<&Pair>]) -> Result<Vec<Pair>> {
+        match (self.ours.len(), self.theirs.len(), pairs) {
+            (1, 1, &[Some(pair)]) => Ok(vec![pair.clone()]),
+            (parts, 1, &[Some(pair)]) => layout::unblock(pair, parts, self.rows()?),
+            _ => Ok(vec![layout::join(pairs, self.rows()?)?]),
         }
     }
 

@@ -2,6 +2,7 @@ use super::sign;
 use crate::values;
 use anyhow::{Result, bail};
 use clap::Args;
+use hywu::provenance::SCALED_BY;
 use hywu_core::{Adapter, adapter::average as average_of};
 use std::path::PathBuf;
 
@@ -55,5 +56,9 @@ pub struct ScaleArgs {
 
 /// Runs `hywu adapter scale`.
 pub fn scale(args: &ScaleArgs) -> Result<()> {
-    Ok(Adapter::load(&args.file)?.scaled(args.by)?.save(&args.output)?)
+    let mut adapter = Adapter::load(&args.file)?.scaled(args.by)?;
+    // The rest of the provenance is that of the original. Factors of several times stand one behind the other.
+    let before = adapter.metadata.remove(SCALED_BY).map(|factor| factor + " * ");
+    adapter.metadata.insert(SCALED_BY.into(), before.unwrap_or_default() + &args.by.to_string());
+    Ok(adapter.save(&args.output)?)
 }

@@ -1,12 +1,14 @@
 use super::{instance, names::NameArgs, sign};
+use crate::output::warn;
 use anyhow::{Context, Result};
 use clap::Args;
 use hywu::model::Model;
 use hywu_core::{
-    Adapter, Checkpoint, Dtype,
-    adapter::{ExportOptions, Format, ImportOptions, export as write, import as read},
+    Adapter, Dtype,
+    adapter::{Base, ExportOptions, Format, ImportOptions, Imported, export as write, import as read},
+    some_of,
 };
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Write an adapter in another program's format
 #[derive(Args, Debug)]
@@ -21,7 +23,7 @@ pub struct ExportArgs {
     output: PathBuf,
     #[command(flatten)]
     names: NameArgs,
-    /// The part of a pipeline it is for: transformer (diffusers) and unet (kohya) if not given
+    /// The part of a pipeline it is for, not for PEFT: transformer (diffusers) and unet (kohya) if not given
     #[arg(long, value_name = "NAME")]
     component: Option<String>,
     /// Multiply the scale into the tensors, for programs that don't look for it
@@ -51,9 +53,13 @@ pub struct ImportArgs {
     /// The part of a pipeline to take, where there are several
     #[arg(long, value_name = "NAME")]
     component: Option<String>,
-    /// The checkpoint whose modules kohya's flattened names are; the bundled backbone's and those of the module map if not given
+    /// The checkpoint that it is for, a file or a folder: the adapter must cover it, and kohya's flattened names are those of its
+    /// modules. If not given, they are those of the bundled backbone or of the module map, and nothing is compared
     #[arg(long, value_name = "CHECKPOINT")]
     base: Option<PathBuf>,
+    /// Take it though it has modules that the checkpoint lacks, or leaves out some of its layers or experts
+    #[arg(long, requires = "base")]
+    allow_partial: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -110,24 +116,32 @@ pub fn export(args: &ExportArgs) -> Result<()> {
 /// Runs `hywu adapter import`.
 pub fn import(args: &ImportArgs) -> Result<()> {
     let names = args.names.names()?;
-    let mut known = match &args.base {
-        Some(base) => modules_of(base)?,
+    let base = args.base.as_ref().map(Base::open).transpose()?;
+    let mut known: Vec<String> = match &base {
+        Some(base) => base.modules().map(str::to_owned).collect(),
         None => Model::bundled()?.backbone.adapter_spec(1, 1.0).module_names().collect(),
     };
     // A file may have a module for each part of what is fused in the backbone.
     known.extend(names.plain_targets(known.iter().map(String::as_str)));
-    let options = ImportOptions { names: &names, component: args.component.as_deref(), known: &known };
-    let mut adapter = read(&args.path, args.format.map(FormatArg::format), &options)?;
+    let options = ImportOptions {
+        names: &names,
+        component: args.component.as_deref(),
+        known: &known,
+        base: base.as_ref(),
+        partial: args.allow_partial,
+    };
+    let Imported { mut adapter, coverage, absent } =
+        read(&args.path, args.format.map(FormatArg::format), &options)?;
     if !adapter.metadata.contains_key("program") {
         sign(&mut adapter);
     }
     adapter.save(&args.output)?;
+    if let Some(found) = coverage.filter(|found| !found.is_complete()) {
+        warn(format_args!("{}: {found}", args.path.display()));
+    }
     eprintln!("{}: {} modules, scale {}", args.output.display(), adapter.modules.len(), adapter.scale);
+    if !absent.is_empty() {
+        eprintln!("{}: zeros for parts that it does not adapt: {}", args.output.display(), some_of(&absent));
+    }
     Ok(())
-}
-
-/// Every module with a weight.
-fn modules_of(base: &Path) -> Result<Vec<String>> {
-    let base = Checkpoint::open(base)?;
-    Ok(base.names().into_iter().filter_map(|n| n.strip_suffix(".weight")).map(str::to_owned).collect())
 }

@@ -1,8 +1,11 @@
 use super::{instance, names::NameArgs};
-use crate::{interrupt, values};
+use crate::{interrupt, output::warn, values};
 use anyhow::{Context, Result};
 use clap::Args;
-use hywu_core::{Adapter, adapter::merge};
+use hywu_core::{
+    Adapter,
+    adapter::{MergeOptions, merge},
+};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{io::IsTerminal, ops::ControlFlow, path::PathBuf};
 
@@ -25,6 +28,9 @@ pub struct MergeArgs {
     /// Which instance, for a batch
     #[arg(long, value_name = "N")]
     instance: Option<usize>,
+    /// Merge what fits, though the adapter has modules that the checkpoint lacks, or leaves out some of its layers or experts
+    #[arg(long)]
+    allow_partial: bool,
     /// No progress, no messages but errors
     #[arg(long)]
     quiet: bool,
@@ -43,15 +49,19 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {bytes}/{total_bytes}, {eta} left") {
         bar.set_style(style);
     }
-    let report =
-        merge(&adapter, instance, &args.names.names()?, &args.base, &args.output, &mut |done, total| {
-            bar.set_length(total);
-            bar.set_position(done);
-            if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        });
+    let names = args.names.names()?;
+    let options = MergeOptions { names: &names, instance, partial: args.allow_partial };
+    let report = merge(&adapter, &args.base, &args.output, &options, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+        if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
     bar.finish_and_clear();
     let report = report.with_context(|| args.file.display().to_string())?;
     if !args.quiet {
+        if !report.coverage.is_complete() {
+            warn(format_args!("{}: {}", args.file.display(), report.coverage));
+        }
         let (merged, copied, files) = (report.merged, report.copied, report.files);
         eprintln!("{}: {merged} tensors merged, {copied} copied, {files} files", args.output.display());
     }

@@ -2,7 +2,7 @@ use crate::output::say;
 use anyhow::Result;
 use clap::Args;
 use hywu_core::{
-    Adapter,
+    Adapter, Plain,
     adapter::{InstanceReport, inspect},
 };
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     }
     say(format_args!("{file}: {} modules, {values} values, scale {}", adapter.modules.len(), adapter.scale))?;
     for (key, value) in &adapter.metadata {
-        say(format_args!("  {key}: {value}"))?;
+        say(format_args!("  {}: {}", Plain(key), Plain(value)))?;
     }
     for (i, instance) in instances.iter().enumerate() {
         if instances.len() > 1 {

@@ -2,7 +2,7 @@
 
 use super::Theirs;
 use crate::{Error, Result};
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -54,6 +54,11 @@ fn eight() -> usize {
 fn eight_alpha() -> f64 {
     8.0
 }
+
+/// Most patterns of a config: one for each expert of a large model.
+const MAX_PATTERNS: usize = 1 << 13;
+/// Most bytes that a pattern may take compiled, many times what a module's name takes: `(a{999}){999}` has a few characters too.
+const PATTERN_BYTES: usize = 1 << 17;
 
 /// Regular expressions and their values, the first that fits counts.
 type Patterns = Vec<(Regex, f64)>;
@@ -108,14 +113,23 @@ impl LoraConfig {
 
 /// PEFT looks for a pattern at the end of a module's name, behind a dot or at its start.
 fn patterns(field: &str, all: Option<Map<String, Value>>) -> Result<Patterns, String> {
+    let all = all.unwrap_or_default();
+    if all.len() > MAX_PATTERNS {
+        return Err(format!("{field} has {} patterns, at most {MAX_PATTERNS}", all.len()));
+    }
     let one = |(pattern, value): (String, Value)| {
         let number =
             value.as_f64().ok_or_else(|| format!("{field}: `{pattern}` is {value}, not a number"))?;
-        let regex = Regex::new(&format!("^(?:.*\\.)?(?:{pattern})$"))
-            .map_err(|_| format!("{field}: `{pattern}` is not a supported regular expression"))?;
+        let regex = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{pattern})$"))
+            .size_limit(PATTERN_BYTES)
+            .build()
+            .map_err(|e| match e {
+                regex::Error::CompiledTooBig(_) => format!("{field}: `{pattern}` is too large compiled"),
+                _ => format!("{field}: `{pattern}` is not a supported regular expression"),
+            })?;
         Ok((regex, number))
     };
-    all.unwrap_or_default().into_iter().map(one).collect()
+    all.into_iter().map(one).collect()
 }
 
 /// The config of what is written.

@@ -3,10 +3,9 @@
 use super::{
     Theirs,
     config::{LoraConfig, describe},
-    pairs,
-    peft::write_pairs,
+    no_component, one_of, pairs, peft,
 };
-use crate::{Dtype, Error, Result, TensorWriter, adapter::matrices::some_of, parse_json, raw::RawFile};
+use crate::{Dtype, Error, Result, TensorFile, parse_json, raw::RawFile};
 use serde_json::{Map, Value};
 use std::{collections::BTreeSet, path::Path};
 
@@ -29,30 +28,25 @@ fn prefix(component: &str) -> String {
     if component.is_empty() { String::new() } else { format!("{component}.") }
 }
 
-/// The one component of a file; the empty one when names begin with none.
-fn component(file: &RawFile) -> Result<&'static str> {
-    let of = |(name, _): &(String, _)| {
-        let first = name.split('.').next().unwrap_or("");
-        COMPONENTS.iter().find(|c| **c == first).copied().unwrap_or("")
-    };
-    let all: BTreeSet<&str> = file.tensors.iter().map(of).collect();
-    match all.iter().collect::<Vec<_>>()[..] {
-        [one] => Ok(one),
-        [] => Ok(""),
-        _ => {
-            let all: Vec<&str> =
-                all.into_iter().map(|c| if c.is_empty() { "no component" } else { c }).collect();
-            let what = format!("it has adapters for {}; say which component to take", some_of(&all));
-            Err(Error::checkpoint(file.path(), what))
-        }
-    }
+/// The component that a name begins with; the empty one when it begins with none.
+fn component(name: &str) -> &str {
+    let first = name.split('.').next().unwrap_or("");
+    COMPONENTS.iter().find(|c| **c == first).copied().unwrap_or("")
 }
 
 pub(super) fn read(file: &RawFile, wanted: Option<&str>) -> Result<Theirs> {
-    let prefix = prefix(match wanted {
-        Some(wanted) => wanted,
-        None => component(file)?,
-    });
+    let all: BTreeSet<&str> = file.tensors.iter().map(|(name, _)| component(name)).collect();
+    // One that is not in the list may be meant too.
+    let own = wanted.filter(|w| file.tensors.iter().any(|(name, _)| name.starts_with(&format!("{w}."))));
+    let wanted = match own {
+        Some(own) => own,
+        None => one_of(file, &all, wanted)?,
+    };
+    let prefix = prefix(wanted);
+    let stripped = |name: &str| {
+        let own = !wanted.is_empty() || component(name).is_empty();
+        name.strip_prefix(&prefix).filter(|_| own).map(str::to_owned)
+    };
     let bad = |what: String| Error::checkpoint(file.path(), what);
     let config = match file.metadata.get(METADATA) {
         Some(text) => {
@@ -67,7 +61,7 @@ pub(super) fn read(file: &RawFile, wanted: Option<&str>) -> Result<Theirs> {
         }
         None => None,
     };
-    let raw = pairs::read(file, |name| Ok(name.strip_prefix(&prefix).map(str::to_owned)))?;
+    let raw = pairs::read(file, |name| Ok(stripped(name)))?;
     let scaled = raw.into_iter().map(|(name, raw)| {
         let rank = raw.pair.rank();
         let scale = match (&config, raw.alpha) {
@@ -83,12 +77,15 @@ pub(super) fn read(file: &RawFile, wanted: Option<&str>) -> Result<Theirs> {
 }
 
 pub(super) fn write(theirs: &Theirs, path: &Path, component: Option<&str>, dtype: Dtype) -> Result<()> {
-    let prefix = prefix(component.unwrap_or("transformer"));
+    let component = component.unwrap_or("transformer");
+    if !component.is_empty() && !COMPONENTS.contains(&component) {
+        return Err(no_component(component, &COMPONENTS));
+    }
+    let prefix = prefix(component);
     let config: Map<String, Value> =
         describe(theirs)?.into_iter().map(|(key, value)| (format!("{prefix}{key}"), value)).collect();
     let text = serde_json::to_string(&config).map_err(|e| Error::checkpoint(path, e.to_string()))?;
-    let mut writer = TensorWriter::new();
-    write_pairs(theirs, &prefix, dtype, &mut writer);
-    writer.meta(METADATA, text);
-    writer.write(path)
+    let mut metadata = theirs.metadata.clone();
+    metadata.insert(METADATA.into(), text);
+    TensorFile::write_whole(path, peft::arrays(theirs, &prefix, dtype), &metadata)
 }

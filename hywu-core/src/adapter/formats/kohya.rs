@@ -1,8 +1,9 @@
 //! A file as kohya's trainers write it.
 
-use super::{ImportOptions, Theirs, pairs};
-use crate::{Dtype, Error, Result, TensorWriter, adapter::matrices::some_of, raw::RawFile};
+use super::{ImportOptions, Theirs, no_component, one_of, pairs};
+use crate::{Dtype, Error, Result, TensorFile, error::some_of, raw::RawFile};
 use indexmap::IndexMap;
+use ndarray::{ArrayD, IxDyn};
 use std::{collections::BTreeSet, path::Path};
 
 /// What stands between `lora_` and the name: the parts of a pipeline.
@@ -22,18 +23,10 @@ fn flat(name: &str) -> String {
 pub(super) fn read(file: &RawFile, options: &ImportOptions<'_>) -> Result<Theirs> {
     let bad = |what: String| Error::checkpoint(file.path(), what);
     let all: BTreeSet<&str> = file.tensors.iter().filter_map(|(n, _)| Some(component(n)?.0)).collect();
-    let wanted = match (options.component, all.iter().collect::<Vec<_>>().as_slice()) {
-        (Some(wanted), _) => wanted,
-        (None, [one]) => one,
-        (None, []) => return Err(bad("no tensor of it begins with lora_unet_ or lora_te_".into())),
-        (None, _) => {
-            let what = format!(
-                "it has adapters for {}; say which component to take",
-                some_of(&all.into_iter().collect::<Vec<_>>())
-            );
-            return Err(bad(what));
-        }
-    };
+    if all.is_empty() {
+        return Err(bad("no tensor of it begins with lora_unet_ or lora_te_".into()));
+    }
+    let wanted = one_of(file, &all, options.component)?;
     let mut known = IndexMap::<String, Vec<&String>>::new();
     for name in options.known {
         known.entry(flat(name)).or_default().push(name);
@@ -63,18 +56,21 @@ pub(super) fn read(file: &RawFile, options: &ImportOptions<'_>) -> Result<Theirs
             }
         }
     }
-    if !unknown.is_empty() {
+    if !unknown.is_empty() && !options.partial {
         return Err(bad(format!(
             "no module is called {}; give the backbone whose modules they are, or a module map",
             some_of(&unknown)
         )));
     }
-    Ok(Theirs::with_scales(pairs, file.metadata.clone()))
+    Ok(Theirs { unknown, ..Theirs::with_scales(pairs, file.metadata.clone()) })
 }
 
 pub(super) fn write(theirs: &Theirs, path: &Path, component: Option<&str>, dtype: Dtype) -> Result<()> {
     let component = component.unwrap_or("unet");
-    let mut writer = TensorWriter::new();
+    if !COMPONENTS.contains(&component) {
+        return Err(no_component(component, &COMPONENTS));
+    }
+    let mut arrays = Vec::new();
     let mut names = IndexMap::new();
     for (name, pair) in &theirs.pairs {
         let key = format!("lora_{component}_{}", flat(name));
@@ -85,14 +81,11 @@ pub(super) fn write(theirs: &Theirs, path: &Path, component: Option<&str>, dtype
             return Err(Error::Adapter(what));
         }
         for (side, matrix) in [("lora_down", &pair.a), ("lora_up", &pair.b)] {
-            let data: Vec<f32> = matrix.iter().copied().collect();
-            writer.add(format!("{key}.{side}.weight"), matrix.shape(), &data, dtype);
+            arrays.push((format!("{key}.{side}.weight"), dtype, matrix.view().into_dyn().into()));
         }
         // In f32 whatever the values' type: bf16 has three digits.
-        writer.add(format!("{key}.alpha"), &[], &[theirs.alpha(pair.rank()) as f32], Dtype::F32);
+        let alpha = ArrayD::from_elem(IxDyn(&[]), theirs.alpha(pair.rank()) as f32);
+        arrays.push((format!("{key}.alpha"), Dtype::F32, alpha.into()));
     }
-    for (key, value) in &theirs.metadata {
-        writer.meta(key, value);
-    }
-    writer.write(path)
+    TensorFile::write_whole(path, arrays, &theirs.metadata)
 }

@@ -2,14 +2,11 @@
 
 use super::Theirs;
 use crate::{
-    Error, Result,
-    adapter::matrices::{Pair, some_of},
-    checkpoint::{all_finite, convert},
-    raw::{RawFile, dtype_of},
+    Dtype, Error, Result, adapter::matrices::Pair, checkpoint::all_finite, error::some_of, raw::RawFile,
 };
 use indexmap::IndexMap;
 use ndarray::Array2;
-use safetensors::tensor::{Dtype, TensorInfo};
+use safetensors::tensor::{Dtype as Stored, TensorInfo};
 use std::collections::HashMap;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -120,11 +117,11 @@ fn matrix(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<Array2<f32>
             if info.shape.len() == 4 { "convolutions are not supported" } else { "a matrix is expected" };
         return Err(bad(format!("has shape {:?}; {kind}", info.shape)));
     };
-    let dtype = dtype_of(info.dtype)
+    let dtype = Dtype::of(info.dtype)
         .ok_or_else(|| bad(format!("has dtype {:?}; F32, F16 and BF16 are supported", info.dtype)))?;
     let bytes = file.read(info)?;
     let mut data = vec![0.0; rows * columns];
-    convert(&bytes, dtype, &mut data);
+    dtype.decode(&bytes, &mut data);
     if !all_finite(&data) {
         return Err(bad("holds a value that is not finite".into()));
     }
@@ -136,12 +133,12 @@ fn single(file: &RawFile, tensor: &str, info: &TensorInfo) -> Result<f64> {
     let one = info.shape.iter().product::<usize>() == 1;
     let bytes = if one { file.read(info)? } else { Vec::new() };
     let value = match (info.dtype, &bytes[..]) {
-        (Dtype::F64, &[a, b, c, d, e, f, g, h]) => Some(f64::from_le_bytes([a, b, c, d, e, f, g, h])),
-        (Dtype::I64, &[a, b, c, d, e, f, g, h]) => Some(i64::from_le_bytes([a, b, c, d, e, f, g, h]) as f64),
-        (Dtype::I32, &[a, b, c, d]) => Some(f64::from(i32::from_le_bytes([a, b, c, d]))),
-        _ => dtype_of(info.dtype).and_then(|dtype| {
+        (Stored::F64, &[a, b, c, d, e, f, g, h]) => Some(f64::from_le_bytes([a, b, c, d, e, f, g, h])),
+        (Stored::I64, &[a, b, c, d, e, f, g, h]) => Some(i64::from_le_bytes([a, b, c, d, e, f, g, h]) as f64),
+        (Stored::I32, &[a, b, c, d]) => Some(f64::from(i32::from_le_bytes([a, b, c, d]))),
+        _ => Dtype::of(info.dtype).and_then(|dtype| {
             let mut value = [0.0];
-            convert(&bytes, dtype, &mut value);
+            dtype.decode(&bytes, &mut value);
             (bytes.len() == dtype.size()).then_some(f64::from(value[0]))
         }),
     };
@@ -178,6 +175,6 @@ impl Theirs {
             }
             (name, pair)
         };
-        Self { pairs: pairs.into_iter().map(one).collect(), scale, metadata }
+        Self { pairs: pairs.into_iter().map(one).collect(), scale, metadata, unknown: Vec::new() }
     }
 }

@@ -1,11 +1,12 @@
 //! A PEFT folder.
 
 use super::{
-    Theirs,
+    Pair, Theirs,
     config::{LoraConfig, describe},
     pairs,
 };
-use crate::{Dtype, Error, Result, TensorWriter, create_folder_atomic, parse_json, read_small, write_atomic};
+use crate::{Dtype, Error, Result, TensorFile, create_folder_atomic, parse_json, read_small, write_atomic};
+use ndarray::{CowArray, IxDyn};
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -36,24 +37,23 @@ pub(super) fn read(folder: &Path) -> Result<Theirs> {
 pub(super) fn write(theirs: &Theirs, folder: &Path, dtype: Dtype) -> Result<()> {
     let config = describe(theirs)?;
     create_folder_atomic(folder, |folder| {
-        let mut writer = TensorWriter::new();
-        write_pairs(theirs, PREFIX, dtype, &mut writer);
-        writer.write(folder.join(TENSORS))?;
+        TensorFile::write_whole(&folder.join(TENSORS), arrays(theirs, PREFIX, dtype), &theirs.metadata)?;
         let path = folder.join(CONFIG);
         let text = serde_json::to_vec_pretty(&config).map_err(|e| Error::checkpoint(&path, e.to_string()))?;
         write_atomic(&path, |w| w.write_all(&text))
     })
 }
 
-/// The pairs and the metadata, with names as PEFT and diffusers have them.
-pub(super) fn write_pairs(theirs: &Theirs, prefix: &str, dtype: Dtype, writer: &mut TensorWriter) {
-    for (name, pair) in &theirs.pairs {
-        for (side, matrix) in [("lora_A", &pair.a), ("lora_B", &pair.b)] {
-            let data: Vec<f32> = matrix.iter().copied().collect();
-            writer.add(format!("{prefix}{name}.{side}.weight"), matrix.shape(), &data, dtype);
-        }
-    }
-    for (key, value) in &theirs.metadata {
-        writer.meta(key, value);
-    }
+/// The pairs, with names as PEFT and diffusers have them.
+pub(super) fn arrays<'a>(
+    theirs: &'a Theirs,
+    prefix: &str,
+    dtype: Dtype,
+) -> Vec<(String, Dtype, CowArray<'a, f32, IxDyn>)> {
+    let sides = |(name, pair): (&String, &'a Pair)| {
+        [("lora_A", &pair.a), ("lora_B", &pair.b)].map(|(side, matrix)| {
+            (format!("{prefix}{name}.{side}.weight"), dtype, matrix.view().into_dyn().into())
+        })
+    };
+    theirs.pairs.iter().flat_map(sides).collect()
 }
