@@ -94,7 +94,7 @@ pub struct SampleOptions {
 impl Default for SampleOptions {
     fn default() -> Self {
         let (sampler, apply) = (Sampler::Euler, Apply::Fused);
-        Self { seed: 0, steps: 4, sampler, tile: 0, overlap: 0, batch: 0, apply }.with_tile(128)
+        Self { seed: 0, steps: 2, sampler, tile: 0, overlap: 0, batch: 0, apply }.with_tile(128)
     }
 }
 
