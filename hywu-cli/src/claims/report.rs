@@ -239,7 +239,7 @@ pub struct Conflict {
     pub all: Interval,
 }
 
-/// A condition that is not the instance's.
+/// What the generator is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Condition {
