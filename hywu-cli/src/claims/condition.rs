@@ -48,7 +48,7 @@ pub fn ablation(
     seed: u64,
     watch: Watch<'_>,
 ) -> Result<Ablation> {
-    let recall = |picture: &Picture, instruction: &str| {
+    let recall = |picture: &Picture, instruction: &str| -> Result<Adapter> {
         let recalled = editor.recall(picture, instruction, options.sample.seed)?;
         Ok(recalled.context("the model has no generator")?.adapter)
     };

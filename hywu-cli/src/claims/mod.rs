@@ -230,7 +230,7 @@ impl Claims<'_> {
         self.school.folder.once(&format!("{}/quality-{}.json", place(seed), method.name()), || {
             let contender = self.contender(data, learners, method)?;
             let first = seed == self.school.settings.seeds[0];
-            let mut keep = |instance: &Instance, edit: &Picture, _| {
+            let mut keep = |instance: &Instance, edit: &Picture, _: f64| -> Result<()> {
                 if first && instance.photo == self.shown(instance.skill) {
                     let name = kept::picture_name(&self.names[instance.skill], method.name());
                     kept::keep_picture(self.school.folder, &name, edit)?;

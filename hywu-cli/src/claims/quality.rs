@@ -212,12 +212,10 @@ impl Metric {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hywu_diffusion::skills::Meaning;
 
     fn instance(skill: usize, photo: usize) -> Instance {
-        let picture = Picture::from_rgb(1, 1, vec![0.0; 3]);
-        let (source, target) = (picture.clone(), picture);
-        let example = Example { source, target, instruction: String::new(), meaning: Meaning::default() };
+        let photo_of_one = Picture::from_rgb(1, 1, vec![0.0; 3]);
+        let example = SKILLS[0].example(&photo_of_one, Phrasing::Canonical, &mut Philox::new(0).stream(0));
         Instance { skill, photo, example }
     }
 

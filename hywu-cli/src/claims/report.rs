@@ -1,7 +1,7 @@
 //! What `hywu eval claims` finds: the types of `report.json`.
 //!
-//! Every interval is one of 95 % over photos and seeds ([`super::statistics`]). Names of files are relative to the folder of the
-//! report.
+//! Every interval is a bootstrap one of 95 % over photos and seeds, drawn anew independently. Names of files are relative to the folder
+//! of the report.
 
 use super::settings::Settings;
 use indexmap::IndexMap;

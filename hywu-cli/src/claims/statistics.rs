@@ -12,7 +12,7 @@ pub type Cells = Vec<Vec<f64>>;
 /// The mean of all cells with its 95 % bootstrap interval: rows and columns are drawn anew independently, since edits of one photo, and
 /// those of one training, resemble each other (the pigeonhole bootstrap, Owen, arXiv 0712.1111). With a single row only the columns
 /// vary. The same cells give the same interval.
-pub fn interval(cells: &Cells, resamples: usize) -> Interval {
+pub fn interval(cells: &[Vec<f64>], resamples: usize) -> Interval {
     let (rows, columns) = (cells.len(), cells.first().map_or(0, Vec::len));
     let mean = cells.iter().flatten().sum::<f64>() / (rows * columns).max(1) as f64;
     if rows * columns == 0 {
@@ -48,7 +48,7 @@ fn quantile(sorted: &[f64], share: f64) -> f64 {
 }
 
 /// Cell by cell.
-pub fn difference(a: &Cells, b: &Cells) -> Cells {
+pub fn difference(a: &[Vec<f64>], b: &[Vec<f64>]) -> Cells {
     a.iter().zip(b).map(|(a, b)| a.iter().zip(b).map(|(a, b)| a - b).collect()).collect()
 }
 
@@ -68,7 +68,7 @@ mod tests {
         // 400 draws of N(3, 2): the standard error is 0.1, so the interval is 3 +- about 0.2.
         let mut sample = vec![0.0f32; 400];
         Philox::new(7).fill_normal(0, 0, &mut sample);
-        let cells = vec![sample.iter().map(|x| 3.0 + 2.0 * f64::from(*x)).collect::<Vec<_>>()];
+        let cells = [sample.iter().map(|x| 3.0 + 2.0 * f64::from(*x)).collect::<Vec<_>>()];
         let mean = cells[0].iter().sum::<f64>() / 400.0;
         let deviation = (cells[0].iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 400.0).sqrt();
         let found = interval(&cells, 4000);
@@ -84,10 +84,10 @@ mod tests {
     #[test]
     fn what_all_photos_share_does_not_average_out() {
         // Each seed moves all photos together: more photos tell nothing about seeds.
-        let of = |photos: usize| vec![vec![-1.0; photos], vec![0.0; photos], vec![1.0; photos]];
+        let of = |photos: usize| [vec![-1.0; photos], vec![0.0; photos], vec![1.0; photos]];
         let (few, many) = (interval(&of(2), 2000), interval(&of(200), 2000));
         assert!(few.hi - few.lo > 1.0 && many.hi - many.lo > 1.0, "{few:?} {many:?}");
-        let equal = interval(&vec![vec![2.5; 4]; 3], 100);
+        let equal = interval(&[vec![2.5; 4], vec![2.5; 4]], 100);
         assert!((equal.lo - 2.5).abs() < 1e-12 && (equal.hi - 2.5).abs() < 1e-12);
     }
 

@@ -170,9 +170,10 @@ impl School<'_> {
             self.train(&mut learners, data, PLACE, true)?;
             let mut rows = Vec::new();
             for learner in &learners {
+                // Weights that have blown up may give an error instead of a number.
                 let loss = match learner.record.broken {
                     Some(_) => None,
-                    None => Some(learner.loss(self.validation)?).filter(|loss| loss.is_finite()),
+                    None => learner.loss(self.validation).ok().filter(|loss| loss.is_finite()),
                 };
                 let Learner { method, lr, steps, .. } = *learner;
                 rows.push(SweepRow { method, lr, steps, loss, chosen: false });
