@@ -8,7 +8,10 @@ use hywu::{
         settings::Settings,
     },
     model::Model,
+    train::{AdapterConfig, Kind, Task},
 };
+use hywu_core::Philox;
+use hywu_diffusion::{BatchShape, EditData, PhotoSet, TextEncoder};
 use hywu_kernels::Device;
 use predicates::{prelude::*, str::contains};
 use std::{
@@ -162,6 +165,50 @@ fn everything_is_measured_and_a_stopped_run_goes_on_to_the_same_numbers() {
     let train = dir.path().join("train");
     let refused = measure(&settings, &model, &train, &train, &dir.path().join("parts"), Device::Cpu, watch);
     assert!(refused.map(|_| ()).expect_err("another").to_string().contains("another measurement"));
+}
+
+/// Every instance of a batch is given its own skill's entry, and teaches that one alone.
+#[test]
+fn a_bank_gives_every_instance_its_own_skill() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let backbone = Model::bundled().expect("in the binary").backbone;
+    let sizes = AdapterConfig { rank: 2, alpha: 2.0, ..AdapterConfig::default() };
+    let skills = EditData::skills(&["invert".into(), "sepia".into()]).expect("known");
+    let photos = PhotoSet::open(photos(dir.path(), "train", 2)).expect("photos");
+    let text = TextEncoder::bundled(backbone.config.text_len).expect("bundled");
+    let data = EditData::new(photos, &[], text, 3).expect("skills").without_combinations();
+    let shape = BatchShape { instances: 3, crops: 2, crop: 16 };
+    let batch_of =
+        |skills: &[usize]| data.clone().with_skills(skills.to_vec()).batch(0, shape).expect("a batch");
+    let mut bank = Task::bank(backbone.clone(), &sizes, skills.clone(), 1).expect("sizes");
+    // lora_b starts at zero: give each entry another, so that they differ.
+    for (i, (_, tensor)) in bank.params_mut().iter_mut().enumerate() {
+        Philox::new(9).fill_normal(i as u64, 0, tensor.data_mut());
+        tensor.data_mut().iter_mut().for_each(|v| *v *= 0.05);
+    }
+    let sepia = batch_of(&skills[1..]);
+    let (loss, grads) = bank.gradients(&sepia).expect("gradients");
+    for ((name, tensor), grad) in bank.params().iter().zip(&grads) {
+        let (other, own) = grad.data().split_at(grad.numel() / 2);
+        assert!(other.iter().all(|g| *g == 0.0), "{name} of the skill that is not in the batch");
+        assert!(own.iter().any(|g| *g != 0.0), "{name}");
+        assert_eq!(grad.numel(), tensor.numel());
+    }
+    // The second entry as a shared LoRA does the same.
+    let mut lora = Task::on(Kind::Lora, backbone, &sizes, 1).expect("sizes");
+    let entries: Vec<Vec<f32>> =
+        bank.params().iter().map(|(_, t)| t.data()[t.numel() / 2..].to_vec()).collect();
+    for ((_, tensor), entry) in lora.params_mut().iter_mut().zip(&entries) {
+        tensor.data_mut().copy_from_slice(entry);
+    }
+    let (shared, _) = lora.gradients(&sepia).expect("gradients");
+    let (loss, shared) = (loss.item().expect("a number"), shared.item().expect("a number"));
+    assert!((loss - shared).abs() <= 1e-5 * shared, "{loss} {shared}");
+    let adapters = bank.adapters(bank.params()).expect("on the host");
+    assert_eq!(adapters.len(), 2);
+    assert_eq!(adapters[1], lora.adapters(lora.params()).expect("on the host")[0]);
+    let strange = batch_of(&EditData::skills(&["blur".into()]).expect("known"));
+    assert!(bank.gradients(&strange).map(|_| ()).expect_err("no entry").to_string().contains("no entry"));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::{
     quality::Comparison,
-    report::{Condition, Conflict, Interval, Method, Metric, Summary, Variant},
+    report::{Condition, Conflict, Method, Metric, Summary, Variant},
     statistics::{Cells, interval, mean_cells},
 };
 
@@ -30,7 +30,7 @@ pub fn summary(
         shuffled_loss_db: lost(Condition::OtherSkill),
         averaged_loss_db: lost(Condition::Mean),
         conflict_cosine: conflict.iter().find(conflicting).map(|c| c.conflicting),
-        forgetting_db: None::<Interval>,
+        forgetting_db: None,
         phrasing_accuracy: of(accuracy),
     }
 }

@@ -228,16 +228,18 @@ impl Task {
     /// Those of the device.
     pub fn adapters(&self, params: &ParamSet) -> Result<Vec<Adapter>> {
         let (Self::Lora(_, downstream) | Self::Bank(_, _, downstream)) = self else { return Ok(Vec::new()) };
+        // Not as they are computed with, but as they are kept.
+        let params = params.to(Device::Cpu, Dtype::F32)?;
         let all = shared(&params.bind(&Tape::inference(), false)?, downstream)?;
         let all = all.to_adapter(downstream.adapter_spec().scale())?;
         Ok((0..all.batch()).filter_map(|i| all.entry(i)).collect())
     }
 
-    /// The model with these trained weights, on the CPU; a bank has none, for it takes more than a model to choose from it. A trained backbone's condition is calibrated on `examples`,
+    /// The model with these trained weights, on the CPU; a trained backbone's condition is calibrated on `examples`,
     /// which are drawn for it alone.
     ///
     /// # Errors
-    /// None in practice: the weights are the task's own.
+    /// A bank: a model does not choose among adapters. None else in practice: the weights are the task's own.
     pub fn model(
         &self,
         params: &ParamSet,
