@@ -2,7 +2,7 @@
 
 use super::{
     report::{Conflict, Method},
-    statistics::interval,
+    statistics::{Cells, interval},
     watch::Watch,
 };
 use crate::train::Task;
@@ -44,7 +44,8 @@ pub fn cosines(
         let mut sum: Vec<f32> = Vec::new();
         for batch in 0..batches {
             watch.at("gradients", done, skills.len())?;
-            let (_, grads) = task.gradients(&data.batch(FIRST + batch, shape)?)?;
+            let batch = data.batch(FIRST + batch, shape)?.to(task.params().device())?;
+            let (_, grads) = task.gradients(&batch)?;
             let mut flat = Vec::new();
             for grad in &grads {
                 flat.extend_from_slice(grad.to_host()?.data());
@@ -85,7 +86,7 @@ pub fn conflicts(
         let of: Vec<&Cosines> = seeds.iter().filter_map(|seed| seed.get(kind)).collect();
         let over = |pairs: &[[usize; 2]]| {
             let cells = of.iter().map(|seed| pairs.iter().map(|[i, j]| seed.cosine[*i][*j]).collect());
-            interval(&cells.collect(), resamples)
+            interval(&cells.collect::<Cells>(), resamples)
         };
         let mean = |i: usize, j: usize| of.iter().map(|s| s.cosine[i][j]).sum::<f64>() / of.len() as f64;
         Conflict {
