@@ -107,9 +107,9 @@ mod tests {
 
     #[test]
     fn cosines_of_known_vectors() {
-        let vectors = [vec![1.0, 0.0], vec![-2.0, 0.0], vec![3.0, 3.0], vec![0.0, 0.0]];
+        let vectors = [vec![1.0, 0.0], vec![-2.0, 0.0], vec![3.0, 4.0], vec![0.0, 0.0]];
         let found = matrix(&vectors);
-        assert_eq!(found[0], [1.0, -1.0, 1.0 / 2f64.sqrt(), 0.0]);
+        assert_eq!(found[0], [1.0, -1.0, 0.6, 0.0]);
         assert_eq!(found[2][0], found[0][2]);
         assert_eq!(found[3], [0.0, 0.0, 0.0, 1.0]);
     }
