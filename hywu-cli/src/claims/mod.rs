@@ -339,7 +339,8 @@ impl Claims<'_> {
             cost.push(Cost {
                 method,
                 parameters,
-                training_seconds: told.iter().filter_map(trained).sum::<f64>() / told.len().max(1) as f64,
+                training_seconds: told.iter().filter_map(trained).fold(0.0, |a, b| a + b)
+                    / told.len().max(1) as f64,
                 adapter_ms: mean(|s| s.adapter_ms),
                 edit_ms: mean(|s| s.edit_ms),
                 training_mb: training,

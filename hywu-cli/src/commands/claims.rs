@@ -75,7 +75,8 @@ pub fn run(args: &ClaimsArgs) -> Result<()> {
 
 /// The summary, and the methods side by side.
 fn print(report: &Report) -> Result<()> {
-    let with = |i: &Interval| format!("{:.2} [{:.2}, {:.2}]", i.mean, i.lo, i.hi);
+    let digits = |i: &Interval, n: usize| format!("{:.n$} [{:.n$}, {:.n$}]", i.mean, i.lo, i.hi);
+    let with = |i: &Interval| digits(i, 2);
     say("| method | parameters | PSNR, dB | SSIM | distance | HY-WU wins |")?;
     say("|---|--:|---|---|---|---|")?;
     for method in &report.methods {
@@ -87,8 +88,8 @@ fn print(report: &Report) -> Result<()> {
             method.label,
             method.parameters,
             with(&score.psnr),
-            with(&score.ssim),
-            with(&score.distance),
+            digits(&score.ssim, 3),
+            digits(&score.distance, 3),
             wins.map_or("-".into(), |w| with(&w.good))
         ))?;
     }
