@@ -286,13 +286,13 @@ impl Claims<'_> {
                         self.school.learner(method, lr, 1, seed)?.step(&batch)
                     })?;
                 }
+                let fresh = match method.trained_as() {
+                    Some(trained) => vec![self.school.learner(trained, 1e-3, 1, seed)?],
+                    None => Vec::new(),
+                };
+                let contender = self.contender(&data, &fresh, method)?;
+                drop(fresh);
                 memory.edit = memory::taken(self.school.device, || {
-                    let fresh = match method.trained_as() {
-                        Some(trained) => vec![self.school.learner(trained, 1e-3, 1, seed)?],
-                        None => Vec::new(),
-                    };
-                    let contender = self.contender(&data, &fresh, method)?;
-                    drop(fresh);
                     let (source, words) = (&instance.example.source, &instance.example.instruction);
                     contender.edit(source, words, instance.skill, &self.options(), self.school.watch.stop)?;
                     Ok(())

@@ -303,9 +303,10 @@ pub struct Cost {
     pub adapter_ms: f64,
     /// Sampling, milliseconds an edit.
     pub edit_ms: f64,
-    /// Most memory that the process (on a device: the device) held in a step of training alone, MB; null where the system does not tell.
+    /// Most memory that a training of one step takes, with its weights and the optimiser's state but without the frozen backbone, MB:
+    /// of a CUDA device what its allocator took, else the process's resident set; null where the system does not tell.
     pub training_mb: Option<f64>,
-    /// The same in an edit.
+    /// The same for an edit, beyond all weights.
     pub edit_mb: Option<f64>,
 }
 
