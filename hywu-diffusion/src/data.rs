@@ -8,7 +8,7 @@ use crate::{
 use hywu_core::{Philox, RandomStream};
 use hywu_kernels::Tensor;
 use rayon::prelude::*;
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 /// Longest side that is kept of a photo.
 const LARGEST: usize = 2048;
@@ -108,6 +108,12 @@ impl PhotoSet {
         Ok(Self { photos, names: files.iter().map(name).collect() })
     }
 
+    /// Takes the last `count` photos (all, where there are not more) out into a set of their own.
+    pub fn split_off(&mut self, count: usize) -> Self {
+        let at = self.photos.len().saturating_sub(count);
+        Self { photos: self.photos.split_off(at), names: self.names.split_off(at) }
+    }
+
     /// A random square window of a random photo, `n` pixels a side: position, scale (as much of the photo as there is, down to
     /// its own pixels) and mirroring are drawn.
     pub fn window(&self, n: usize, random: &mut RandomStream) -> Picture {
@@ -178,11 +184,14 @@ impl BatchShape {
 }
 
 /// Draws training batches.
+#[derive(Clone)]
 pub struct EditData {
-    photos: PhotoSet,
+    photos: Arc<PhotoSet>,
     skills: Vec<usize>,
-    text: TextEncoder,
+    text: Arc<TextEncoder>,
     seed: u64,
+    phrasing: Phrasing,
+    combinations: bool,
 }
 
 impl EditData {
@@ -208,7 +217,29 @@ impl EditData {
     /// # Errors
     /// An unknown skill.
     pub fn new(photos: PhotoSet, skills: &[String], text: TextEncoder, seed: u64) -> Result<Self> {
-        Ok(Self { photos, skills: Self::skills(skills)?, text, seed })
+        let (skills, phrasing) = (Self::skills(skills)?, Phrasing::Train);
+        let (photos, text) = (Arc::new(photos), Arc::new(text));
+        Ok(Self { photos, skills, text, seed, phrasing, combinations: true })
+    }
+
+    /// The same without combinations.
+    pub fn without_combinations(self) -> Self {
+        Self { combinations: false, ..self }
+    }
+
+    /// The same with these phrasings.
+    pub fn with_phrasing(self, phrasing: Phrasing) -> Self {
+        Self { phrasing, ..self }
+    }
+
+    /// The same with another seed.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// The same for these skills, indices into [`SKILLS`].
+    pub fn with_skills(self, skills: Vec<usize>) -> Self {
+        Self { skills, ..self }
     }
 
     /// The batch of a step; it depends on (seed, step, shape) alone.
@@ -253,8 +284,8 @@ impl EditData {
         let n = windows[random.below(windows.len())];
         let photo = self.photos.window(n, &mut random);
         // A combination counts as the skill after the last.
-        let (skill, edit) = if random.chance(COMBINATIONS) {
-            let mut edit = combination(&photo, Phrasing::Train, &mut random);
+        let (skill, edit) = if random.chance(COMBINATIONS) && self.combinations {
+            let mut edit = combination(&photo, self.phrasing, &mut random);
             // Two long ways to ask may not fit in one instruction; the plainest always do.
             if self.text.encode(&edit.instruction).is_err() {
                 edit = combination(&photo, Phrasing::Canonical, &mut random);
@@ -262,7 +293,7 @@ impl EditData {
             (SKILLS.len(), edit)
         } else {
             let skill = self.skills[random.below(self.skills.len())];
-            (skill, SKILLS[skill].edit(&photo, Phrasing::Train, &mut random))
+            (skill, SKILLS[skill].edit(&photo, self.phrasing, &mut random))
         };
         let text = self.text.encode(&edit.instruction)?;
         let source = edit.source(&photo);
