@@ -1,6 +1,6 @@
 //! Adapters: what they are (here), what can be told of them and done with them.
 //!
-//! * [`inspect()`] and [`compare()`]: norms, effective ranks, cosines.
+//! * [`inspect()`], [`compare()`] and [`gram()`]: norms, effective ranks, cosines, inner products of many.
 //! * [`average()`], [`Adapter::scaled`]: new adapters from old ones.
 //! * [`export()`], [`import()`]: files of PEFT, kohya and diffusers, through [`Names`] that tell how their modules are called.
 //! * [`merge()`]: a checkpoint with an adapter added to its weights.
@@ -13,6 +13,7 @@ use std::{borrow::Cow, collections::BTreeMap, path::Path};
 mod average;
 mod compare;
 mod formats;
+mod gram;
 mod inspect;
 mod layout;
 mod low_rank;
@@ -23,6 +24,7 @@ mod names;
 pub use average::average;
 pub use compare::{Comparison, ModuleComparison, compare};
 pub use formats::{ExportOptions, Format, ImportOptions, export, import};
+pub use gram::gram;
 pub use inspect::{InstanceReport, LayerReport, ModuleReport, inspect};
 pub use matrices::Matrices;
 pub use merge::{MergeReport, merge};

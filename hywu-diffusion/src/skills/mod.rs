@@ -34,11 +34,19 @@ pub enum Make {
     /// As `Look`, with chance in it (grain).
     Chance(fn(&Picture, f32, &mut RandomStream) -> Picture),
     /// The source is the photo damaged at random, the target the photo.
-    Repair(fn(&Picture, &mut RandomStream) -> Picture),
+    Repair(fn(&Picture, &mut RandomStream) -> Damaged),
     /// The target has a colour that the instruction names.
     Tint,
     /// Things of one named colour take another.
     Recolour,
+}
+
+/// A photo damaged by amounts that chance drew.
+pub struct Damaged {
+    /// What is left of the photo.
+    pub picture: Picture,
+    /// Name and value of each amount, in the order of the draws.
+    pub hidden: Vec<(&'static str, f32)>,
 }
 
 /// An edit to learn from or to measure with.
@@ -52,6 +60,9 @@ pub struct Example {
     pub instruction: String,
     /// What the words mean.
     pub meaning: Meaning,
+    /// What the words don't say and only the picture shows: name and value of the amounts that damaged it. Empty where chance drew
+    /// none.
+    pub hidden: Vec<(&'static str, f32)>,
 }
 
 /// What an instruction says, in numbers.
@@ -113,10 +124,15 @@ impl Skill {
             };
         }
         let strength = meaning.strength;
+        let mut hidden = Vec::new();
         let (source, target) = match &self.make {
             Make::Look(f) => (photo.clone(), f(photo, strength)),
             Make::Chance(f) => (photo.clone(), f(photo, strength, random)),
-            Make::Repair(f) => (f(photo, random), photo.clone()),
+            Make::Repair(f) => {
+                let damaged = f(photo, random);
+                hidden = damaged.hidden;
+                (damaged.picture, photo.clone())
+            }
             Make::Tint => {
                 let to = random.below(HUES.len());
                 meaning.to = Some(to);
@@ -141,7 +157,7 @@ impl Skill {
                 _ => {}
             }
         }
-        Example { source, target, instruction, meaning }
+        Example { source, target, instruction, meaning, hidden }
     }
 
     /// Can it be one half of a combination? Only looks can: they are functions of the picture that they get.
@@ -181,5 +197,11 @@ pub fn combination(photo: &Picture, random: &mut RandomStream) -> Example {
         s.trim_start_matches("please ").trim_end_matches(" please").trim_end_matches('.').to_owned()
     };
     let instruction = format!("{}{link}{}", plain(&a.instruction), plain(&b.instruction));
-    Example { source: a.source, target: b.target, instruction, meaning: Meaning::default() }
+    Example {
+        source: a.source,
+        target: b.target,
+        instruction,
+        meaning: Meaning::default(),
+        hidden: Vec::new(),
+    }
 }
