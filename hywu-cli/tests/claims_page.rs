@@ -35,7 +35,7 @@ fn around(mean: f64, half: f64) -> Interval {
 
 /// A report on the ten pairs in which HY-WU is `lead` dB above shared weights on all skills but the first, where it is behind.
 fn report(folder: &Path, lead: f64) -> Report {
-    let settings = Settings::parse(Settings::QUICK).expect("bundled");
+    let settings = Settings::parse(Settings::FULL).expect("bundled");
     let skills = settings.skills();
     let mut random = Philox::new(4).stream(0);
     let mut normal = move || f64::from(random.normal());
@@ -346,7 +346,7 @@ fn words_follow_the_numbers() {
         "{text}"
     );
     assert!(text.contains("don't clearly tell gain of light up (R² 0.05)"), "{text}");
-    let first = &Settings::parse(Settings::QUICK).expect("bundled").skills()[0];
+    let first = &Settings::parse(Settings::FULL).expect("bundled").skills()[0];
     assert!(text.contains(&format!("full fine-tuning is ahead on {first} (-2.0 dB).")), "{text}");
 
     let behind = html::page(&report(&folder, -2.0), &folder).expect("a page");

@@ -8,7 +8,7 @@ use crate::{
 use hywu_core::{Philox, RandomStream};
 use hywu_kernels::Tensor;
 use rayon::prelude::*;
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 /// Longest side that is kept of a photo.
 const LARGEST: usize = 2048;
@@ -103,6 +103,12 @@ impl PhotoSet {
         Ok(Self { photos, names: files.iter().map(name).collect() })
     }
 
+    /// Takes the last `count` photos (all, where there are not more) out into a set of their own.
+    pub fn split_off(&mut self, count: usize) -> Self {
+        let at = self.photos.len().saturating_sub(count);
+        Self { photos: self.photos.split_off(at), names: self.names.split_off(at) }
+    }
+
     /// A random square window of a random photo, `n` pixels a side: position, scale (as much of the photo as there is, down to
     /// its own pixels) and mirroring are drawn.
     pub fn window(&self, n: usize, random: &mut RandomStream) -> Picture {
@@ -173,11 +179,14 @@ impl BatchShape {
 }
 
 /// Draws training batches.
+#[derive(Clone)]
 pub struct EditData {
-    photos: PhotoSet,
+    photos: Arc<PhotoSet>,
     skills: Vec<usize>,
-    text: TextEncoder,
+    text: Arc<TextEncoder>,
     seed: u64,
+    phrasing: Phrasing,
+    combinations: bool,
 }
 
 impl EditData {
@@ -203,7 +212,29 @@ impl EditData {
     /// # Errors
     /// An unknown skill.
     pub fn new(photos: PhotoSet, skills: &[String], text: TextEncoder, seed: u64) -> Result<Self> {
-        Ok(Self { photos, skills: Self::skills(skills)?, text, seed })
+        let (skills, phrasing) = (Self::skills(skills)?, Phrasing::Train);
+        let (photos, text) = (Arc::new(photos), Arc::new(text));
+        Ok(Self { photos, skills, text, seed, phrasing, combinations: true })
+    }
+
+    /// The same without combinations.
+    pub fn without_combinations(self) -> Self {
+        Self { combinations: false, ..self }
+    }
+
+    /// The same with these phrasings.
+    pub fn with_phrasing(self, phrasing: Phrasing) -> Self {
+        Self { phrasing, ..self }
+    }
+
+    /// The same with another seed.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// The same for these skills, indices into [`SKILLS`].
+    pub fn with_skills(self, skills: Vec<usize>) -> Self {
+        Self { skills, ..self }
     }
 
     /// The batch of a step; it depends on (seed, step, shape) alone.
@@ -246,12 +277,13 @@ impl EditData {
         let n = windows[random.below(windows.len())];
         let photo = self.photos.window(n, &mut random);
         // A combination counts as the skill after the last.
-        let (skill, Example { source, target, instruction, .. }) = if random.chance(COMBINATIONS) {
-            (SKILLS.len(), combination(&photo, &mut random))
-        } else {
-            let skill = self.skills[random.below(self.skills.len())];
-            (skill, SKILLS[skill].example(&photo, Phrasing::Train, &mut random))
-        };
+        let (skill, Example { source, target, instruction, .. }) =
+            if random.chance(COMBINATIONS) && self.combinations {
+                (SKILLS.len(), combination(&photo, &mut random))
+            } else {
+                let skill = self.skills[random.below(self.skills.len())];
+                (skill, SKILLS[skill].example(&photo, self.phrasing, &mut random))
+            };
         let text = self.text.encode(&instruction)?;
         let mut made = Instance {
             skill,

@@ -1,6 +1,11 @@
 //! Instance, not task: does the adapter of one and the same instruction know what only this picture shows, such as its noise level?
 
-use super::{report::Interval, structure::components};
+use super::{
+    report::Interval,
+    statistics::{TAIL, quantile},
+    structure::components,
+    watch::Watch,
+};
 use crate::pipeline::Editor;
 use anyhow::{Result, bail, ensure};
 use hywu_core::{Philox, adapter::gram};
@@ -16,6 +21,8 @@ use serde::{Deserialize, Serialize};
 const PENALTIES: [f64; 6] = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0];
 /// Fewest photos: one is told from the others, and among these a penalty is chosen by telling one from the rest.
 const FEWEST: usize = 3;
+/// Seed of the examples; those that measure quality have another.
+const EXAMPLES: u64 = 2;
 /// Resamples of an interval.
 const RESAMPLES: usize = 2000;
 
@@ -49,36 +56,34 @@ pub struct HiddenPoint {
 }
 
 /// For each of `skills` (indices into [`SKILLS`]) damages every photo `draws` times, asks for the repair in the same words, and
-/// regresses the amounts that chance drew on the adapters. Skills without such an amount are passed over. `stop` is asked before every
-/// adapter.
+/// regresses the amounts that chance drew on the adapters. Skills without such an amount are passed over. Fewer than three photos or two
+/// draws tell nothing.
 ///
 /// # Errors
-/// A model without a generator, fewer than three photos or two draws, those of [`Editor::recall`], or
-/// [`hywu_diffusion::Error::Interrupted`] when `stop` says so.
+/// A model without a generator, those of [`Editor::recall`], or [`hywu_diffusion::Error::Interrupted`] when `watch` says so.
 pub fn hidden_amounts(
     editor: &Editor,
     photos: &[Picture],
     skills: &[usize],
     draws: usize,
-    seed: u64,
-    stop: &dyn Fn() -> bool,
+    watch: Watch<'_>,
 ) -> Result<Vec<HiddenAmount>> {
-    ensure!(
-        photos.len() >= FEWEST && draws >= 2,
-        "{} photos, each damaged {draws} times; at least {FEWEST} and 2 are needed",
-        photos.len()
-    );
+    if photos.len() < FEWEST || draws < 2 {
+        return Ok(Vec::new());
+    }
     let mut found = Vec::new();
-    for &index in skills {
+    for (place, &index) in skills.iter().enumerate() {
         let skill = &SKILLS[index];
         let (mut adapters, mut of, mut amounts) = (Vec::new(), Vec::new(), Vec::new());
         for (photo, picture) in photos.iter().enumerate() {
             for draw in 0..draws {
-                if stop() {
-                    return Err(hywu_diffusion::Error::Interrupted.into());
-                }
+                watch.at(
+                    "hidden amounts",
+                    (place * photos.len() + photo) * draws + draw,
+                    skills.len() * photos.len() * draws,
+                )?;
                 let stream = ((index * photos.len() + photo) * draws + draw) as u64;
-                let mut random = Philox::new(seed).stream(stream);
+                let mut random = Philox::new(EXAMPLES).stream(stream);
                 let example = skill.example(picture, Phrasing::Canonical, &mut random);
                 if example.hidden.is_empty() {
                     break;
@@ -95,21 +100,14 @@ pub fn hidden_amounts(
         let gram = gram(&adapters)?;
         for (k, (amount, _)) in first.iter().enumerate() {
             let truth: Vec<f64> = amounts.iter().map(|drawn| f64::from(drawn[k].1)).collect();
-            found.push(tell(skill.name, amount, &gram, &of, &truth, seed)?);
+            found.push(tell(skill.name, amount, &gram, &of, &truth)?);
         }
     }
     Ok(found)
 }
 
 /// Regresses `truth` on updates with these inner products; `of` are the photos.
-fn tell(
-    skill: &str,
-    amount: &str,
-    gram: &Array2<f64>,
-    of: &[usize],
-    truth: &[f64],
-    seed: u64,
-) -> Result<HiddenAmount> {
+fn tell(skill: &str, amount: &str, gram: &Array2<f64>, of: &[usize], truth: &[f64]) -> Result<HiddenAmount> {
     ensure!(gram.iter().all(|v| v.is_finite()), "{skill}: the inner products of the adapters are not finite");
     let photos: Vec<usize> = (0..=of.iter().copied().max().unwrap_or(0)).filter(|p| of.contains(p)).collect();
     let all: Vec<usize> = (0..of.len()).collect();
@@ -141,7 +139,7 @@ fn tell(
     Ok(HiddenAmount {
         skill: skill.into(),
         amount: amount.into(),
-        r2: explained(&errors, seed),
+        r2: explained(&errors),
         component: pearson(&first, truth),
         points: points.collect(),
     })
@@ -195,17 +193,17 @@ fn predict(gram: &Array2<f64>, train: &[usize], test: &[usize], truth: &[f64], p
 }
 
 /// 1 - (errors of the regression) / (errors of the mean), from both by photo, with an interval over resampled photos.
-fn explained(errors: &[(f64, f64)], seed: u64) -> Interval {
+fn explained(errors: &[(f64, f64)]) -> Interval {
     let share = |chosen: &mut dyn Iterator<Item = (f64, f64)>| {
         let (left, all) = chosen.fold((0.0, 0.0), |sum, e| (sum.0 + e.0, sum.1 + e.1));
         if all > 0.0 { 1.0 - left / all } else { 0.0 }
     };
-    let mut random = Philox::new(seed).stream(u64::MAX);
+    let mut random = Philox::new(0).stream(0);
     let resample = |_| share(&mut (0..errors.len()).map(|_| errors[random.below(errors.len())]));
     let mut shares: Vec<f64> = (0..RESAMPLES).map(resample).collect();
     shares.sort_by(f64::total_cmp);
-    let at = |q: f64| shares[(q * (RESAMPLES - 1) as f64).round() as usize];
-    Interval { mean: share(&mut errors.iter().copied()), lo: at(0.025), hi: at(0.975) }
+    let mean = share(&mut errors.iter().copied());
+    Interval { mean, lo: quantile(&shares, TAIL).min(mean), hi: quantile(&shares, 1.0 - TAIL).max(mean) }
 }
 
 /// Pearson's correlation; zero where one of them is constant.
@@ -244,7 +242,7 @@ mod tests {
     #[test]
     fn an_amount_that_moves_the_adapter_is_told() {
         let (gram, of, truth) = made(6.0);
-        let found = tell("denoise", "sigma", &gram, &of, &truth, 1).expect("finite");
+        let found = tell("denoise", "sigma", &gram, &of, &truth).expect("finite");
         assert!(found.r2.mean > 0.8 && found.r2.lo > 0.5 && found.r2.lo <= found.r2.mean, "{:?}", found.r2);
         assert!(found.r2.hi <= 1.0 && found.component.abs() > 0.9, "{}", found.component);
         let errors: f64 = found.points.iter().map(|p| (p.truth - p.told).powi(2)).sum();
@@ -254,7 +252,7 @@ mod tests {
     #[test]
     fn an_amount_that_leaves_no_trace_is_not() {
         let (gram, of, truth) = made(0.0);
-        let found = tell("denoise", "sigma", &gram, &of, &truth, 1).expect("finite");
+        let found = tell("denoise", "sigma", &gram, &of, &truth).expect("finite");
         assert!(found.r2.mean < 0.2 && found.component.abs() < 0.5, "{found:?}");
     }
 
@@ -264,14 +262,14 @@ mod tests {
         let of: Vec<usize> = (0..24).map(|i| i / 4).collect();
         let truth: Vec<f64> = of.iter().map(|&p| (p * p % 7) as f64).collect();
         let gram = Array2::from_shape_fn((24, 24), |(i, j)| f64::from(of[i] == of[j]));
-        let found = tell("fog", "air", &gram, &of, &truth, 1).expect("finite");
+        let found = tell("fog", "air", &gram, &of, &truth).expect("finite");
         assert!(found.r2.mean <= 1e-9, "{:?}", found.r2);
     }
 
     #[test]
     fn equal_adapters_tell_the_mean() {
         let (_, of, truth) = made(0.0);
-        let found = tell("denoise", "sigma", &Array2::ones((48, 48)), &of, &truth, 1).expect("finite");
+        let found = tell("denoise", "sigma", &Array2::ones((48, 48)), &of, &truth).expect("finite");
         assert!(found.r2.mean.abs() < 1e-9 && found.component == 0.0, "{found:?}");
     }
 

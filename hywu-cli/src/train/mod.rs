@@ -1,5 +1,6 @@
 //! Training runs: steps, log, checkpoints, resuming.
 
+mod bank;
 mod batches;
 mod config;
 mod log;
@@ -10,7 +11,7 @@ pub use task::{Kind, Task};
 
 use crate::model::ModelInfo;
 use anyhow::{Context, Result, bail, ensure};
-use batches::Batches;
+pub(crate) use batches::Batches;
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
 use hywu_kernels::{Device, Replay, optim::Optimizer};

@@ -7,7 +7,7 @@ mod plot;
 mod training;
 mod words;
 
-use super::report::{Interval, Method, Report};
+use super::report::{Interval, Report};
 use anyhow::Result;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use std::{io::Write, path::Path};
@@ -146,22 +146,9 @@ fn key<'a>(entries: impl Iterator<Item = (&'a str, &'a str)>) -> Markup {
     html! { ul.key { @for (class, label) in entries { li { i class=(class) {} (label) } } } }
 }
 
-/// The class of the style sheet with a method's colour.
-fn class(method: Method) -> &'static str {
-    match method {
-        Method::None => "none",
-        Method::SharedLora => "shared-lora",
-        Method::WideLora => "wide-lora",
-        Method::Full => "full",
-        Method::Oracle => "oracle",
-        Method::Routed => "routed",
-        Method::Hywu => "hywu",
-    }
-}
-
 /// The key of all methods.
 fn methods(report: &Report) -> Markup {
-    key(report.methods.iter().map(|m| (class(m.method), m.label.as_str())))
+    key(report.methods.iter().map(|m| (m.method.name(), m.label.as_str())))
 }
 
 /// A point without an interval.

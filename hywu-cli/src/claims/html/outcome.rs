@@ -1,6 +1,6 @@
 //! Sections on what edits look like: quality, pairs, words.
 
-use super::{cell, class, count, figure, methods, plot, table, words};
+use super::{cell, count, figure, methods, plot, table, words};
 use crate::claims::report::{Interval, Method, Metric, Report, ScoreRow};
 use maud::{Markup, html};
 
@@ -35,7 +35,7 @@ pub(super) fn quality(report: &Report) -> Option<Markup> {
         best(all.iter().map(|s| s.distance.mean), false),
     ];
     let mark = |method: Method, value: Interval, what: &str| plot::Mark {
-        class: class(method).into(),
+        class: method.name().into(),
         value,
         title: format!("{}: {} {what}", words::label(report, method), words::with_range(&value, 2)),
     };
@@ -70,7 +70,7 @@ pub(super) fn skills(report: &Report) -> Option<Markup> {
         .iter()
         .map(|skill| {
             let mark = |s: &ScoreRow| plot::Mark {
-                class: class(s.method).into(),
+                class: s.method.name().into(),
                 value: s.psnr,
                 title: format!(
                     "{skill}, {}: {} dB",

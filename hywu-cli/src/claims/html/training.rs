@@ -1,6 +1,6 @@
 //! Sections on training: learning rates, curves, forgetting, cost.
 
-use super::{cell, class, exact, figure, key, methods, plot, table, words};
+use super::{cell, exact, figure, key, methods, plot, table, words};
 use crate::claims::report::{Forgetting, Interval, Method, Report};
 use maud::{Markup, html};
 
@@ -29,7 +29,7 @@ pub(super) fn training(report: &Report) -> Option<Markup> {
                 report.sweep.iter().filter(|s| s.method == method && s.loss.is_some()).collect();
             plot::Series {
                 label: words::label(report, method).into(),
-                class: class(method).into(),
+                class: method.name().into(),
                 points: own.iter().filter_map(|s| Some((f64::from(s.lr), exact(s.loss?)))).collect(),
                 marked: own.iter().position(|s| s.chosen),
             }
@@ -40,7 +40,7 @@ pub(super) fn training(report: &Report) -> Option<Markup> {
         .iter()
         .map(|c| plot::Series {
             label: format!("{}, seed {}", words::label(report, c.method), c.seed),
-            class: class(c.method).into(),
+            class: c.method.name().into(),
             points: c.points.iter().map(|(step, loss)| (*step as f64, exact(*loss))).collect(),
             marked: None,
         })
