@@ -43,7 +43,7 @@ impl Axis {
     }
 
     /// Round values about `apart` pixels from each other: multiples of 1, 2 or 5 times a power of ten; on a logarithmic axis these
-    /// numbers themselves.
+    /// numbers themselves, where it is long enough to hold two.
     fn ticks(&self, apart: f64) -> Vec<f64> {
         let [lo, hi] = self.values;
         let most = ((self.pixels[1] - self.pixels[0]).abs() / apart).max(2.0);
@@ -51,7 +51,10 @@ impl Axis {
             let decades = lo.log10().floor() as i32..=hi.log10().ceil() as i32;
             let steps: &[f64] = if (hi / lo).log10() > most / 3.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
             let all = decades.flat_map(|d| steps.iter().map(move |s| s * 10f64.powi(d)));
-            return all.filter(|v| (lo..=hi).contains(v)).collect();
+            let inside: Vec<f64> = all.filter(|v| (lo..=hi).contains(v)).collect();
+            if inside.len() > 1 {
+                return inside;
+            }
         }
         let rough = (hi - lo) / most;
         let power = 10f64.powf(rough.log10().floor());
