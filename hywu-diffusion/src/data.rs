@@ -1,8 +1,8 @@
 //! Training batches: photos + skills -> edits, a pure function of (seed, step).
 
 use crate::{
-    EditBatch, Error, Picture, Result, TextEncoder, detail_of, load_picture, pixel_position,
-    skills::{Example, Phrasing, SKILLS, combination},
+    EditBatch, Error, Picture, Result, TextEncoder, detail_of, load_picture, pixel_position, sizes_of_edits,
+    skills::{Phrasing, SKILLS, combination},
     thumbnail_of,
 };
 use hywu_core::{Philox, RandomStream};
@@ -52,16 +52,21 @@ impl Level {
         };
         let columns: Vec<_> =
             (0..n).map(|i| axis(x, self.width, if mirrored { n - 1 - i } else { i })).collect();
-        let mut rgb = Vec::with_capacity(n * n * 3);
-        for i in 0..n {
+        // Between two rows first, all the columns that are used at once, then between columns.
+        let first = columns.iter().map(|c| c.0).min().unwrap_or(0);
+        let end = columns.iter().map(|c| c.1 + 1).max().unwrap_or(0);
+        let mut between = vec![0.0; (end - first) * 3];
+        let mut rgb = vec![0.0; n * n * 3];
+        for (i, out) in rgb.chunks_exact_mut(n * 3).enumerate() {
             let (top, bottom, fy) = axis(y, self.height, i);
-            for &(left, right, fx) in &columns {
-                for c in 0..3 {
-                    let at = |y: usize, x: usize| f32::from(self.rgb[(y * self.width + x) * 3 + c]);
-                    let upper = at(top, left) + fx * (at(top, right) - at(top, left));
-                    let lower = at(bottom, left) + fx * (at(bottom, right) - at(bottom, left));
-                    rgb.push((upper + fy * (lower - upper)) / 127.5 - 1.0);
-                }
+            let row = |y: usize| &self.rgb[(y * self.width + first) * 3..(y * self.width + end) * 3];
+            for ((v, &upper), &lower) in between.iter_mut().zip(row(top)).zip(row(bottom)) {
+                let (upper, lower) = (f32::from(upper), f32::from(lower));
+                *v = (upper + fy * (lower - upper)) / 127.5 - 1.0;
+            }
+            for (out, &(left, right, fx)) in out.chunks_exact_mut(3).zip(&columns) {
+                let (l, r) = (&between[(left - first) * 3..][..3], &between[(right - first) * 3..][..3]);
+                (0..3).for_each(|c| out[c] = l[c] + fx * (r[c] - l[c]));
             }
         }
         Picture::from_rgb(n, n, rgb)
@@ -253,20 +258,22 @@ impl EditData {
         let all = |shape: &[usize], part: fn(&Instance) -> &[f32]| {
             Tensor::build(shape, |out| {
                 let size = out.len() / made.len();
-                out.chunks_mut(size).zip(&made).for_each(|(out, i)| out.copy_from_slice(part(i)));
+                out.par_chunks_mut(size).zip(&made).for_each(|(out, i)| out.copy_from_slice(part(i)));
             })
         };
         let words = philox.block(step << INSTANCE_BITS, 0);
         let (view, pixels) = ([instances, crate::VIEW, crate::VIEW, 3], [instances * crops, crop, crop]);
         let [n, h, w] = pixels;
+        let (source, target) = (all(&[n, h, w, 3], |i| &i.source), all(&[n, h, w, 3], |i| &i.target));
         Ok(EditBatch {
             instances,
             crops,
             thumbnail: all(&view, |i| &i.thumbnail),
             detail: all(&view, |i| &i.detail),
             text: made.iter().flat_map(|i| i.text.iter().copied()).collect(),
-            source: all(&[n, h, w, 3], |i| &i.source),
-            target: all(&[n, h, w, 3], |i| &i.target),
+            edits: sizes_of_edits(&source, &target),
+            source,
+            target,
             position: all(&[n, h, w, 2], |i| &i.position),
             skills: made.iter().map(|i| i.skill).collect(),
             seed: u64::from(words[0]) << 32 | u64::from(words[1]),
@@ -277,31 +284,33 @@ impl EditData {
         let n = windows[random.below(windows.len())];
         let photo = self.photos.window(n, &mut random);
         // A combination counts as the skill after the last.
-        let (skill, Example { source, target, instruction, .. }) =
-            if random.chance(COMBINATIONS) && self.combinations {
-                (SKILLS.len(), combination(&photo, &mut random))
-            } else {
-                let skill = self.skills[random.below(self.skills.len())];
-                (skill, SKILLS[skill].example(&photo, self.phrasing, &mut random))
-            };
-        let text = self.text.encode(&instruction)?;
+        let (skill, edit) = if random.chance(COMBINATIONS) && self.combinations {
+            (SKILLS.len(), combination(&photo, &mut random))
+        } else {
+            let skill = self.skills[random.below(self.skills.len())];
+            (skill, SKILLS[skill].edit(&photo, self.phrasing, &mut random))
+        };
+        let text = self.text.encode(&edit.instruction)?;
+        let source = edit.source(&photo);
+        let BatchShape { crops, crop: c, .. } = shape;
+        let mut start = || random.below((n - c) / GRID + 1) * GRID;
+        let corners: Vec<[usize; 2]> = (0..crops).map(|_| [start(), start()]).collect();
+        let target = edit.target_parts(&photo, &corners, c);
         let mut made = Instance {
             skill,
             text,
-            thumbnail: thumbnail_of(&source)?.rgb,
-            detail: detail_of(&source)?.rgb,
-            source: Vec::new(),
-            target: Vec::new(),
-            position: Vec::new(),
+            thumbnail: thumbnail_of(source)?.rgb,
+            detail: detail_of(source)?.rgb,
+            source: Vec::with_capacity(crops * c * c * 3),
+            target: Vec::with_capacity(crops * c * c * 3),
+            position: Vec::with_capacity(crops * c * c * 2),
         };
-        for _ in 0..shape.crops {
-            let c = shape.crop;
-            let mut start = || random.below((n - c) / GRID + 1) * GRID;
-            let (y0, x0) = (start(), start());
-            made.source.extend(source.crop(y0, x0, c, c).rgb);
-            made.target.extend(target.crop(y0, x0, c, c).rgb);
-            for (y, x) in (y0..y0 + c).flat_map(|y| (x0..x0 + c).map(move |x| (y, x))) {
-                made.position.extend([pixel_position(y, n), pixel_position(x, n)]);
+        for ([y, x], target) in corners.into_iter().zip(target) {
+            made.source.extend(source.crop(y, x, c, c).rgb);
+            made.target.extend(target.rgb);
+            let across: Vec<f32> = (x..x + c).map(|x| pixel_position(x, n)).collect();
+            for y in (y..y + c).map(|y| pixel_position(y, n)) {
+                made.position.extend(across.iter().flat_map(|&x| [y, x]));
             }
         }
         Ok(made)

@@ -4,7 +4,7 @@ use hywu_core::Philox;
 use hywu_diffusion::{
     BatchShape, EditBatch, EditData, PhotoSet, Picture, TextEncoder, load_picture,
     metrics::psnr,
-    skills::{HUES, Phrasing, SKILLS, Skill, combination, filters},
+    skills::{Edit, HUES, Phrasing, Place, SKILLS, Skill, combination, filters},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -44,6 +44,7 @@ fn every_skill_has_enough_phrasings_and_none_is_shared() {
 #[test]
 fn every_example_is_a_picture_and_a_short_instruction() {
     let (photo, encoder) = (photo(), TextEncoder::bundled(20).expect("bundled"));
+    let tiny = photo.crop(0, 0, 8, 8);
     for (i, skill) in SKILLS.iter().enumerate() {
         for j in 0..20 {
             let mut random = Philox::new(j).stream(i as u64);
@@ -57,6 +58,18 @@ fn every_example_is_a_picture_and_a_short_instruction() {
             encoder.encode(&example.instruction).expect("fits");
             let same = example.source == example.target;
             assert_eq!(same, skill.name == "keep" || (same && skill.name == "recolour"), "{}", skill.name);
+        }
+    }
+    for (i, skill) in SKILLS.iter().enumerate() {
+        // `please` and a full stop don't make a phrasing another.
+        let bare = |s: &str| {
+            s.trim_end_matches('.').split(' ').filter(|w| *w != "please").collect::<Vec<_>>().join(" ")
+        };
+        let held_out: HashSet<String> = skill.held_out.iter().map(|s| bare(s)).collect();
+        for j in 0..300 {
+            let mut random = Philox::new(7).stream((i * 1000 + j) as u64);
+            let said = skill.example(&tiny, Phrasing::Train, &mut random).instruction;
+            assert!(!held_out.contains(&bare(&said)), "{}: {said:?} is held out", skill.name);
         }
     }
     for j in 0..200 {
@@ -105,7 +118,10 @@ fn hidden_amounts_are_those_that_damaged_the_photo() {
         let (h, source) = made("restore faded", &photo, j);
         assert_eq!(source, filters::fade(&photo, h[0]));
         let (h, source) = made("dehaze", &photo, j);
-        assert_eq!(source, filters::fog(&photo, h[2], [h[0] - h[1], h[0], h[0] + h[1]]));
+        assert_eq!(
+            source,
+            filters::fog(&photo, Place::whole(&photo), h[2], [h[0] - h[1], h[0], h[0] + h[1]])
+        );
         let (h, source) = made("auto contrast", &photo, j);
         assert_eq!(source, filters::colours(&photo, |c| c.map(|v| h[1] + h[0] * (v - 0.5))));
 
@@ -129,6 +145,33 @@ fn hidden_amounts_are_those_that_damaged_the_photo() {
     }
     for name in ["brighter", "grain", "tint", "recolour", "colourise"] {
         assert!(made(name, &photo, 1).0.is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn parts_of_an_edit_are_parts_of_the_whole() {
+    let photo = load_picture(samples().join("astronaut.png")).expect("the sample").resize(160, 128);
+    let check = |edit: Edit, name: &str| {
+        let whole = edit.target(&photo);
+        for [y, x] in [[0, 0], [64, 40], [77, 51], [3, 112], [144, 112]] {
+            let part = &edit.target_parts(&photo, &[[y, x]], 16)[0];
+            assert!(*part == whole.crop(y, x, 16, 16), "{name} at {y}, {x}");
+        }
+        let many: Vec<_> = (0..20).map(|i| [i, 2 * i]).collect();
+        let parts = edit.target_parts(&photo, &many, 64);
+        assert!(many.iter().zip(&parts).all(|(&[y, x], p)| *p == whole.crop(y, x, 64, 64)), "{name}");
+    };
+    for (i, skill) in SKILLS.iter().enumerate() {
+        // Often enough for every strength.
+        for j in 0..12 {
+            let mut random = Philox::new(j).stream(i as u64);
+            check(skill.edit(&photo, Phrasing::Train, &mut random), skill.name);
+        }
+    }
+    for j in 0..60 {
+        let edit = combination(&photo, &mut Philox::new(2).stream(j));
+        let name = edit.instruction.clone();
+        check(edit, &name);
     }
 }
 

@@ -1,5 +1,5 @@
 use crate::{
-    Error, Result,
+    Error, Profile, Result,
     cuda::{Event, Gpu, Properties, Replay},
 };
 use std::{fmt, str::FromStr};
@@ -49,17 +49,14 @@ impl Device {
             Self::Cuda(n) => Ok(Some(Gpu::get(n)?.memory_info()?)),
         }
     }
-    /// Gives the memory that tensors no longer use back to the system, which is otherwise kept for the next ones. Waits
+    /// Gives the memory of a CUDA device that tensors no longer use back to the system, which is otherwise kept for the next ones. Waits
     /// until all work is done.
     ///
     /// # Errors
     /// Those of the device.
     pub fn trim(self) -> Result<()> {
         match self {
-            Self::Cpu => {
-                crate::tensor::trim();
-                Ok(())
-            }
+            Self::Cpu => Ok(()),
             Self::Cuda(n) => Gpu::get(n)?.trim(),
         }
     }
@@ -92,6 +89,17 @@ impl Device {
         match self {
             Self::Cpu => Ok(None),
             Self::Cuda(n) => Ok(Some(Gpu::get(n)?.event()?)),
+        }
+    }
+
+    /// For finding out where the time of something that is repeated there goes; none for the CPU.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn profile(self) -> Result<Option<Profile>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(n) => Ok(Some(Profile::new(Gpu::get(n)?))),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::{
     report::{Conflict, Method},
-    statistics::interval,
+    statistics::{Cells, interval},
     watch::Watch,
 };
 use crate::train::Task;
@@ -44,7 +44,8 @@ pub fn cosines(
         let mut sum: Vec<f32> = Vec::new();
         for batch in 0..batches {
             watch.at("gradients", done, skills.len())?;
-            let (_, grads) = task.gradients(&data.batch(FIRST + batch, shape)?)?;
+            let batch = data.batch(FIRST + batch, shape)?.to(task.params().device())?;
+            let (_, grads) = task.gradients(&batch)?;
             let mut flat = Vec::new();
             for grad in &grads {
                 flat.extend_from_slice(grad.to_host()?.data());
@@ -85,7 +86,7 @@ pub fn conflicts(
         let of: Vec<&Cosines> = seeds.iter().filter_map(|seed| seed.get(kind)).collect();
         let over = |pairs: &[[usize; 2]]| {
             let cells = of.iter().map(|seed| pairs.iter().map(|[i, j]| seed.cosine[*i][*j]).collect());
-            interval(&cells.collect(), resamples)
+            interval(&cells.collect::<Cells>(), resamples)
         };
         let mean = |i: usize, j: usize| of.iter().map(|s| s.cosine[i][j]).sum::<f64>() / of.len() as f64;
         Conflict {
@@ -106,9 +107,9 @@ mod tests {
 
     #[test]
     fn cosines_of_known_vectors() {
-        let vectors = [vec![1.0, 0.0], vec![-2.0, 0.0], vec![3.0, 3.0], vec![0.0, 0.0]];
+        let vectors = [vec![1.0, 0.0], vec![-2.0, 0.0], vec![3.0, 4.0], vec![0.0, 0.0]];
         let found = matrix(&vectors);
-        assert_eq!(found[0], [1.0, -1.0, 1.0 / 2f64.sqrt(), 0.0]);
+        assert_eq!(found[0], [1.0, -1.0, 0.6, 0.0]);
         assert_eq!(found[2][0], found[0][2]);
         assert_eq!(found[3], [0.0, 0.0, 0.0, 1.0]);
     }

@@ -128,7 +128,7 @@ pub fn measure(
     let validation = EditData::new(validation, &names, text()?, VALIDATION_SEED)?
         .without_combinations()
         .with_phrasing(Phrasing::Canonical);
-    let batch = |step| validation.batch(step, settings.shape());
+    let batch = |step| validation.batch(step, settings.shape())?.to(device);
     let validation: Vec<EditBatch> =
         (0..settings.measure.validation_batches).map(batch).collect::<hywu_diffusion::Result<_>>()?;
     let school = School {
@@ -287,7 +287,7 @@ impl Claims<'_> {
         self.school.folder.once("memory.json", || {
             let (seed, mut all) = (self.school.settings.seeds[0], IndexMap::new());
             let data = self.data_of(seed);
-            let batch = data.batch(ELSEWHERE, self.school.settings.shape())?;
+            let batch = data.batch(ELSEWHERE, self.school.settings.shape())?.to(self.school.device)?;
             let instance = self.instances.first().context("nothing was measured")?;
             for method in Method::ALL {
                 self.school.watch.at("memory", all.len(), Method::ALL.len())?;

@@ -238,7 +238,7 @@ impl School<'_> {
         let (Some(first), Some(steps)) = (first, learners.iter().map(|l| l.steps).max()) else {
             return Ok(());
         };
-        let ahead = self.device != Device::Cpu;
+        let ahead = (self.device != Device::Cpu).then_some(self.device);
         let mut batches = Batches::new(data, &self.settings.data(), first..steps, ahead)?;
         for step in first..steps {
             let batch = batches.next(step)?;
