@@ -10,7 +10,7 @@ mod words;
 use super::report::{Interval, Report};
 use anyhow::Result;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use std::{io::Write, path::Path};
+use std::path::Path;
 
 const STYLE: &str = include_str!("style.css");
 /// Its name in the folder of the report.
