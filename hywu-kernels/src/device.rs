@@ -49,14 +49,17 @@ impl Device {
             Self::Cuda(n) => Ok(Some(Gpu::get(n)?.memory_info()?)),
         }
     }
-    /// Gives the memory of a CUDA device that tensors no longer use back to the system, which is otherwise kept for the next ones. Waits
+    /// Gives the memory that tensors no longer use back to the system, which is otherwise kept for the next ones. Waits
     /// until all work is done.
     ///
     /// # Errors
     /// Those of the device.
     pub fn trim(self) -> Result<()> {
         match self {
-            Self::Cpu => Ok(()),
+            Self::Cpu => {
+                crate::tensor::trim();
+                Ok(())
+            }
             Self::Cuda(n) => Gpu::get(n)?.trim(),
         }
     }
