@@ -104,14 +104,14 @@ fn report(folder: &Path, lead: f64) -> Report {
     // Adapters: a corner for each skill, with what the instance adds.
     let (mut points, mut adapters) = (Vec::new(), Vec::new());
     for (k, skill) in skills.iter().enumerate() {
-        for photo in 0..12 {
+        for photo in 0..4 {
             let mut point: Vec<f64> = (0..40).map(|_| 0.7 * normal()).collect();
             point[k] += 3.0;
             point[39] += 6.0;
             points.push(point);
             let label = AdapterLabel {
                 skill: skill.clone(),
-                photo: photo % 6,
+                photo,
                 instruction: "fix it".into(),
                 hidden: Default::default(),
             };
@@ -318,10 +318,10 @@ fn a_page_holds_everything_and_needs_nothing() {
     assert!(page.contains("&lt;script&gt;") && page.contains("b &amp; c.jpg"));
     // Source, truth and seven edits of every skill.
     assert_eq!(page.matches("data:image/jpeg;base64,").count(), 20 * 9);
-    // Two maps of 240 points, three plots of 48.
+    // Two maps of 80 points, three plots of 48.
     let spots =
         page.matches("<circle class=\"dot s").count() + page.matches("<circle class=\"ring s").count();
-    assert_eq!(spots, 2 * 240 + 3 * 48);
+    assert_eq!(spots, 2 * 80 + 3 * 48);
     for tag in ["svg", "g", "text", "table", "tr", "td", "figure", "section", "div", "circle", "line", "rect"]
     {
         let (open, close) = (
@@ -347,7 +347,7 @@ fn words_follow_the_numbers() {
     );
     assert!(text.contains("don't clearly tell gain of light up (R² 0.05)"), "{text}");
     let first = &Settings::parse(Settings::FULL).expect("bundled").skills()[0];
-    assert!(text.contains(&format!("full fine-tuning is ahead on {first} (-2.0 dB).")), "{text}");
+    assert!(text.contains(&format!("Full fine-tuning is ahead on {first} (-2.0 dB).")), "{text}");
 
     let behind = html::page(&report(&folder, -2.0), &folder).expect("a page");
     let text = answer(&behind);

@@ -11,7 +11,7 @@ use maud::{Markup, html};
 /// Side of a small plot.
 const SMALL: [f64; 2] = [340.0, 300.0];
 /// Side of a map.
-const MAP: [f64; 2] = [540.0, 480.0];
+const MAP: [f64; 2] = [520.0, 470.0];
 /// Colours for skills in the style sheet.
 const HUES: usize = 10;
 
@@ -80,7 +80,7 @@ pub(super) fn condition(report: &Report) -> Option<Markup> {
             (table(&["adapter", "PSNR in dB", "lost in dB"], report.condition.iter().map(|v| html! {
                 td { (told(v.condition)) } (cell(&v.psnr, 2, false)) (cell(&v.loss, 2, false))
             })))
-            (figure(plot::bars("PSNR lost with other adapters", "PSNR lost, dB", &bars), "What it costs not to have the instance's own adapter."))
+            (figure(plot::bars("PSNR lost with other adapters", "PSNR lost, dB", plot::WIDTH, &bars), "What it costs not to have the instance's own adapter."))
         }
         @if !report.strength.is_empty() {
             (figure(plot::lines("PSNR by strength", &axes, [540.0, 280.0], &[strength]), "The adapter scaled: 0 is the backbone alone, 1 what was trained."))

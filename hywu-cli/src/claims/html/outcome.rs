@@ -4,6 +4,9 @@ use super::{cell, count, figure, methods, plot, table, words};
 use crate::claims::report::{Interval, Method, Metric, Report, ScoreRow};
 use maud::{Markup, html};
 
+/// Width of one of two plots side by side.
+const HALF: f64 = 520.0;
+
 fn scores<'a>(report: &'a Report, skill: Option<&'a str>) -> impl Iterator<Item = &'a ScoreRow> {
     report.quality.scores.iter().filter(move |s| s.skill.as_deref() == skill)
 }
@@ -55,7 +58,7 @@ pub(super) fn quality(report: &Report) -> Option<Markup> {
             (cell(&s.distance, 4, s.distance.mean == top[2]))
         })))
         (figure(plot::dots("PSNR of each method", "PSNR in dB, all skills", &dots), "PSNR against the true edit: mean and 95 % interval."))
-        (figure(plot::bars("gain of HY-WU over each method", "PSNR of HY-WU minus that of the other method, dB", &gains),
+        (figure(plot::bars("gain of HY-WU over each method", "PSNR of HY-WU minus that of the other method, dB", plot::WIDTH, &gains),
             "The same edits compared one by one: right of zero HY-WU is better. Such differences are surer than the means above, since photos and seeds are the same on both sides."))
     })
 }
@@ -100,11 +103,14 @@ pub(super) fn skills(report: &Report) -> Option<Markup> {
     Some(html! {
         (methods(report))
         (figure(plot::dots("PSNR by skill and method", "PSNR in dB", &dots), "PSNR against the true edit, by skill."))
-        @for (method, rows) in words::SHARED.iter().chain(&[Method::Oracle]).map(|m| (*m, against(*m))) {
-            @if !rows.is_empty() {
-                h3 { "HY-WU against " (words::label(report, method)) }
-                (figure(plot::bars("gain of HY-WU by skill", "gain of HY-WU in dB", &rows),
-                    "Green: the interval is above zero. Red: below. Gray: no difference can be told."))
+        h3 { "HY-WU against other methods" }
+        p.soft { "Green: the interval is above zero. Red: below. Gray: no difference can be told." }
+        div.beside {
+            @for (method, rows) in words::SHARED.iter().chain(&[Method::Oracle]).map(|m| (*m, against(*m))) {
+                @if !rows.is_empty() {
+                    (figure(plot::bars("gain of HY-WU by skill", "gain of HY-WU in dB", HALF, &rows),
+                        &format!("HY-WU against {}.", words::label(report, method))))
+                }
             }
         }
         details { summary { "PSNR in numbers, dB" }

@@ -4,7 +4,7 @@ use crate::claims::report::Interval;
 use maud::{Markup, html};
 
 /// Width of a plot with rows.
-const WIDTH: f64 = 720.0;
+pub const WIDTH: f64 = 720.0;
 /// Height of a row.
 const ROW: f64 = 24.0;
 /// Room for ticks and the axis' name.
@@ -172,14 +172,14 @@ pub fn dots(what: &str, axis_name: &str, rows: &[Row]) -> Markup {
 }
 
 /// Bars from zero, each with its interval and its number.
-pub fn bars(what: &str, axis_name: &str, rows: &[Row]) -> Markup {
+pub fn bars(what: &str, axis_name: &str, width: f64, rows: &[Row]) -> Markup {
     let left = label_width(rows.iter().map(|r| r.label.as_str()));
     let ends = rows.iter().flat_map(|r| &r.marks).flat_map(|m| [m.value.lo, m.value.mean, m.value.hi]);
-    let right = WIDTH - 60.0;
+    let right = width - 60.0;
     let axis = Axis::over(ends.chain([0.0]), [left, right], false);
     let bottom = rows.len() as f64 * ROW;
     svg(
-        WIDTH,
+        width,
         bottom + FOOT,
         what,
         html! {
@@ -253,12 +253,17 @@ pub fn heat(what: &str, names: &[String], values: &[Vec<f64>]) -> Markup {
                         title { (names[i]) " and " (names[j]) ": " (format!("{v:.3}")) }
                         rect x=(px(x)) y=(px(y)) width=(px(CELL - 1.0)) height=(px(CELL - 1.0))
                             style={ "fill:color-mix(in srgb," (colour) " " (share) "%,var(--cell))" } {}
-                        (text(x + CELL / 2.0 - 0.5, y + CELL / 2.0 + 3.0, "cell mid", &format!("{:.0}", v * 100.0)))
+                        (text(x + CELL / 2.0 - 0.5, y + CELL / 2.0 + 3.0, "cell mid", &hundredths(*v)))
                     }
                 }
             }
         },
     )
+}
+
+/// A cosine in hundredths; nothing is "-0".
+fn hundredths(v: f64) -> String {
+    format!("{}", (v * 100.0).round() as i64)
 }
 
 /// A curve.

@@ -5,7 +5,7 @@ use crate::claims::report::{Forgetting, Interval, Method, Report};
 use maud::{Markup, html};
 
 /// Size of a plot.
-const WIDE: [f64; 2] = [540.0, 320.0];
+const WIDE: [f64; 2] = [520.0, 320.0];
 /// Size of one of several side by side.
 const SMALL: [f64; 2] = [345.0, 250.0];
 /// Colours of learners, in order of appearance.

@@ -37,6 +37,12 @@ fn percent(v: &Interval) -> String {
     format!("{:.0} % ({:.0} to {:.0} %)", v.mean * 100.0, v.lo * 100.0, v.hi * 100.0)
 }
 
+/// With a capital letter in front.
+fn sentence(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
+}
+
 /// "a, b and c".
 pub(super) fn list(items: &[String]) -> String {
     match items {
@@ -242,14 +248,14 @@ pub(super) fn answer(report: &Report) -> Markup {
     html! {
         div.answer {
             p.lead { (lead(report)) }
-            ul { @for sentence in findings(report) { li { (sentence) } } }
+            ul { @for found in findings(report) { li { (sentence(&found)) } } }
             h3 { "Where HY-WU does not win" }
             @if report.quality.gains.is_empty() {
                 p { "That was not measured." }
             } @else if limits.is_empty() {
                 p { "On every skill, against every trained method, the interval of its gain is above zero." }
             } @else {
-                ul { @for sentence in limits { li { (sentence) } } }
+                ul { @for limit in limits { li { (sentence(&limit)) } } }
             }
         }
     }
