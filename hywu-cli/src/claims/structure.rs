@@ -76,7 +76,7 @@ pub(super) fn components(gram: &Array2<f64>, most: usize) -> Option<Components> 
     let n = centred.nrows();
     let total = centred.trace();
     // What is left of equal updates is rounding.
-    if !(total > 1e-12 * (0..n).map(|i| gram[(i, i)]).sum::<f64>()) {
+    if total <= 1e-12 * (0..n).map(|i| gram[(i, i)]).sum::<f64>() {
         return None;
     }
     let eigen = SymmetricEigen::new(centred);
