@@ -78,11 +78,9 @@ fn report(folder: &Path, lead: f64) -> Report {
     let conflict =
         [(Method::Full, true), (Method::SharedLora, true), (Method::Full, false)].map(|(method, trained)| {
             let mut cosine = vec![vec![1.0; skills.len()]; skills.len()];
-            for i in 0..skills.len() {
-                for j in 0..i {
-                    let v = if i / 2 == j / 2 { -0.3 } else { 0.02 } + 0.1 * normal();
-                    (cosine[i][j], cosine[j][i]) = (v, v);
-                }
+            for (i, j) in (0..skills.len()).flat_map(|i| (0..i).map(move |j| (i, j))) {
+                let v = if i / 2 == j / 2 { -0.3 } else { 0.02 } + 0.1 * normal();
+                (cosine[i][j], cosine[j][i]) = (v, v);
             }
             Conflict {
                 method,
