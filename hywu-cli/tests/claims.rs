@@ -3,15 +3,22 @@
 use assert_cmd::Command;
 use hywu::{
     claims::{
-        Watch, measure,
-        report::{Condition, Method, Report},
+        Watch, html,
+        instance::hidden_amounts,
+        measure,
+        report::{AdapterLabel, Condition, Method, Report},
         settings::Settings,
+        structure::structure,
     },
     model::Model,
+    pipeline::Editor,
     train::{AdapterConfig, Kind, Task},
 };
-use hywu_core::Philox;
-use hywu_diffusion::{BatchShape, EditData, PhotoSet, TextEncoder};
+use hywu_core::{Philox, adapter::gram};
+use hywu_diffusion::{
+    BatchShape, EditData, PhotoSet, Picture, TextEncoder, load_picture,
+    skills::{SKILLS, Skill},
+};
 use hywu_kernels::{Device, testing::for_each_place};
 use predicates::{prelude::*, str::contains};
 use std::{
@@ -57,6 +64,7 @@ tile = 64
 validation_batches = 1
 conflict_batches = 1
 adapters = 2
+draws = 2
 routed_photos = 1
 resamples = 50
 "#;
@@ -145,6 +153,12 @@ fn everything_is_measured_and_a_stopped_run_goes_on_to_the_same_numbers() {
     }
     let kept = hywu_core::Adapter::load(dir.path().join("whole").join(&whole.setup.adapters));
     assert_eq!(kept.expect("an adapter file").batch(), 4);
+    let page = fs::read_to_string(dir.path().join("whole").join(html::FILE)).expect("a page");
+    assert!(page.contains("<section id=\"quality\">") && page.contains("data:image/jpeg"));
+    // Four adapters are too few for a structure, two photos for a regression.
+    assert!(
+        whole.structure.is_none() && whole.hidden.is_empty() && !page.contains("<section id=\"structure\">")
+    );
 
     // Stopped in the second step of the first training, then among the edits.
     let (stopped, told) = run(dir.path(), "parts", |asked| asked > 3);
@@ -165,6 +179,44 @@ fn everything_is_measured_and_a_stopped_run_goes_on_to_the_same_numbers() {
     let train = dir.path().join("train");
     let refused = measure(&settings, &model, &train, &train, &dir.path().join("parts"), Device::Cpu, watch);
     assert!(refused.map(|_| ()).expect_err("another").to_string().contains("another measurement"));
+}
+
+#[test]
+fn the_bundled_generators_adapters_cluster_by_skill_and_follow_the_damage() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let files = photos(dir.path(), "train", 3);
+    let photos: Vec<Picture> =
+        (0..3).map(|i| load_picture(files.join(format!("{i}.png"))).expect("written")).collect();
+    let editor = Editor::new(Model::bundled().expect("in the binary"));
+    let (mut adapters, mut labels) = (Vec::new(), Vec::new());
+    for skill in ["blur", "fog", "invert"] {
+        for (photo, picture) in photos.iter().enumerate() {
+            let instruction = SKILLS[Skill::find(skill).expect("there")].train[0].to_owned();
+            let recalled =
+                editor.recall(picture, &instruction, 0).expect("a good picture").expect("a generator");
+            adapters.push(recalled.adapter);
+            labels.push(AdapterLabel { skill: skill.into(), photo, instruction, hidden: Vec::new() });
+        }
+    }
+    let found = structure(&gram(&adapters).expect("alike"), &labels).expect("finite").expect("nine");
+    assert_eq!((found.points.len(), found.skills.len()), (9, 3));
+    assert!(found.nearest > found.chance && found.within > found.across, "{found:?}");
+
+    let skills = ["denoise", "invert"].map(|name| Skill::find(name).expect("there"));
+    let watch = Watch { stop: &|| false, tell: &|_, _, _| {} };
+    let hidden = hidden_amounts(&editor, &photos, &skills, 3, watch).expect("a measurement");
+    // Nothing is hidden in an inversion.
+    assert_eq!(hidden.len(), 1);
+    assert_eq!((hidden[0].skill.as_str(), hidden[0].amount.as_str()), ("denoise", "sigma"));
+    assert_eq!(hidden[0].points.iter().map(|p| p.photo).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 1, 2, 2, 2]);
+    for p in &hidden[0].points {
+        assert!((0.06..=0.3).contains(&p.truth) && p.told.is_finite(), "{p:?}");
+    }
+    assert!(hidden[0].r2.lo <= hidden[0].r2.mean && hidden[0].r2.mean <= hidden[0].r2.hi);
+    assert!(hidden_amounts(&editor, &photos[..2], &skills, 3, watch).expect("nothing to do").is_empty());
+    let stopped = hidden_amounts(&editor, &photos, &skills, 3, Watch { stop: &|| true, ..watch });
+    let error = stopped.expect_err("stopped");
+    assert!(matches!(error.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)), "{error:#}");
 }
 
 /// Every instance of a batch is given its own skill's entry, and teaches that one alone.

@@ -4,7 +4,7 @@ use hywu_core::Philox;
 use hywu_diffusion::{
     BatchShape, EditBatch, EditData, PhotoSet, Picture, TextEncoder, load_picture,
     metrics::psnr,
-    skills::{Edit, HUES, Phrasing, SKILLS, Skill, combination, filters},
+    skills::{Edit, HUES, Phrasing, Place, SKILLS, Skill, combination, filters},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -100,6 +100,54 @@ fn strength_words_change_the_strength() {
         assert_eq!(*seen.entry(grade).or_insert(change), change, "{words}");
     }
     assert!(seen[&0] < seen[&1] && seen[&1] < seen[&2]);
+}
+
+#[test]
+fn hidden_amounts_are_those_that_damaged_the_photo() {
+    let photo = photo();
+    let made = |name: &str, photo: &Picture, j: u64| {
+        let skill = &SKILLS[Skill::find(name).expect("there")];
+        let example = skill.example(photo, Phrasing::Train, &mut Philox::new(j).stream(2));
+        (example.hidden.iter().map(|h| h.1).collect::<Vec<f32>>(), example.source)
+    };
+    for j in 0..3 {
+        let (h, source) = made("deblur", &photo, j);
+        assert_eq!(source, filters::blur(&photo, h[0]));
+        let (h, source) = made("restore detail", &photo, j);
+        assert_eq!(source, filters::pixelate(&photo, h[0] as usize));
+        let (h, source) = made("jpeg repair", &photo, j);
+        assert_eq!(source, filters::jpeg(&photo, h[0] as u8));
+        let (h, source) = made("restore faded", &photo, j);
+        assert_eq!(source, filters::fade(&photo, h[0]));
+        let (h, source) = made("dehaze", &photo, j);
+        assert_eq!(
+            source,
+            filters::fog(&photo, Place::whole(&photo), h[2], [h[0] - h[1], h[0], h[0] + h[1]])
+        );
+        let (h, source) = made("auto contrast", &photo, j);
+        assert_eq!(source, filters::colours(&photo, |c| c.map(|v| h[1] + h[0] * (v - 0.5))));
+
+        // What has chance or a scale in it, on flat gray.
+        let unit = |v: f32| (v + 1.0) * 0.5;
+        let gray = Picture::from_rgb(64, 64, vec![0.0; 64 * 64 * 3]);
+        let (h, source) = made("white balance", &gray, j);
+        let c = [0, 1, 2].map(|i| unit(source.rgb[i]));
+        assert!(
+            ((c[0] / c[1]).ln() - h[0]).abs() < 1e-5 && ((c[2] / c[1]).ln() - h[1]).abs() < 1e-5,
+            "{h:?}"
+        );
+        let (h, source) = made("denoise", &gray, j);
+        let spread = source.rgb.iter().map(|v| (v * 0.5).abs()).sum::<f32>() / source.rgb.len() as f32;
+        let expected = h[0] * (2.0 / std::f32::consts::PI).sqrt();
+        // 12,288 draws: the standard error of the mean is below 1 % of it; clamping takes a few percent at the upper end.
+        assert!((spread / expected - 1.0).abs() < 0.08, "{spread} for {expected}");
+        let (h, source) = made("light up", &gray, j);
+        let mean = source.rgb.iter().map(|v| unit(*v)).sum::<f32>() / source.rgb.len() as f32;
+        assert!((mean - 0.5 * h[0].powf(1.0 / 2.2)).abs() < 1e-3, "{mean} at {h:?}");
+    }
+    for name in ["brighter", "grain", "tint", "recolour", "colourise"] {
+        assert!(made(name, &photo, 1).0.is_empty(), "{name}");
+    }
 }
 
 #[test]

@@ -39,10 +39,11 @@ pub fn adapters(
             watch.at("adapters", all.len(), skills.len() * count)?;
             let photo = i % photos.len();
             let mut random = Philox::new(EXAMPLES).stream((skill * 1024 + i) as u64);
-            let Example { source, instruction, .. } =
+            let Example { source, instruction, hidden, .. } =
                 SKILLS[skill].example(&photos[photo], Phrasing::HeldOut(i), &mut random);
             all.push(editor.recall(&source, &instruction, 0)?.context("the model has no generator")?.adapter);
-            let (skill, hidden) = (SKILLS[skill].name.to_owned(), Vec::new());
+            let (skill, hidden) =
+                (SKILLS[skill].name.to_owned(), hidden.iter().map(|drawn| drawn.1).collect());
             labels.push(AdapterLabel { skill, photo, instruction, hidden });
         }
     }

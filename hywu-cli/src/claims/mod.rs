@@ -4,6 +4,8 @@
 mod condition;
 mod conflict;
 mod folder;
+pub mod html;
+pub mod instance;
 mod kept;
 mod memory;
 mod methods;
@@ -12,6 +14,7 @@ mod quality;
 pub mod report;
 pub mod settings;
 mod statistics;
+pub mod structure;
 mod summary;
 mod training;
 mod watch;
@@ -27,6 +30,7 @@ use anyhow::{Context, Result, ensure};
 use condition::{Ablation, STRENGTHS, ablation};
 use conflict::{Cosines, conflicts, cosines};
 use folder::Folder;
+use hywu_core::{Adapter, adapter::gram};
 use hywu_diffusion::{
     BatchShape, EditBatch, EditData, PhotoSet, Picture, TextEncoder, load_picture, skills::Phrasing,
 };
@@ -35,7 +39,9 @@ use indexmap::IndexMap;
 use methods::{Contender, sizes};
 use phrasing::Routed;
 use quality::{Comparison, Instance, Score, by_photo, instances, scores};
-use report::{Condition, Cost, Curve, Method, MethodReport, Report, Setup, StrengthRow, SweepRow, Variant};
+use report::{
+    AdapterLabel, Condition, Cost, Curve, Method, MethodReport, Report, Setup, StrengthRow, SweepRow, Variant,
+};
 use serde::{Deserialize, Serialize};
 use settings::Settings;
 use statistics::{Cells, difference, interval};
@@ -49,6 +55,7 @@ const VALIDATION_SEED: u64 = 1 << 32;
 /// A step beyond all others.
 const ELSEWHERE: u64 = 1 << 40;
 const REPORT: &str = "report.json";
+const HIDDEN: &str = "hidden.json";
 
 /// What tells a measurement from others in a folder.
 #[derive(Serialize)]
@@ -87,7 +94,8 @@ struct Claims<'a> {
     data: EditData,
 }
 
-/// Trains and measures everything that `settings` say, in the folder `out`, and writes `report.json` there. What is finished there is
+/// Trains and measures everything that `settings` say, in the folder `out`, and writes `report.json` and the page
+/// [`html::FILE`] there. What is finished there is
 /// not done again; a training goes on from its last checkpoint.
 ///
 /// The backbone is that of `model`, whose adapters are not used. `photos` is the folder to train on, of which the last four by name only
@@ -150,6 +158,7 @@ pub fn measure(
     };
     let report = claims.report(setup, sweep, &told)?;
     folder.write(REPORT, &report)?;
+    html::write(&report, out)?;
     Ok(report)
 }
 
@@ -209,6 +218,10 @@ impl Claims<'_> {
                     self.school.folder,
                     self.school.watch,
                 )
+            })?;
+            self.school.folder.once(HIDDEN, || {
+                let (skills, draws) = (self.school.skills, self.school.settings.measure.draws);
+                instance::hidden_amounts(hywu.editor(), &self.photos, skills, draws, self.school.watch)
             })?;
         }
         let seconds = learners.iter().map(|l| (l.method, l.seconds())).collect();
@@ -362,6 +375,11 @@ impl Claims<'_> {
             let psnr = Method::ALL.into_iter().filter_map(first).collect();
             pictures.push(kept::picture_row(self.school.folder, name, *photo, example, psnr)?);
         }
+        let folder = self.school.folder;
+        let adapters: Vec<AdapterLabel> = folder.once("adapters.json", || Ok(Vec::new()))?;
+        let structure = folder.once("structure.json", || {
+            structure::structure(&gram(&[Adapter::load(folder.path(kept::ADAPTERS))?])?, &adapters)
+        })?;
         Ok(Report {
             summary,
             setup,
@@ -375,7 +393,9 @@ impl Claims<'_> {
             phrasing: phrasing::rows(&routed, &self.names),
             cost,
             forgetting: None,
-            adapters: self.school.folder.once("adapters.json", || Ok(Vec::new()))?,
+            adapters,
+            structure,
+            hidden: folder.once(HIDDEN, || Ok(Vec::new()))?,
             pictures,
         })
     }

@@ -3,7 +3,7 @@
 //! Every interval is a bootstrap one of 95 % over photos and seeds, drawn anew independently. Names of files are relative to the folder
 //! of the report.
 
-use super::settings::Settings;
+use super::{instance::HiddenAmount, settings::Settings, structure::Structure};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,12 @@ pub struct Report {
     pub forgetting: Option<Forgetting>,
     /// Generated adapters that were kept, in the order of the entries of [`Setup::adapters`].
     pub adapters: Vec<AdapterLabel>,
+    /// How these adapters lie; none where it was not measured.
+    #[serde(default)]
+    pub structure: Option<Structure>,
+    /// What adapters tell of amounts that only the picture shows.
+    #[serde(default)]
+    pub hidden: Vec<HiddenAmount>,
     /// Edits to look at.
     pub pictures: Vec<PictureRow>,
 }

@@ -93,6 +93,8 @@ pub struct Measure {
     pub conflict_batches: u64,
     /// Generated adapters that are kept of each skill.
     pub adapters: usize,
+    /// Times that every test photo is damaged, to see what adapters tell of the damage.
+    pub draws: usize,
     /// Test photos that the choice of the skill is judged on.
     pub routed_photos: usize,
     /// Resamples behind every interval.
@@ -140,6 +142,7 @@ impl Settings {
             ("measure.validation_batches", m.validation_batches),
             ("measure.conflict_batches", m.conflict_batches),
             ("measure.adapters", m.adapters as u64),
+            ("measure.draws", m.draws as u64),
             ("measure.routed_photos", m.routed_photos as u64),
             ("measure.resamples", m.resamples as u64),
         ] {

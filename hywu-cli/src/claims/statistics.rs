@@ -4,7 +4,7 @@ use super::report::Interval;
 use hywu_core::Philox;
 
 /// Share of the resamples that an interval leaves out on each side.
-const TAIL: f64 = 0.025;
+pub const TAIL: f64 = 0.025;
 
 /// Numbers crossed over two factors that both could have fallen out otherwise: `cells[seed][photo]`. All rows are equally long.
 pub type Cells = Vec<Vec<f64>>;
@@ -37,7 +37,7 @@ pub fn interval(cells: &[Vec<f64>], resamples: usize) -> Interval {
 }
 
 /// Linear between neighbours of the sorted values; NaN without any.
-fn quantile(sorted: &[f64], share: f64) -> f64 {
+pub fn quantile(sorted: &[f64], share: f64) -> f64 {
     let at = share * sorted.len().saturating_sub(1) as f64;
     let low = at as usize;
     match (sorted.get(low), sorted.get(low + 1)) {

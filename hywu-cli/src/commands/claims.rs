@@ -3,7 +3,7 @@ use anyhow::Result;
 use clap::Args;
 use hywu::{
     claims::{
-        Watch, measure,
+        Watch, html, measure,
         report::{Interval, Report},
         settings::Settings,
     },
@@ -36,7 +36,7 @@ pub struct ClaimsArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: Device,
-    /// Folder of the measurement: report.json, pictures, adapters, and the parts that are finished
+    /// Folder of the measurement: report.html, report.json, pictures, adapters, and the parts that are finished
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }
@@ -69,7 +69,7 @@ pub fn run(args: &ClaimsArgs) -> Result<()> {
     let report = measure(&settings, &model, &args.photos, &args.heldout, &args.out, device, watch);
     bar.finish_and_clear();
     print(&report?)?;
-    eprintln!("done: {}", args.out.join("report.json").display());
+    eprintln!("done: {}", args.out.join(html::FILE).display());
     Ok(())
 }
 

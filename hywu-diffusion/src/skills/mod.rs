@@ -42,11 +42,19 @@ pub enum Make {
     /// As `Placed`, with chance in it (grain), which comes from the seed.
     Chance(fn(&Picture, Place, f32, u64) -> Picture),
     /// The source is the photo damaged at random, the target the photo.
-    Repair(fn(&Picture, &mut RandomStream) -> Picture),
+    Repair(fn(&Picture, &mut RandomStream) -> Damaged),
     /// The target has a colour that the instruction names.
     Tint,
     /// Things of one named colour take another.
     Recolour,
+}
+
+/// A photo damaged by amounts that chance drew.
+pub struct Damaged {
+    /// What is left of the photo.
+    pub picture: Picture,
+    /// Name and value of each amount.
+    pub hidden: Vec<(&'static str, f32)>,
 }
 
 /// What an instruction says, in numbers.
