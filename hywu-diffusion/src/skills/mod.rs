@@ -102,15 +102,8 @@ impl Skill {
         let varied = phrasing == Phrasing::Train;
         let mut instruction = phrase.to_owned();
         let mut meaning = Meaning { strength: 1.0, from: None, to: None };
-        if varied && self.graded && random.chance(0.4) {
-            let (value, words) = GRADES[random.below(GRADES.len())];
-            meaning.strength = value;
-            let word = words[random.below(words.len())];
-            instruction = match random.below(3) {
-                0 => format!("{word} {phrase}"),
-                1 => format!("{phrase}, {word}"),
-                _ => format!("{phrase} {word}"),
-            };
+        if varied {
+            (instruction, meaning.strength) = self.grade(instruction, random);
         }
         let strength = meaning.strength;
         let (source, target) = match &self.make {
@@ -134,20 +127,61 @@ impl Skill {
             }
         };
         if varied {
-            match random.below(6) {
-                0 => instruction = format!("please {instruction}"),
-                1 => instruction.push('.'),
-                2 => instruction.push_str(" please"),
-                _ => {}
-            }
+            instruction = polite(instruction, random);
         }
         Example { source, target, instruction, meaning }
+    }
+
+    /// An instruction as training has them, without a picture: colours are drawn at random.
+    pub fn ask(&self, random: &mut RandomStream) -> String {
+        let phrase = self.train[random.below(self.train.len())].to_owned();
+        let (instruction, _) = self.grade(phrase, random);
+        let from = random.below(HUES.len());
+        let to = (from + 1 + random.below(HUES.len() - 1)) % HUES.len();
+        polite(instruction.replace("{from}", HUES[from].0).replace("{to}", HUES[to].0), random)
+    }
+
+    /// Now and then with a strength word, where the skill has grades; and the strength, 1 without one.
+    fn grade(&self, phrase: String, random: &mut RandomStream) -> (String, f32) {
+        if !self.graded || !random.chance(0.4) {
+            return (phrase, 1.0);
+        }
+        let (strength, words) = GRADES[random.below(GRADES.len())];
+        let word = words[random.below(words.len())];
+        let graded = match random.below(3) {
+            0 => format!("{word} {phrase}"),
+            1 => format!("{phrase}, {word}"),
+            _ => format!("{phrase} {word}"),
+        };
+        (graded, strength)
     }
 
     /// Can it be one half of a combination? Only looks can: they are functions of the picture that they get.
     fn combines(&self) -> bool {
         matches!(self.make, Make::Look(_)) && self.name != "keep" && !self.arrival
     }
+}
+
+/// Now and then with a "please" or a full stop.
+pub(crate) fn polite(instruction: String, random: &mut RandomStream) -> String {
+    match random.below(6) {
+        0 => format!("please {instruction}"),
+        1 => instruction + ".",
+        2 => instruction + " please",
+        _ => instruction,
+    }
+}
+
+/// The photo with a random one of the damages that the table's repairs mend.
+pub fn damaged(photo: &Picture, random: &mut RandomStream) -> Picture {
+    let damages: Vec<_> = SKILLS
+        .iter()
+        .filter_map(|s| match s.make {
+            Make::Repair(damage) => Some(damage),
+            _ => None,
+        })
+        .collect();
+    damages[random.below(damages.len())](photo, random)
 }
 
 /// A colour of the photo, chosen by how much of it there is, and another one.
