@@ -9,7 +9,10 @@ use crate::{
 use hywu_core::{Philox, RandomStream};
 use hywu_kernels::Tensor;
 use rayon::prelude::*;
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// Longest side that is kept of a photo.
 const LARGEST: usize = 2048;
@@ -208,13 +211,16 @@ impl BatchShape {
 }
 
 /// Draws training batches.
+#[derive(Clone)]
 pub struct EditData {
-    photos: PhotoSet,
-    table: Vec<usize>,
-    own: Vec<OwnSkill>,
+    photos: Arc<PhotoSet>,
+    skills: Vec<usize>,
+    own: Arc<Vec<OwnSkill>>,
+    /// What is rehearsed, and in which share of the instances.
     rehearsal: Option<(Vec<KnownSkill>, f32)>,
-    text: TextEncoder,
+    text: Arc<TextEncoder>,
     seed: u64,
+    combinations: bool,
 }
 
 impl EditData {
@@ -250,23 +256,35 @@ impl EditData {
     /// No skill at all, skills of the table without photos, instructions that are empty or too long.
     pub fn with_own(
         photos: PhotoSet,
-        table: Vec<usize>,
+        skills: Vec<usize>,
         own: Vec<OwnSkill>,
         text: TextEncoder,
         seed: u64,
     ) -> Result<Self> {
-        if table.is_empty() && own.is_empty() {
+        if skills.is_empty() && own.is_empty() {
             return Err(Error::Invalid("no skill to learn".into()));
         }
-        if !table.is_empty() && photos.photos.is_empty() {
-            let names: Vec<&str> = table.iter().map(|&i| SKILLS[i].name).collect();
+        if !skills.is_empty() && photos.photos.is_empty() {
+            let names: Vec<&str> = skills.iter().map(|&i| SKILLS[i].name).collect();
             let what = format!("photos are needed to learn {}: these skills bring none", names.join(", "));
             return Err(Error::Invalid(what));
         }
         for skill in &own {
             check_instructions(&text, &skill.instructions)?;
         }
-        Ok(Self { photos, table, own, rehearsal: None, text, seed })
+        let (photos, own, text) = (Arc::new(photos), Arc::new(own), Arc::new(text));
+        let combinations = !skills.is_empty();
+        Ok(Self { photos, skills, own, rehearsal: None, text, seed, combinations })
+    }
+
+    /// The same without combinations.
+    pub fn without_combinations(self) -> Self {
+        Self { combinations: false, ..self }
+    }
+
+    /// The same for these skills, indices into [`SKILLS`].
+    pub fn with_skills(self, skills: Vec<usize>) -> Self {
+        Self { skills, ..self }
     }
 
     /// From here on this share of every batch rehearses `old` skills: the first instances ([`EditBatch::rehearsed`]) ask for one of
@@ -287,7 +305,7 @@ impl EditData {
                 check_instructions(&self.text, instructions)?;
             }
         }
-        Ok(Self { rehearsal: Some((old, share)), ..self })
+        Ok(Self { rehearsal: Some((old, share)), combinations: false, ..self })
     }
 
     /// The batch of a step; it depends on (seed, step, shape) alone.
@@ -338,16 +356,16 @@ impl EditData {
     /// Something to learn, its window `n` pixels a side.
     fn example(&self, n: usize, random: &mut RandomStream) -> (usize, Example) {
         if !self.own.is_empty() {
-            let chosen = random.below(self.own.len() + self.table.len());
+            let chosen = random.below(self.own.len() + self.skills.len());
             if let Some(own) = self.own.get(chosen) {
                 return (SKILLS.len() + 1 + chosen, own.example(n, random));
             }
         }
         let photo = self.photos.window(n, random);
-        if self.rehearsal.is_none() && random.chance(COMBINATIONS) {
+        if self.combinations && random.chance(COMBINATIONS) {
             return (SKILLS.len(), combination(&photo, random));
         }
-        let skill = self.table[random.below(self.table.len())];
+        let skill = self.skills[random.below(self.skills.len())];
         (skill, SKILLS[skill].example(&photo, Phrasing::Train, random))
     }
 

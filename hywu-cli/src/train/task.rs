@@ -1,11 +1,14 @@
 //! What is trained: the backbone, a generator, one shared adapter, or everything.
 
-use super::config::TrainConfig;
+use super::{
+    config::{AdapterConfig, RehearsalConfig, TrainConfig},
+    rehearsal::Rehearsal,
+};
 use crate::{
     hash::of_weights,
     model::{Memory, Model, ModelInfo},
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Dtype, Philox};
 use hywu_diffusion::{
     Backbone, EditBatch, EditData, MiniDownstream, TextEncoder, flow_loss, learn_instructions,
@@ -47,6 +50,8 @@ pub enum Task {
     Backbone(Box<Backbone>),
     /// The generator, and the backbone that is only read.
     Generator(Box<Generator>, Box<MiniDownstream>),
+    /// A generator that learns on, and itself as it was, in the backbone that is only read.
+    Extended(Box<Generator>, Box<Rehearsal>),
     /// `<module>.lora_A` and `.lora_B`, and the backbone that is only read.
     Lora(ParamSet, Box<MiniDownstream>),
 }
@@ -64,12 +69,37 @@ impl Task {
         let from = config.start_from.as_ref().with_context(|| {
             format!("`start_from` is missing: {} training needs the folder of a trained model", kind.name())
         })?;
-        let backbone = Model::load(from)?.backbone;
-        let sizes = &config.generator;
+        let model = Model::named(from)?;
+        let Some(RehearsalConfig { weight, .. }) = config.rehearsal else {
+            return Self::on(kind, model.backbone, &config.generator, config.seed);
+        };
+        ensure!(kind == Kind::Generator, "`rehearsal` is for generator, not for {}", kind.name());
+        let Memory::Functional(generator) = model.memory else {
+            bail!("{}: the model has no generator that could be extended", from.display())
+        };
+        Self::extend(model.backbone, generator, weight)
+    }
+
+    /// The generator of a backbone, to learn on; `weight` is the factor on the loss of what it rehearses.
+    ///
+    /// # Errors
+    /// None in practice: the generator's sizes work already.
+    pub fn extend(backbone: Backbone, generator: Box<Generator>, weight: f32) -> Result<Self> {
+        let spec = generator.spec();
+        let downstream = MiniDownstream::new(backbone, spec.rank, spec.alpha)?;
+        let teacher = generator.to(Device::Cpu, Dtype::F32)?;
+        Ok(Self::Extended(generator, Box::new(Rehearsal { downstream, teacher, weight })))
+    }
+
+    /// As [`Task::new`], from a backbone at hand, which stays frozen but for [`Kind::Full`] and [`Kind::Backbone`].
+    ///
+    /// # Errors
+    /// Sizes that can't work.
+    pub fn on(kind: Kind, backbone: Backbone, sizes: &AdapterConfig, seed: u64) -> Result<Self> {
         Ok(match kind {
             Kind::Backbone | Kind::Full => Self::Backbone(Box::new(backbone)),
             Kind::Generator => {
-                let generator = Generator::new(sizes.for_backbone(&backbone), config.seed)?;
+                let generator = Generator::new(sizes.for_backbone(&backbone), seed)?;
                 let downstream = MiniDownstream::new(backbone, sizes.rank, sizes.alpha)?;
                 Self::Generator(Box::new(generator), Box::new(downstream))
             }
@@ -81,7 +111,7 @@ impl Task {
                     let module = &spec.modules[i % spec.modules.len()];
                     // The usual start: lora_a random, lora_b zero.
                     let mut a = Tensor::zeros(&[1, spec.rank, module.in_dim]);
-                    Philox::new(config.seed).fill_normal(i as u64, 0, a.data_mut());
+                    Philox::new(seed).fill_normal(i as u64, 0, a.data_mut());
                     let deviation = (module.in_dim as f32).powf(-0.5);
                     a.data_mut().iter_mut().for_each(|v| *v *= deviation);
                     params.insert(format!("{name}.lora_A"), a);
@@ -102,6 +132,10 @@ impl Task {
             Self::Generator(generator, downstream) => Self::Generator(
                 Box::new(generator.to_mixed(device, dtype)?),
                 Box::new(downstream.to(device, dtype)?),
+            ),
+            Self::Extended(generator, rehearsal) => Self::Extended(
+                Box::new(generator.to_mixed(device, dtype)?),
+                Box::new(rehearsal.to(device, dtype)?),
             ),
             Self::Lora(params, downstream) => {
                 Self::Lora(params.to_mixed(device, dtype)?, Box::new(downstream.to(device, dtype)?))
@@ -132,7 +166,7 @@ impl Task {
     pub fn params(&self) -> &ParamSet {
         match self {
             Self::Backbone(backbone) => &backbone.params,
-            Self::Generator(generator, _) => &generator.params,
+            Self::Generator(generator, _) | Self::Extended(generator, _) => &generator.params,
             Self::Lora(params, _) => params,
         }
     }
@@ -145,6 +179,7 @@ impl Task {
         let frozen = match self {
             Self::Backbone(_) => None,
             Self::Generator(_, downstream) | Self::Lora(_, downstream) => Some(&downstream.backbone.params),
+            Self::Extended(_, rehearsal) => Some(&rehearsal.downstream.backbone.params),
         };
         of_weights(frozen.into_iter().chain([self.params()]))
     }
@@ -153,7 +188,7 @@ impl Task {
     pub fn params_mut(&mut self) -> &mut ParamSet {
         match self {
             Self::Backbone(backbone) => &mut backbone.params,
-            Self::Generator(generator, _) => &mut generator.params,
+            Self::Generator(generator, _) | Self::Extended(generator, _) => &mut generator.params,
             Self::Lora(params, _) => params,
         }
     }
@@ -163,6 +198,7 @@ impl Task {
         match self {
             Self::Backbone(backbone) => backbone.config.text_len,
             Self::Generator(_, d) | Self::Lora(_, d) => d.backbone.config.text_len,
+            Self::Extended(_, rehearsal) => rehearsal.downstream.backbone.config.text_len,
         }
     }
 
@@ -174,6 +210,10 @@ impl Task {
         let (params, loss, mut grads, bound) = match self {
             Self::Generator(generator, downstream) => {
                 return Ok(train_step(generator, downstream.as_ref(), batch, optimizer)?);
+            }
+            Self::Extended(generator, rehearsal) => {
+                let lesson = rehearsal.lesson(batch)?;
+                return Ok(train_step(generator, rehearsal.as_ref(), &lesson, optimizer)?);
             }
             Self::Backbone(backbone) => {
                 let tape = Tape::new();
@@ -218,10 +258,9 @@ impl Task {
                 trained.calibrate(&examples.views(trained.config.views()), &examples.text)?;
                 (trained, Memory::None)
             }
-            Self::Generator(generator, downstream) => {
-                let mut trained = Generator::new(generator.config.clone(), 0)?;
-                trained.params = params;
-                (downstream.backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained)))
+            Self::Generator(generator, downstream) => generated(generator, params, &downstream.backbone)?,
+            Self::Extended(generator, rehearsal) => {
+                generated(generator, params, &rehearsal.downstream.backbone)?
             }
             Self::Lora(_, downstream) => {
                 let tape = Tape::inference();
@@ -235,6 +274,13 @@ impl Task {
         };
         Model::assemble(backbone, memory, info)
     }
+}
+
+/// The frozen backbone on the CPU, and a generator like this one with these weights.
+fn generated(generator: &Generator, params: ParamSet, backbone: &Backbone) -> Result<(Backbone, Memory)> {
+    let mut trained = Generator::new(generator.config.clone(), 0)?;
+    trained.params = params;
+    Ok((backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained))))
 }
 
 /// The shared adapter as one instance.
