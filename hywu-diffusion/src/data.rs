@@ -417,7 +417,7 @@ impl EditData {
 
 /// Do they fit, with the words that training puts around them?
 fn check_instructions(text: &TextEncoder, instructions: &[String]) -> Result<()> {
-    instructions.iter().try_for_each(|i| text.encode(&format!("please {i}")).map(drop))
+    instructions.iter().try_for_each(|i| text.encode(i).and(text.encode(&format!("please {i}"))).map(drop))
 }
 
 struct Instance {
