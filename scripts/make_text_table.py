@@ -6,8 +6,8 @@
 
 Every token of the vocabulary goes through the model alone ([CLS] token [SEP], mean-pooled); the 384 channels are
 reduced to 64 by PCA and each row is weighted by log(1 + its rank), the vocabulary being sorted by falling frequency: rare
-words say more than frequent ones. The table has unit variance and is stored as bf16. Only who wants another table needs
-this; the result is in the repository.
+words say more than frequent ones. The table has unit variance and is stored in bytes, each row with its own scale. Only who
+wants another table needs this; the result is in the repository.
 """
 
 import importlib.util
@@ -49,5 +49,10 @@ table[vocabulary.index("[PAD]")] = 0
 print(f"{len(table)} tokens, {DIM} channels keep {kept:.1%} of the variance", file=sys.stderr)
 
 out.mkdir(parents=True, exist_ok=True)
-save_file({"table": torch.tensor(table, dtype=torch.bfloat16).contiguous()}, out / "table.safetensors")
+scale = np.abs(table).max(axis=1) / 127
+rows = np.rint(table / np.maximum(scale, 1e-30)[:, None])
+save_file(
+    {"table": torch.tensor(rows, dtype=torch.int8), "scale": torch.tensor(scale, dtype=torch.float32)},
+    out / "table.safetensors",
+)
 (out / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")

@@ -165,7 +165,7 @@ pub(crate) fn square(photo: &Picture, side: usize) -> Picture {
 
 /// Which skill each held-out phrasing is taken for: the one whose first training phrasing, asked for the same small picture,
 /// gives the most similar result.
-fn route(
+pub(crate) fn route(
     model: &Model,
     skill: &Skill,
     photo: &Picture,

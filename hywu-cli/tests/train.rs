@@ -142,6 +142,16 @@ fn a_device_trains_as_the_cpu_does() {
         let state = |out: &Path| fs::read(out.join("state.safetensors")).expect("written");
         assert!(state(&whole) == state(&stopped), "{kind:?}");
         Model::load(whole.join("model")).expect("a model folder");
+        if kind == Kind::Full {
+            // Nor does it show that steps are timed.
+            let timed = folder("timed");
+            let mut run = Run::open(kind, &config, &photos(), &timed, false, place.device).expect("a run");
+            run.use_profile().expect("a device");
+            run.train(&mut |_| ControlFlow::Continue(())).expect("it trains");
+            assert!(log(&whole) == log(&timed) && state(&whole) == state(&timed));
+            let table = run.profile().expect("asked for").to_string();
+            assert!(table.starts_with("5 steps") && table.contains("adamw"), "{table}");
+        }
         // Steps as graphs change nothing. With guarded allocations nothing is replayed, but the products are the same kernels'.
         let graphs = |name: &str| {
             let out = folder(name);
@@ -156,6 +166,16 @@ fn a_device_trains_as_the_cpu_does() {
         // Of eight steps one is large; the first two of the others warm up and record.
         assert_eq!((eager.2, replayed.2), (0, 5), "{kind:?}");
     }
+}
+
+#[test]
+fn there_is_nothing_to_time_on_the_cpu() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let mut command = Command::cargo_bin("hywu").expect("built");
+    command.args(["train", "backbone", "--device", "cpu", "--profile", "--config"]);
+    command.arg(config(dir.path(), 3, None)).arg("--photos").arg(photos());
+    let failed = command.arg("--out").arg(dir.path().join("out")).assert().failure();
+    failed.stderr(contains("a profile is of a CUDA device; this run is on the CPU"));
 }
 
 /// Whoever waits for a batch may be the only thread that works.

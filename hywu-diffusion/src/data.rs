@@ -2,8 +2,8 @@
 
 use crate::{
     EditBatch, Error, KnownSkill, OwnSkill, Picture, Result, TextEncoder, detail_of, load_picture,
-    pixel_position,
-    skills::{Example, Meaning, Phrasing, SKILLS, combination, damaged},
+    pixel_position, sizes_of_edits,
+    skills::{Edit, Phrasing, SKILLS, combination, damaged},
     thumbnail_of,
 };
 use hywu_core::{Philox, RandomStream};
@@ -58,16 +58,21 @@ impl Level {
         };
         let columns: Vec<_> =
             (0..n).map(|i| axis(x, self.width, if mirrored { n - 1 - i } else { i })).collect();
-        let mut rgb = Vec::with_capacity(n * n * 3);
-        for i in 0..n {
+        // Between two rows first, all the columns that are used at once, then between columns.
+        let first = columns.iter().map(|c| c.0).min().unwrap_or(0);
+        let end = columns.iter().map(|c| c.1 + 1).max().unwrap_or(0);
+        let mut between = vec![0.0; (end - first) * 3];
+        let mut rgb = vec![0.0; n * n * 3];
+        for (i, out) in rgb.chunks_exact_mut(n * 3).enumerate() {
             let (top, bottom, fy) = axis(y, self.height, i);
-            for &(left, right, fx) in &columns {
-                for c in 0..3 {
-                    let at = |y: usize, x: usize| f32::from(self.rgb[(y * self.width + x) * 3 + c]);
-                    let upper = at(top, left) + fx * (at(top, right) - at(top, left));
-                    let lower = at(bottom, left) + fx * (at(bottom, right) - at(bottom, left));
-                    rgb.push((upper + fy * (lower - upper)) / 127.5 - 1.0);
-                }
+            let row = |y: usize| &self.rgb[(y * self.width + first) * 3..(y * self.width + end) * 3];
+            for ((v, &upper), &lower) in between.iter_mut().zip(row(top)).zip(row(bottom)) {
+                let (upper, lower) = (f32::from(upper), f32::from(lower));
+                *v = (upper + fy * (lower - upper)) / 127.5 - 1.0;
+            }
+            for (out, &(left, right, fx)) in out.chunks_exact_mut(3).zip(&columns) {
+                let (l, r) = (&between[(left - first) * 3..][..3], &between[(right - first) * 3..][..3]);
+                (0..3).for_each(|c| out[c] = l[c] + fx * (r[c] - l[c]));
             }
         }
         Picture::from_rgb(n, n, rgb)
@@ -75,14 +80,14 @@ impl Level {
 }
 
 /// A square window of a photo: where it lies, how far its pixels are apart there, and whether it is mirrored.
-pub(crate) struct Place {
+pub(crate) struct Window {
     level: usize,
     start: [f32; 2],
     zoom: f32,
     mirrored: bool,
 }
 
-impl Place {
+impl Window {
     /// A random place of `n` x `n` pixels: position, scale (as much of the photo as there is, down to its own pixels) and mirroring.
     pub(crate) fn draw(levels: &[Level], n: usize, random: &mut RandomStream) -> Self {
         let side = levels[0].height.min(levels[0].width) as f32;
@@ -127,6 +132,12 @@ impl PhotoSet {
         Ok(Self { photos, names: files.iter().map(name).collect() })
     }
 
+    /// Takes the last `count` photos (all, where there are not more) out into a set of their own.
+    pub fn split_off(&mut self, count: usize) -> Self {
+        let at = self.photos.len().saturating_sub(count);
+        Self { photos: self.photos.split_off(at), names: self.names.split_off(at) }
+    }
+
     /// A random square window of a random photo, `n` pixels a side: position, scale (as much of the photo as there is, down to
     /// its own pixels) and mirroring are drawn.
     ///
@@ -134,7 +145,7 @@ impl PhotoSet {
     /// When there are no photos, which is so for the default alone.
     pub fn window(&self, n: usize, random: &mut RandomStream) -> Picture {
         let levels = &self.photos[random.below(self.photos.len())];
-        Place::draw(levels, n, random).cut(levels, n)
+        Window::draw(levels, n, random).cut(levels, n)
     }
 }
 
@@ -220,6 +231,7 @@ pub struct EditData {
     rehearsal: Option<(Vec<KnownSkill>, f32)>,
     text: Arc<TextEncoder>,
     seed: u64,
+    phrasing: Phrasing,
     combinations: bool,
 }
 
@@ -274,12 +286,23 @@ impl EditData {
         }
         let (photos, own, text) = (Arc::new(photos), Arc::new(own), Arc::new(text));
         let combinations = !skills.is_empty();
-        Ok(Self { photos, skills, own, rehearsal: None, text, seed, combinations })
+        let phrasing = Phrasing::Train;
+        Ok(Self { photos, skills, own, rehearsal: None, text, seed, phrasing, combinations })
     }
 
     /// The same without combinations.
     pub fn without_combinations(self) -> Self {
         Self { combinations: false, ..self }
+    }
+
+    /// The same with these phrasings.
+    pub fn with_phrasing(self, phrasing: Phrasing) -> Self {
+        Self { phrasing, ..self }
+    }
+
+    /// The same with another seed.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
     }
 
     /// The same for these skills, indices into [`SKILLS`].
@@ -322,30 +345,32 @@ impl EditData {
         let make = |i: usize| {
             let mut random = philox.stream((step << INSTANCE_BITS) + i as u64 + 1);
             let n = windows[random.below(windows.len())];
-            let (skill, example) = match &self.rehearsal {
+            let drawn = match &self.rehearsal {
                 Some((old, _)) if i < rehearsed => self.rehearse(old, n, &mut random),
-                _ => self.example(n, &mut random),
+                _ => self.draw(n, &mut random),
             };
-            self.instance(skill, &example, random, shape)
+            self.instance(drawn, random, shape)
         };
         let made = (0..instances).into_par_iter().map(make).collect::<Result<Vec<Instance>>>()?;
         let all = |shape: &[usize], part: fn(&Instance) -> &[f32]| {
             Tensor::build(shape, |out| {
                 let size = out.len() / made.len();
-                out.chunks_mut(size).zip(&made).for_each(|(out, i)| out.copy_from_slice(part(i)));
+                out.par_chunks_mut(size).zip(&made).for_each(|(out, i)| out.copy_from_slice(part(i)));
             })
         };
         let words = philox.block(step << INSTANCE_BITS, 0);
         let (view, pixels) = ([instances, crate::VIEW, crate::VIEW, 3], [instances * crops, crop, crop]);
         let [n, h, w] = pixels;
+        let (source, target) = (all(&[n, h, w, 3], |i| &i.source), all(&[n, h, w, 3], |i| &i.target));
         Ok(EditBatch {
             instances,
             crops,
             thumbnail: all(&view, |i| &i.thumbnail),
             detail: all(&view, |i| &i.detail),
             text: made.iter().flat_map(|i| i.text.iter().copied()).collect(),
-            source: all(&[n, h, w, 3], |i| &i.source),
-            target: all(&[n, h, w, 3], |i| &i.target),
+            edits: sizes_of_edits(&source, &target),
+            source,
+            target,
             position: all(&[n, h, w, 2], |i| &i.position),
             skills: made.iter().map(|i| i.skill).collect(),
             rehearsed,
@@ -353,62 +378,66 @@ impl EditData {
         })
     }
 
-    /// Something to learn, its window `n` pixels a side.
-    fn example(&self, n: usize, random: &mut RandomStream) -> (usize, Example) {
+    /// Something to learn, its window `n` pixels a side: the skill, and a photo with its edit.
+    fn draw(&self, n: usize, random: &mut RandomStream) -> (usize, Picture, Edit) {
         if !self.own.is_empty() {
             let chosen = random.below(self.own.len() + self.skills.len());
             if let Some(own) = self.own.get(chosen) {
-                return (SKILLS.len() + 1 + chosen, own.example(n, random));
+                let (photo, edit) = own.edit(n, random);
+                return (SKILLS.len() + 1 + chosen, photo, edit);
             }
         }
         let photo = self.photos.window(n, random);
-        if self.combinations && random.chance(COMBINATIONS) {
-            return (SKILLS.len(), combination(&photo, random));
+        // A combination counts as the skill after the last.
+        if random.chance(COMBINATIONS) && self.combinations {
+            let edit = combination(&photo, random);
+            return (SKILLS.len(), photo, edit);
         }
         let skill = self.skills[random.below(self.skills.len())];
-        (skill, SKILLS[skill].example(&photo, Phrasing::Train, random))
+        let edit = SKILLS[skill].edit(&photo, self.phrasing, random);
+        (skill, photo, edit)
     }
 
-    /// A picture and an old skill's instruction; the target is a placeholder.
-    fn rehearse(&self, old: &[KnownSkill], n: usize, random: &mut RandomStream) -> (usize, Example) {
+    /// A picture and an old skill's instruction; the picture stands for the true edit, too.
+    fn rehearse(&self, old: &[KnownSkill], n: usize, random: &mut RandomStream) -> (usize, Picture, Edit) {
         let own = self.own.iter().flat_map(OwnSkill::sources);
         let all: Vec<&Vec<Level>> = self.photos.photos.iter().chain(own).collect();
         let levels = all[random.below(all.len())];
-        let photo = Place::draw(levels, n, random).cut(levels, n);
-        let source = if random.chance(DAMAGED) { damaged(&photo, random) } else { photo };
+        let photo = Window::draw(levels, n, random).cut(levels, n);
+        let photo = if random.chance(DAMAGED) { damaged(&photo, random) } else { photo };
         let skill = &old[random.below(old.len())];
         let instruction = skill.ask(random);
-        let target = source.clone();
-        (skill.index(), Example { source, target, instruction, meaning: Meaning::default() })
+        (skill.index(), photo, Edit::known(None, instruction))
     }
 
     fn instance(
         &self,
-        skill: usize,
-        example: &Example,
+        (skill, photo, edit): (usize, Picture, Edit),
         mut random: RandomStream,
         shape: BatchShape,
     ) -> Result<Instance> {
-        let Example { source, target, instruction, .. } = example;
-        let n = source.height;
-        let text = self.text.encode(instruction)?;
+        let n = photo.height;
+        let text = self.text.encode(&edit.instruction)?;
+        let source = edit.source(&photo);
+        let BatchShape { crops, crop: c, .. } = shape;
+        let mut start = || random.below((n - c) / GRID + 1) * GRID;
+        let corners: Vec<[usize; 2]> = (0..crops).map(|_| [start(), start()]).collect();
+        let target = edit.target_parts(&photo, &corners, c);
         let mut made = Instance {
             skill,
             text,
             thumbnail: thumbnail_of(source)?.rgb,
             detail: detail_of(source)?.rgb,
-            source: Vec::new(),
-            target: Vec::new(),
-            position: Vec::new(),
+            source: Vec::with_capacity(crops * c * c * 3),
+            target: Vec::with_capacity(crops * c * c * 3),
+            position: Vec::with_capacity(crops * c * c * 2),
         };
-        for _ in 0..shape.crops {
-            let c = shape.crop;
-            let mut start = || random.below((n - c) / GRID + 1) * GRID;
-            let (y0, x0) = (start(), start());
-            made.source.extend(source.crop(y0, x0, c, c).rgb);
-            made.target.extend(target.crop(y0, x0, c, c).rgb);
-            for (y, x) in (y0..y0 + c).flat_map(|y| (x0..x0 + c).map(move |x| (y, x))) {
-                made.position.extend([pixel_position(y, n), pixel_position(x, n)]);
+        for ([y, x], target) in corners.into_iter().zip(target) {
+            made.source.extend(source.crop(y, x, c, c).rgb);
+            made.target.extend(target.rgb);
+            let across: Vec<f32> = (x..x + c).map(|x| pixel_position(x, n)).collect();
+            for y in (y..y + c).map(|y| pixel_position(y, n)) {
+                made.position.extend(across.iter().flat_map(|&x| [y, x]));
             }
         }
         Ok(made)
@@ -417,7 +446,7 @@ impl EditData {
 
 /// Do they fit, with the words that training puts around them?
 fn check_instructions(text: &TextEncoder, instructions: &[String]) -> Result<()> {
-    instructions.iter().try_for_each(|i| text.encode(i).and(text.encode(&format!("please {i}"))).map(drop))
+    instructions.iter().try_for_each(|i| text.encode(i).and(text.encode(&format!("can you {i}"))).map(drop))
 }
 
 struct Instance {

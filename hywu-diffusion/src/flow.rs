@@ -1,6 +1,6 @@
 //! Flow matching between noise (t = 0) and image (t = 1): x_t = t * x + (1 - t) * noise (rectified flow, arXiv 2209.03003).
 
-use crate::{Backbone, EditBatch, Result};
+use crate::{Backbone, EditBatch, Error, Result};
 use hywu_core::{Dtype, Philox};
 use hywu_kernels::{
     Bound, LoraVars, Tape, Tensor, Var,
@@ -11,7 +11,7 @@ use hywu_kernels::{
 /// x_t tells nothing yet, while at greater t the noisy target gives it away and the instruction need not be read.
 const LOGIT_MEAN: f32 = -0.8;
 /// Share of t = 0.
-const START_SHARE: f32 = 0.4;
+const START_SHARE: f32 = 0.5;
 /// The weight 1 / (1 - t)^2, which turns an error of x_hat into one of the velocity, is held down near the image.
 const LEAST_REST: f32 = 0.5;
 /// Stream of the timesteps; the noise of batch entry b is stream b + 1.
@@ -51,16 +51,16 @@ impl Noised {
     /// sqrt(mean((source - target)^2) + 0.02): that keeps the drastic ones (a negative, a sketch) from drowning the subtle ones.
     ///
     /// # Errors
-    /// As [`Noised::draw`].
+    /// As [`Noised::draw`]; a batch with the sizes of another number of edits than it has crops.
     pub fn edits(batch: &EditBatch, target: &Tensor) -> Result<Self> {
         let mut noised = Self::draw(target, batch.seed)?;
-        let size = (batch.target.numel() / noised.weight.len().max(1)).max(1);
-        let (before, after) = (batch.source.to_host()?, batch.target.to_host()?);
-        let pairs = before.data().chunks(size).zip(after.data().chunks(size));
-        for (weight, (source, target)) in noised.weight.iter_mut().zip(pairs) {
-            let edit: f32 = source.iter().zip(target).map(|(s, t)| (s - t) * (s - t)).sum();
-            *weight /= (edit / size as f32 + LEAST_EDIT).sqrt();
+        let Self { weight, .. } = &mut noised;
+        if batch.edits.len() != weight.len() {
+            let what =
+                format!("a batch of {} crops has the sizes of {} edits", weight.len(), batch.edits.len());
+            return Err(Error::Invalid(what));
         }
+        weight.iter_mut().zip(&batch.edits).for_each(|(weight, edit)| *weight /= (edit + LEAST_EDIT).sqrt());
         Ok(noised)
     }
 }

@@ -19,7 +19,7 @@ mod text;
 pub mod tiles;
 
 pub use backbone::{Backbone, pixel_position};
-pub use batch::EditBatch;
+pub use batch::{EditBatch, sizes_of_edits};
 pub use config::BackboneConfig;
 pub use data::{BatchShape, EditData, PhotoSet};
 pub use error::{Error, Result};

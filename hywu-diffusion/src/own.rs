@@ -1,10 +1,10 @@
 //! Skills of the user's own, learnt from pictures before and after an edit.
 
 use crate::{
-    Error, Result,
-    data::{Level, Place, levels_of, pictures},
+    Error, Picture, Result,
+    data::{Level, Window, levels_of, pictures},
     load_picture,
-    skills::{Example, Meaning, SKILLS, Skill, polite},
+    skills::{Edit, SKILLS, reworded},
 };
 use hywu_core::RandomStream;
 use rayon::prelude::*;
@@ -65,13 +65,13 @@ impl OwnSkill {
         })
     }
 
-    /// The same random window of the two pictures of a random pair, `n` pixels a side, and a way to ask for it.
-    pub fn example(&self, n: usize, random: &mut RandomStream) -> Example {
+    /// The same random window of the two pictures of a random pair, `n` pixels a side: the one after the edit, and the edit that makes
+    /// it, with a way to ask for it.
+    pub fn edit(&self, n: usize, random: &mut RandomStream) -> (Picture, Edit) {
         let [before, after] = &self.pictures[random.below(self.pictures.len())];
-        let place = Place::draw(before, n, random);
+        let window = Window::draw(before, n, random);
         let instruction = ask(&self.instructions, random);
-        let (source, target) = (place.cut(before, n), place.cut(after, n));
-        Example { source, target, instruction, meaning: Meaning { strength: 1.0, from: None, to: None } }
+        (window.cut(after, n), Edit::known(Some(window.cut(before, n)), instruction))
     }
 
     /// The pictures before the edit.
@@ -114,7 +114,7 @@ impl KnownSkill {
     /// An instruction as training has them.
     pub(crate) fn ask(&self, random: &mut RandomStream) -> String {
         match self {
-            Self::Table(i) => Skill::ask(&SKILLS[*i], random),
+            Self::Table(i) => SKILLS[*i].ask(random),
             Self::Own { instructions, .. } => ask(instructions, random),
         }
     }
@@ -129,7 +129,7 @@ impl KnownSkill {
 }
 
 fn ask(instructions: &[String], random: &mut RandomStream) -> String {
-    polite(instructions[random.below(instructions.len())].clone(), random)
+    reworded(&instructions[random.below(instructions.len())], &[], random)
 }
 
 /// Name and files of every pair, in the order of the names.
@@ -201,7 +201,7 @@ fn pairs(folder: &Path) -> Result<Vec<(String, [PathBuf; 2])>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Picture, save_picture, skills::filters::colours};
+    use crate::{save_picture, skills::filters::colours};
     use hywu_core::Philox;
 
     fn photo(side: usize) -> Picture {
@@ -240,18 +240,12 @@ mod tests {
         assert_eq!(open(&nested).expect("pairs").pairs, ["a"]);
         let mut asked = std::collections::HashSet::new();
         for i in 0..40 {
-            let example = skill.example(64, &mut Philox::new(3).stream(i));
+            let (after, edit) = skill.edit(64, &mut Philox::new(3).stream(i));
             // Bilinear windows of half the light are half the light of the window, but for the files' rounding.
-            for (a, b) in example.target.rgb.iter().zip(&dim(&example.source).rgb) {
+            for (a, b) in after.rgb.iter().zip(&dim(edit.source(&after)).rgb) {
                 assert!((a - b).abs() < 1.5 / 127.5, "{a} {b}");
             }
-            asked.insert(
-                example
-                    .instruction
-                    .trim_start_matches("please ")
-                    .trim_end_matches(['.'])
-                    .replace(" please", ""),
-            );
+            asked.insert(edit.instruction.contains("dim"));
         }
         assert_eq!(asked.len(), 2, "{asked:?}");
     }

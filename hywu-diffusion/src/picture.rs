@@ -1,4 +1,8 @@
 use hywu_kernels::Tensor;
+use rayon::prelude::*;
+
+/// Channel values of a picture that are worth a task of their own: a training window is none, its batch has tasks enough.
+pub(crate) const TASK: usize = 1 << 19;
 
 /// An RGB picture in memory: row-major height x width x 3, values in [-1, 1] (sRGB-encoded, as in files).
 #[derive(Clone, Debug, PartialEq)]
@@ -28,18 +32,34 @@ impl Picture {
         }
         Self::from_rgb(h, w, rgb)
     }
-    /// The picture in another size, antialiased (triangle filter); alpha is dropped. An empty size gives an empty picture.
+    /// The picture in another size, antialiased (triangle filter); alpha is dropped. An empty size gives an empty picture. The bits
+    /// are the same on every CPU, which a resizer that chooses its instructions at run time doesn't promise.
     pub fn resize(&self, height: usize, width: usize) -> Self {
-        let side = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        // The resizer clamps to [0, 1].
-        let unit = self.rgb.iter().map(|v| (v + 1.0) * 0.5).collect();
-        let buffer: Option<image::Rgb32FImage> =
-            image::ImageBuffer::from_raw(side(self.width), side(self.height), unit);
-        let (h, w) = (side(height), side(width));
-        let resized =
-            buffer.map(|b| image::imageops::resize(&b, w, h, image::imageops::FilterType::Triangle));
-        let signed = |b: image::Rgb32FImage| b.into_raw().into_iter().map(|v| v * 2.0 - 1.0).collect();
-        Self::from_rgb(height, width, resized.map_or_else(|| vec![0.0; height * width * 3], signed))
+        let mut rgb = vec![0.0; height * width * 3];
+        if self.rgb.is_empty() || rgb.is_empty() {
+            return Self::from_rgb(height, width, rgb);
+        }
+        let (down, across) = (taps(self.height, height), taps(self.width, width));
+        let row = self.width * 3;
+        // A row of the result costs the reading of `span` rows.
+        let span = down.iter().map(|t| t.weights.len()).max().unwrap_or(1);
+        rgb.par_chunks_mut(width * 3).zip(&down).with_min_len(TASK.div_ceil(span * row)).for_each_init(
+            || vec![0.0; row],
+            |wide, (out, taps)| {
+                wide.fill(0.0);
+                for (k, source) in taps.weights.iter().zip(self.rgb.chunks_exact(row).skip(taps.start)) {
+                    wide.iter_mut().zip(source).for_each(|(w, v)| *w += k * v);
+                }
+                for (out, taps) in out.chunks_exact_mut(3).zip(&across) {
+                    for (k, c) in taps.weights.iter().zip(wide[taps.start * 3..].chunks_exact(3)) {
+                        (0..3).for_each(|i| out[i] += k * c[i]);
+                    }
+                    // The weights add up to 1 but for rounding.
+                    out.iter_mut().for_each(|v| *v = v.clamp(-1.0, 1.0));
+                }
+            },
+        );
+        Self::from_rgb(height, width, rgb)
     }
     /// Two pictures of the same height side by side with a white gap; both opaque, on white.
     pub fn side_by_side(left: &Self, right: &Self) -> Self {
@@ -66,6 +86,29 @@ impl Picture {
     }
 }
 
+/// The values of an axis that make one value of the resized axis, from `start` on, and their weights.
+struct Taps {
+    start: usize,
+    weights: Vec<f32>,
+}
+
+/// A triangle around the centre of each of `to` pixels, which reaches as far on both sides as one pixel of the coarser axis is wide;
+/// what lies outside of the `from` >= 1 pixels is left out.
+fn taps(from: usize, to: usize) -> Vec<Taps> {
+    let ratio = from as f64 / to as f64;
+    let reach = ratio.max(1.0);
+    let around = |i: usize| {
+        let centre = (i as f64 + 0.5) * ratio - 0.5;
+        let start = (centre - reach).ceil().max(0.0) as usize;
+        let end = ((centre + reach).floor() as usize).min(from - 1);
+        let weights: Vec<f64> =
+            (start..=end).map(|j| (1.0 - (j as f64 - centre).abs() / reach).max(0.0)).collect();
+        let sum: f64 = weights.iter().sum();
+        Taps { start, weights: weights.into_iter().map(|w| (w / sum) as f32).collect() }
+    };
+    (0..to).map(around).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,5 +120,25 @@ mod tests {
         assert_eq!((small.rgb[0], small.rgb[9]), (-1.0, 1.0));
         let mean: f32 = small.rgb.iter().sum();
         assert!(mean.abs() < 1e-4, "{mean}");
+    }
+
+    #[test]
+    fn resizing_agrees_with_the_triangle_filter_of_image() {
+        let mut random = hywu_core::Philox::new(5).stream(0);
+        let (h, w) = (37, 50);
+        let rgb: Vec<f32> = (0..h * w * 3).map(|_| random.range(-1.0, 1.0)).collect();
+        let unit = rgb.iter().map(|v| (v + 1.0) * 0.5).collect();
+        let buffer = image::Rgb32FImage::from_raw(w as u32, h as u32, unit).expect("the size fits");
+        let picture = Picture::from_rgb(h, w, rgb);
+        for (height, width) in [(64, 64), (9, 13), (37, 50), (80, 7), (1, 1)] {
+            let triangle = image::imageops::FilterType::Triangle;
+            let wanted = image::imageops::resize(&buffer, width as u32, height as u32, triangle);
+            let resized = picture.resize(height, width).rgb;
+            assert_eq!(resized.len(), height * width * 3);
+            for (a, b) in resized.iter().zip(wanted.as_raw()) {
+                assert!((a - (b * 2.0 - 1.0)).abs() < 1e-4, "{height} x {width}: {a} {b}");
+            }
+        }
+        assert!(picture.resize(0, 5).rgb.is_empty());
     }
 }

@@ -6,7 +6,10 @@
 //! the answers of distillation, arXiv 1606.09282).
 
 use crate::{
-    EditBatch, Error, MiniDownstream, Noised, Result, batch::first, flow_loss_towards, mini::kernel_error,
+    EditBatch, Error, MiniDownstream, Noised, Result,
+    batch::{first, sizes_of_edits},
+    flow_loss_towards,
+    mini::kernel_error,
 };
 use hywu_core::Dtype;
 use hywu_kernels::{LoraVars, Tape, Tensor, Var, ops::noise::noised};
@@ -34,6 +37,7 @@ impl MiniDownstream {
             let target = old.target.to(device, Dtype::F32)?;
             let start = vec![0.0; entries];
             let edit = self.predicted(&old, &noised(&target, &start, batch.seed)?, &start, teacher)?;
+            batch.edits[..entries].copy_from_slice(&sizes_of_edits(&old.source, &edit));
             batch.target = overwritten(&batch.target, &edit)?;
         }
         let target = batch.target.to(device, Dtype::F32)?;

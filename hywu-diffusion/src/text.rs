@@ -2,8 +2,8 @@
 
 use crate::{Error, Result};
 use ahash::AHashMap;
-use hywu_core::Checkpoint;
 use hywu_kernels::Tensor;
+use safetensors::SafeTensors;
 use tokenizers::{
     Tokenizer, models::wordpiece::WordPiece, normalizers::BertNormalizer,
     pre_tokenizers::bert::BertPreTokenizer,
@@ -44,13 +44,23 @@ impl TextEncoder {
     }
 
     /// Token embeddings [vocabulary, 64]: every token of the vocabulary through all-MiniLM-L6-v2, reduced by PCA and weighted
-    /// by rarity (`scripts/make_text_table.py`).
+    /// by rarity (`scripts/make_text_table.py`). Stored in bytes, each row with its own scale.
     ///
     /// # Errors
     /// None in practice: the table is part of the binary.
     pub fn table() -> Result<Tensor> {
-        let table = Checkpoint::from_static("text table", TABLE)?.read("table")?;
-        Ok(Tensor::from_array(&table))
+        let bad = |e: safetensors::SafeTensorError| Error::Invalid(format!("the bundled text table: {e}"));
+        let file = SafeTensors::deserialize(TABLE).map_err(bad)?;
+        let (rows, scale) = (file.tensor("table").map_err(bad)?, file.tensor("scale").map_err(bad)?);
+        let bytes: &[i8] = bytemuck::cast_slice(rows.data());
+        // The file has no alignment of its own.
+        let scale = scale.data().chunks_exact(4).map(bytemuck::pod_read_unaligned::<f32>);
+        let channels = rows.shape().last().copied().unwrap_or(1).max(1);
+        Ok(Tensor::build(rows.shape(), |out| {
+            for ((out, row), scale) in out.chunks_mut(channels).zip(bytes.chunks(channels)).zip(scale) {
+                out.iter_mut().zip(row).for_each(|(out, v)| *out = f32::from(*v) * scale);
+            }
+        }))
     }
 
     /// The ids of an instruction, padded to the encoder's length.

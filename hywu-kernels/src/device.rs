@@ -1,5 +1,5 @@
 use crate::{
-    Error, Result,
+    Error, Profile, Result,
     cuda::{Event, Gpu, Properties, Replay},
 };
 use std::{fmt, str::FromStr};
@@ -89,6 +89,17 @@ impl Device {
         match self {
             Self::Cpu => Ok(None),
             Self::Cuda(n) => Ok(Some(Gpu::get(n)?.event()?)),
+        }
+    }
+
+    /// For finding out where the time of something that is repeated there goes; none for the CPU.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn profile(self) -> Result<Option<Profile>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(n) => Ok(Some(Profile::new(Gpu::get(n)?))),
         }
     }
 

@@ -13,6 +13,7 @@ mod load;
 pub mod ops;
 pub mod optim;
 mod params;
+mod profile;
 pub mod reference;
 mod tape;
 mod tensor;
@@ -24,6 +25,7 @@ pub use device::Device;
 pub use error::{Error, Result};
 pub use load::{Upload, load_tensor};
 pub use params::{Bound, ParamSet, check_header};
+pub use profile::Profile;
 pub use tape::{Gradients, Tape, Var};
 pub use tensor::Tensor;
 

@@ -108,6 +108,23 @@ fn twelve_steps_are_bit_equal() {
 }
 
 #[test]
+fn a_profile_counts_launches_and_changes_no_bit() {
+    at_devices(|place| {
+        let mut profile = place.device.profile().expect("the device works").expect("it is none for the CPU");
+        let mut replay = place.device.replay();
+        let seen = train(place, &[3; 4], |_, step| profile.run(|| replay.run(&mut *step)));
+        assert_eq!(seen, plain(place, &[3; 4]), "{place:?}");
+        assert_eq!(replay.replayed(), 0, "{place:?}");
+        let table = profile.to_string();
+        assert!(table.starts_with("4 steps"), "{table}");
+        for (operation, count) in [("finish_norm [1, 1, 1] x 256", "1.0"), ("copy from the device", "2.0")] {
+            let row = table.lines().find(|line| line.ends_with(operation)).expect(operation);
+            assert_eq!(row.split_whitespace().next(), Some(count), "{table}");
+        }
+    });
+}
+
+#[test]
 fn another_shape_is_recorded_anew() {
     at_devices(|place| {
         let batches = [[3; 5], [4; 5], [3; 5]].concat();

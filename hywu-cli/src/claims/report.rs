@@ -1,7 +1,7 @@
 //! What `hywu eval claims` finds: the types of `report.json`.
 //!
-//! Every interval is one of 95 % over photos and seeds ([`super::statistics`]). Names of files are relative to the folder of the
-//! report.
+//! Every interval is a bootstrap one of 95 % over photos and seeds, drawn anew independently. Names of files are relative to the folder
+//! of the report.
 
 use super::settings::Settings;
 use indexmap::IndexMap;
@@ -239,7 +239,7 @@ pub struct Conflict {
     pub all: Interval,
 }
 
-/// A condition that is not the instance's.
+/// What the generator is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Condition {

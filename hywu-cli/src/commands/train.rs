@@ -40,6 +40,9 @@ pub struct TrainArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: Device,
+    /// Time what a CUDA device does in a step, and print a table at the end; the steps take a little longer
+    #[arg(long)]
+    profile: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -68,6 +71,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         Run::start(kind, config, args.photos.as_deref(), &args.out, args.resume, args.device.check()?)?;
     // Off until it has been measured on hardware.
     run.use_graphs(std::env::var_os("HYWU_CUDA_GRAPHS").is_some_and(|v| v == "1"));
+    if args.profile {
+        run.use_profile()?;
+    }
     eprintln!("{}: {} parameters", kind.name(), run.task().params().numel());
     let bar = if std::io::stderr().is_terminal() {
         let style = ProgressStyle::with_template("[{bar:30}] step {pos}/{len}, {msg}, {eta} left")
@@ -86,6 +92,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     result?;
     let waited = 100.0 * run.data_share();
     eprintln!("done: {}; {waited:.1} % of the time waiting for data", args.out.join("model").display());
+    if let Some(profile) = run.profile() {
+        println!("{profile}");
+    }
     Ok(())
 }
 

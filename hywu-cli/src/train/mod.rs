@@ -1,5 +1,6 @@
 //! Training runs: steps, log, checkpoints, resuming.
 
+mod bank;
 mod batches;
 mod config;
 mod log;
@@ -16,10 +17,10 @@ pub use task::{Kind, Task};
 
 use crate::model::{ModelInfo, SkillInfo};
 use anyhow::{Context, Result, bail, ensure};
-use batches::Batches;
+pub(crate) use batches::Batches;
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
-use hywu_kernels::{Device, Replay, optim::Optimizer};
+use hywu_kernels::{Device, Profile, Replay, optim::Optimizer};
 use log::{Log, Window};
 use skills::Skills;
 use std::{
@@ -35,6 +36,8 @@ const WEIGHTS: &str = "weights.";
 /// Examples that a backbone's condition is calibrated on, and the step, beyond all others, that draws them.
 const CALIBRATED: usize = 64;
 const CALIBRATION: u64 = 1 << 40;
+/// Steps that are not timed: they load kernels and take memory.
+const COLD: u64 = 3;
 
 /// How far a run is.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +71,7 @@ pub struct Run {
     data_share: f64,
     graphs: bool,
     replayed: u64,
+    profile: Option<Profile>,
 }
 
 impl Run {
@@ -142,6 +146,7 @@ impl Run {
             data_share: 0.0,
             graphs: false,
             replayed: 0,
+            profile: None,
         };
         if state.exists() {
             run.restore(&state)?;
@@ -162,6 +167,21 @@ impl Run {
     /// cuBLASLt.
     pub fn use_graphs(&mut self, on: bool) {
         self.graphs = on;
+    }
+
+    /// Times what a device does in every step but the first few.
+    ///
+    /// # Errors
+    /// On the CPU there is nothing to time.
+    pub fn use_profile(&mut self) -> Result<()> {
+        let profile = self.task.params().device().profile()?;
+        self.profile = Some(profile.context("a profile is of a CUDA device; this run is on the CPU")?);
+        Ok(())
+    }
+
+    /// What was timed, if anything.
+    pub fn profile(&self) -> Option<&Profile> {
+        self.profile.as_ref()
     }
 
     /// Steps since the run was started or resumed that were launched as a whole.
@@ -189,25 +209,38 @@ impl Run {
             self.optimizer = optimizer(&self.task, &self.config)?;
         }
         let device = self.task.params().device();
-        let on_device = device != Device::Cpu;
+        let ahead = match device {
+            Device::Cpu => None,
+            // A graph is of one thread's work: what others send in between would break it up.
+            _ if self.graphs => Some(Device::Cpu),
+            _ => Some(device),
+        };
         // One for each shape of a batch; the shapes take turns.
         let mut replays: Vec<(BatchShape, Replay)> = Vec::new();
         let mut batches =
-            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, on_device)?;
+            Batches::new(&self.data, &self.config.data, self.optimizer.adamw.step..steps, ahead)?;
         let start = Instant::now();
         while self.optimizer.adamw.step < steps {
             let step = self.optimizer.adamw.step;
             let shape = self.config.data.shape(step);
             let batch = batches.next(step)?;
+            let (task, optimizer) = (&mut self.task, &mut self.optimizer);
             // A rehearsal's answers pass through the host, which no graph can.
-            let stats = if self.graphs && self.config.rehearsal.is_none() {
-                let at = replays.iter().position(|(of, _)| *of == shape).unwrap_or_else(|| {
-                    replays.push((shape, device.replay()));
-                    replays.len() - 1
-                });
-                replays[at].1.run(|| self.task.step(&batch, &mut self.optimizer))?
-            } else {
-                self.task.step(&batch, &mut self.optimizer)?
+            let graphs = self.graphs && self.config.rehearsal.is_none();
+            let mut work = || {
+                if graphs {
+                    let at = replays.iter().position(|(of, _)| *of == shape).unwrap_or_else(|| {
+                        replays.push((shape, device.replay()));
+                        replays.len() - 1
+                    });
+                    replays[at].1.run(|| task.step(&batch, optimizer))
+                } else {
+                    task.step(&batch, optimizer)
+                }
+            };
+            let stats = match &mut self.profile {
+                Some(profile) if step >= first + COLD => profile.run(work)?,
+                _ => work()?,
             };
             self.replayed = replays.iter().map(|(_, replay)| replay.replayed()).sum();
             // A crop counts by its area, in crops of the config's size.

@@ -411,7 +411,9 @@ impl Backbone {
         text: &Var,
         adapters: &LoraVars,
     ) -> Result<Var> {
-        let (x, modulation) = self.hidden(tape, bound, x_t, source, position, t, text, adapters)?;
+        // Brought to a device once. The picture itself stays in f32: to round its values to bf16 would show.
+        let source = placed(bound, source, Dtype::F32)?;
+        let (x, modulation) = self.hidden(tape, bound, x_t, source.value(), position, t, text, adapters)?;
         let (p, w) = (self.config.patch, self.config.width);
         let (height, width) = (source.shape()[1], source.shape()[2]);
         let tokens = (height / p) * (width / p);
@@ -422,8 +424,6 @@ impl Backbone {
         let x = linear(tape, &x, bound.get("head.weight")?, Some(bound.get("head.bias")?))?;
         let residual = slice_channels(tape, &x, 0, 3 * p * p)?;
         let coef = slice_channels(tape, &x, 3 * p * p, COEFFICIENTS)?;
-        // The picture itself stays in f32: to round its values to bf16 would show.
-        let source = placed(bound, source, Dtype::F32)?;
         let features = cast(tape, &Var::constant(pixel_features(source.value(), p)?), bound.dtype())?;
         let features = patchify(tape, &features, p)?;
         let batch = source.shape()[0];
@@ -503,10 +503,13 @@ impl Backbone {
                 let expected = format!("{instances} instances");
                 return Err(hywu_kernels::Error::shape(OP, "view", view.shape(), expected).into());
             }
-            let position = whole_positions(n, height, width);
-            let x_t = Tensor::zeros(view.shape());
+            let view = placed(&bound, view, bound.dtype())?;
+            let x_t = view.value().zeros_like(view.shape())?;
+            let position = placed(&bound, &whole_positions(height, width), bound.dtype())?;
+            let position = repeat_each(&tape, &position, n)?;
             let t = vec![0.0; n];
-            let states = self.hidden(&tape, &bound, &x_t, view, &position, &t, &text, &LoraVars::none())?;
+            let (view, position) = (view.value(), position.value());
+            let states = self.hidden(&tape, &bound, &x_t, view, position, &t, &text, &LoraVars::none())?;
             Ok(states.0)
         };
         let states = views.iter().map(see).collect::<Result<Vec<Var>>>()?;
@@ -526,11 +529,11 @@ pub fn pixel_position(i: usize, n: usize) -> f32 {
     (2 * i + 1) as f32 / n as f32 - 1.0
 }
 
-/// (y, x) of every pixel of whole pictures: [batch, height, width, 2].
-fn whole_positions(batch: usize, height: usize, width: usize) -> Tensor {
-    Tensor::build(&[batch, height, width, 2], |out| {
+/// (y, x) of every pixel of a whole picture: [1, height, width, 2].
+fn whole_positions(height: usize, width: usize) -> Tensor {
+    Tensor::build(&[1, height, width, 2], |out| {
         for (i, pixel) in out.chunks_exact_mut(2).enumerate() {
-            let (y, x) = (i / width % height, i % width);
+            let (y, x) = (i / width, i % width);
             pixel.copy_from_slice(&[pixel_position(y, height), pixel_position(x, width)]);
         }
     })

@@ -1,6 +1,8 @@
 //! Classical image filters: the true edits that the skills are learnt from. Values in [0, 1] inside, pictures outside.
 
-use crate::{Picture, tiles::reflect};
+use super::Place;
+use crate::{Picture, picture::TASK, tiles::reflect};
+use hywu_core::Philox;
 use rayon::prelude::*;
 
 /// Weights of R, G, B in luma (ITU-R BT.601).
@@ -21,22 +23,52 @@ pub fn mix(a: [f32; 3], b: [f32; 3], k: f32) -> [f32; 3] {
     [0, 1, 2].map(|i| a[i] + k * (b[i] - a[i]))
 }
 
-/// Every pixel by a function of its colour, clamped.
-pub fn colours(p: &Picture, f: impl Fn([f32; 3]) -> [f32; 3] + Sync) -> Picture {
-    placed(p, |c, _, _| f(c))
+/// A picture as large as `p` whose rows, zeros first, `f` writes by their number; several at once where the picture is large.
+fn rows(p: &Picture, f: impl Fn(usize, &mut [f32]) + Sync) -> Picture {
+    let mut rgb = vec![0.0; p.rgb.len()];
+    let row = (p.width * 3).max(1);
+    rgb.par_chunks_mut(row).enumerate().with_min_len(TASK.div_ceil(row)).for_each(|(y, row)| f(y, row));
+    Picture::from_rgb(p.height, p.width, rgb)
 }
 
-/// Every pixel by a function of its colour and place (y, x in -1..1), clamped.
-pub fn placed(p: &Picture, f: impl Fn([f32; 3], f32, f32) -> [f32; 3] + Sync) -> Picture {
-    let mut rgb = p.rgb.clone();
-    rgb.par_chunks_mut(p.width * 3).enumerate().for_each(|(y, row)| {
-        let y = crate::pixel_position(y, p.height);
-        for (x, c) in row.chunks_exact_mut(3).enumerate() {
-            let new = f([0, 1, 2].map(|i| (c[i] + 1.0) * 0.5), y, crate::pixel_position(x, p.width));
-            (0..3).for_each(|i| c[i] = new[i].clamp(0.0, 1.0) * 2.0 - 1.0);
+/// Row `y` of a picture.
+fn row(p: &Picture, y: usize) -> &[f32] {
+    &p.rgb[y * p.width * 3..(y + 1) * p.width * 3]
+}
+
+/// A colour of a picture in [0, 1].
+fn unit(c: &[f32]) -> [f32; 3] {
+    [0, 1, 2].map(|i| (c[i] + 1.0) * 0.5)
+}
+
+/// Every pixel by a function of its colour, clamped.
+pub fn colours(p: &Picture, f: impl Fn([f32; 3]) -> [f32; 3] + Sync) -> Picture {
+    rows(p, |y, out| {
+        for (out, c) in out.chunks_exact_mut(3).zip(row(p, y).chunks_exact(3)) {
+            out.copy_from_slice(&f(unit(c)).map(|v| v.clamp(0.0, 1.0) * 2.0 - 1.0));
         }
-    });
-    Picture::from_rgb(p.height, p.width, rgb)
+    })
+}
+
+/// Every pixel by a function of its colour and place (y, x in -1..1 of the whole that `p` is a part of), clamped.
+pub fn placed(p: &Picture, at: Place, f: impl Fn([f32; 3], f32, f32) -> [f32; 3] + Sync) -> Picture {
+    rows(p, |y, out| {
+        let across = (at.x..).map(|x| crate::pixel_position(x, at.width));
+        let down = crate::pixel_position(at.y + y, at.height);
+        for ((out, c), x) in out.chunks_exact_mut(3).zip(row(p, y).chunks_exact(3)).zip(across) {
+            out.copy_from_slice(&f(unit(c), down, x).map(|v| v.clamp(0.0, 1.0) * 2.0 - 1.0));
+        }
+    })
+}
+
+/// Normal noise of this standard deviation (in units of white) on every channel value; that of a value depends on `seed` and on its
+/// place in the whole picture.
+pub fn noise(p: &Picture, at: Place, sigma: f32, seed: u64) -> Picture {
+    let philox = Philox::new(seed);
+    rows(p, |y, out| {
+        philox.fill_normal(0, (((at.y + y) * at.width + at.x) * 3) as u64, out);
+        out.iter_mut().zip(row(p, y)).for_each(|(o, v)| *o = (v + 2.0 * sigma * *o).clamp(-1.0, 1.0));
+    })
 }
 
 /// v^g: brighter below 1, darker above.
@@ -89,19 +121,19 @@ pub fn fade(p: &Picture, k: f32) -> Picture {
 /// Moonlight instead of daylight; `k` is how much of it.
 pub fn night(p: &Picture, k: f32) -> Picture {
     colours(p, |c| {
-        let dark = mix([luma(c); 3], c, 0.5).map(|v| v.powf(1.5));
+        let dark = mix([luma(c); 3], c, 0.5).map(|v| v * v.sqrt());
         mix(c, [dark[0] * 0.34, dark[1] * 0.42, dark[2] * 0.72 + 0.03], k)
     })
 }
 
 /// Veil of `air`, thicker towards the top: density (1 - 0.3 * y) * k.
-pub fn fog(p: &Picture, k: f32, air: [f32; 3]) -> Picture {
-    placed(p, |c, y, _| mix(c, air, (k * (1.0 - 0.3 * y)).min(0.95)))
+pub fn fog(p: &Picture, at: Place, k: f32, air: [f32; 3]) -> Picture {
+    placed(p, at, |c, y, _| mix(c, air, (k * (1.0 - 0.3 * y)).min(0.95)))
 }
 
 /// Darker towards the corners: there by the factor 1 - `k`.
-pub fn vignette(p: &Picture, k: f32) -> Picture {
-    placed(p, |c, y, x| c.map(|v| v * (1.0 - k * ((x * x + y * y) * 0.5).powf(1.2)).max(0.0)))
+pub fn vignette(p: &Picture, at: Place, k: f32) -> Picture {
+    placed(p, at, |c, y, x| c.map(|v| v * (1.0 - k * ((x * x + y * y) * 0.5).powf(1.2)).max(0.0)))
 }
 
 /// Gaussian blur with reflected borders; sigma in pixels.
@@ -111,24 +143,21 @@ pub fn blur(p: &Picture, sigma: f32) -> Picture {
         (-radius..=radius).map(|i| (-0.5 * (i as f32 / sigma).powi(2)).exp()).collect();
     let sum: f32 = kernel.iter().sum();
     kernel.iter_mut().for_each(|k| *k /= sum);
-    let (h, w) = (p.height, p.width);
-    let mut across = vec![0.0; p.rgb.len()];
-    across.par_chunks_mut(w * 3).zip(p.rgb.par_chunks(w * 3)).for_each(|(out, row)| {
-        for (x, out) in out.chunks_exact_mut(3).enumerate() {
-            for (k, i) in kernel.iter().zip(-radius..) {
-                let from = mirror(x as isize + i, w) * 3;
-                (0..3).for_each(|c| out[c] += k * row[from + c]);
-            }
+    let columns: Vec<usize> = (-radius..p.width as isize + radius).map(|x| mirror(x, p.width) * 3).collect();
+    let across = rows(p, |y, out| {
+        let source = row(p, y);
+        let wide: Vec<f32> =
+            columns.iter().flat_map(|&x| [source[x], source[x + 1], source[x + 2]]).collect();
+        for (i, k) in kernel.iter().enumerate() {
+            out.iter_mut().zip(&wide[i * 3..]).for_each(|(o, v)| *o += k * v);
         }
     });
-    let mut down = vec![0.0; p.rgb.len()];
-    down.par_chunks_mut(w * 3).enumerate().for_each(|(y, out)| {
+    rows(p, |y, out| {
         for (k, i) in kernel.iter().zip(-radius..) {
-            let row = mirror(y as isize + i, h) * w * 3;
-            out.iter_mut().zip(&across[row..row + w * 3]).for_each(|(o, v)| *o += k * v);
+            let source = row(&across, mirror(y as isize + i, p.height));
+            out.iter_mut().zip(source).for_each(|(o, v)| *o += k * v);
         }
-    });
-    Picture::from_rgb(h, w, down)
+    })
 }
 
 /// Mean of every `n` x `n` block, counted from the upper left corner.
@@ -168,16 +197,29 @@ pub fn jpeg(p: &Picture, quality: u8) -> Picture {
 
 /// Gradient magnitude of the luma (Sobel), in [0, 1].
 fn sobel(p: &Picture) -> Vec<f32> {
-    let (h, w) = (p.height as isize, p.width as isize);
-    let gray: Vec<f32> = p.rgb.chunks_exact(3).map(|c| (luma([c[0], c[1], c[2]]) + 1.0) * 0.5).collect();
-    let at = |y: isize, x: isize| gray[y.clamp(0, h - 1) as usize * p.width + x.clamp(0, w - 1) as usize];
-    let magnitude = |i: usize| {
-        let (y, x) = ((i / p.width) as isize, (i % p.width) as isize);
-        let row = |dy: isize| at(y + dy, x - 1) + 2.0 * at(y + dy, x) + at(y + dy, x + 1);
-        let column = |dx: isize| at(y - 1, x + dx) + 2.0 * at(y, x + dx) + at(y + 1, x + dx);
-        ((row(1) - row(-1)).hypot(column(1) - column(-1)) * 0.6).min(1.0)
-    };
-    (0..gray.len()).into_par_iter().map(magnitude).collect()
+    let (h, w) = (p.height, p.width);
+    // The first and the last column stand twice, so that every pixel has neighbours.
+    let wide = w + 2;
+    let mut gray = Vec::with_capacity(h * wide);
+    for pixels in p.rgb.chunks_exact((w * 3).max(1)) {
+        let start = gray.len();
+        gray.push(0.0);
+        gray.extend(pixels.chunks_exact(3).map(|c| luma(unit(c))));
+        gray.push(gray[start + w]);
+        gray[start] = gray[start + 1];
+    }
+    let mut magnitude = Vec::with_capacity(h * w);
+    for y in 0..h {
+        let at = |y: usize| &gray[y * wide..(y + 1) * wide];
+        let (above, here, below) = (at(y.saturating_sub(1)), at(y), at((y + 1).min(h - 1)));
+        for x in 0..w {
+            let across = |row: &[f32]| row[x] + 2.0 * row[x + 1] + row[x + 2];
+            let down = |x: usize| above[x] + 2.0 * here[x] + below[x];
+            let (dy, dx) = (across(below) - across(above), down(x + 2) - down(x));
+            magnitude.push(((dy * dy + dx * dx).sqrt() * 0.6).min(1.0));
+        }
+    }
+    magnitude
 }
 
 /// White lines on black.
@@ -192,7 +234,8 @@ pub fn sketch(p: &Picture) -> Picture {
     let soft = blur(&gray, 2.5);
     let pencil = |(g, s): (&f32, &f32)| {
         let (g, s) = ((g + 1.0) * 0.5, (s + 1.0) * 0.5);
-        (((g + 0.02) / (s + 0.02)).min(1.0).powf(2.0)) * 2.0 - 1.0
+        let share = ((g + 0.02) / (s + 0.02)).min(1.0);
+        share * share * 2.0 - 1.0
     };
     Picture::from_rgb(p.height, p.width, gray.rgb.iter().zip(&soft.rgb).map(pencil).collect())
 }
@@ -213,45 +256,52 @@ pub fn cartoon(p: &Picture) -> Picture {
     drawn
 }
 
+/// Sum of every `n` values that are `stride` apart, from each value on that has as many after it.
+fn sums<T: Copy + std::ops::Add<Output = T>>(values: &[T], n: usize, stride: usize) -> Vec<T> {
+    let mut sums = values[..values.len() - (n - 1) * stride].to_vec();
+    for i in 1..n {
+        sums.iter_mut().zip(&values[i * stride..]).for_each(|(s, v)| *s = *s + *v);
+    }
+    sums
+}
+
 /// Kuwahara filter: the mean of that quarter of the neighbourhood which varies least; looks like oil paint.
 pub fn kuwahara(p: &Picture, radius: usize) -> Picture {
-    let (h, w, r) = (p.height, p.width, radius as isize);
-    // Integral images of the three channels and of the squared luma, with a border of the radius.
-    let (ph, pw) = (h + 2 * radius, w + 2 * radius);
-    let mut sums = vec![[0.0f64; 5]; (ph + 1) * (pw + 1)];
-    for y in 0..ph {
-        let from_y = mirror(y as isize - r, h);
-        let mut row = [0.0f64; 5];
-        for x in 0..pw {
-            let i = (from_y * w + mirror(x as isize - r, w)) * 3;
-            let c = [p.rgb[i], p.rgb[i + 1], p.rgb[i + 2]];
-            let l = f64::from(luma(c));
-            let values = [c[0].into(), c[1].into(), c[2].into(), l, l * l];
-            for k in 0..5 {
-                row[k] += values[k];
-                sums[(y + 1) * (pw + 1) + x + 1][k] = sums[y * (pw + 1) + x + 1][k] + row[k];
-            }
-        }
-    }
-    let side = radius + 1;
-    let mut rgb = vec![0.0; p.rgb.len()];
-    rgb.par_chunks_mut(w * 3).enumerate().for_each(|(y, row)| {
-        for (x, out) in row.chunks_exact_mut(3).enumerate() {
-            let mut best = (f64::INFINITY, [0.0; 3]);
-            for (y, x) in [(y, x), (y, x + radius), (y + radius, x), (y + radius, x + radius)] {
-                let at = |y: usize, x: usize| sums[y * (pw + 1) + x];
-                let (a, b, c, d) = (at(y, x), at(y, x + side), at(y + side, x), at(y + side, x + side));
-                let mean: Vec<f64> =
-                    (0..5).map(|k| (d[k] - b[k] - c[k] + a[k]) / (side * side) as f64).collect();
-                let variance = mean[4] - mean[3] * mean[3];
-                if variance < best.0 {
-                    best = (variance, [mean[0] as f32, mean[1] as f32, mean[2] as f32]);
+    let (r, side) = (radius as isize, radius + 1);
+    let places = |n: usize| (-r..n as isize + r).map(move |i| mirror(i, n));
+    // With a border of the radius: the three channels, and the luma and its square, whose difference of means needs f64.
+    let wide = p.width + 2 * radius;
+    let colours: Vec<f32> = places(p.height)
+        .flat_map(|y| places(p.width).map(move |x| (y * p.width + x) * 3))
+        .flat_map(|i| [p.rgb[i], p.rgb[i + 1], p.rgb[i + 2]])
+        .collect();
+    let lumas: Vec<f64> = colours.chunks_exact(3).map(|c| luma([c[0], c[1], c[2]]).into()).collect();
+    let squares: Vec<f64> = lumas.iter().map(|l| l * l).collect();
+    // Of the square of `side` pixels that starts at each pixel. Those that run over the end of a row are never asked for.
+    let squared = |values: &[f64]| sums(&sums(values, side, 1), side, wide);
+    let (lumas, squares) = (squared(&lumas), squared(&squares));
+    let colours = sums(&sums(&colours, side, 3), side, wide * 3);
+    let count = (side * side) as f64;
+    let varies = |i: usize| squares[i] - lumas[i] * lumas[i] / count;
+    rows(p, |y, out| {
+        for (x, out) in out.chunks_exact_mut(3).enumerate() {
+            let first = y * wide + x;
+            let quarters = [first + radius, first + radius * wide, first + radius * wide + radius];
+            let mut best = (varies(first), first);
+            for i in quarters {
+                let v = varies(i);
+                if v < best.0 {
+                    best = (v, i);
                 }
             }
-            out.copy_from_slice(&best.1);
+            (0..3).for_each(|c| out[c] = colours[best.1 * 3 + c] / count as f32);
         }
-    });
-    Picture::from_rgb(h, w, rgb)
+    })
+}
+
+/// `x` plus so many periods that it lies in 0..period. (`rem_euclid` gives the same by a slow division.)
+fn wrap(x: f32, period: f32) -> f32 {
+    x - period * (x / period).floor()
 }
 
 /// Hue in turns (0 red, 1/3 green, 2/3 blue), saturation and value of a colour.
@@ -262,7 +312,7 @@ pub fn hsv(c: [f32; 3]) -> [f32; 3] {
         return [0.0, 0.0, max];
     }
     let sixth = if max == c[0] {
-        ((c[1] - c[2]) / range).rem_euclid(6.0)
+        wrap((c[1] - c[2]) / range, 6.0)
     } else if max == c[1] {
         (c[2] - c[0]) / range + 2.0
     } else {
@@ -274,15 +324,15 @@ pub fn hsv(c: [f32; 3]) -> [f32; 3] {
 /// The inverse of [`hsv`].
 pub fn from_hsv([h, s, v]: [f32; 3]) -> [f32; 3] {
     [5.0, 3.0, 1.0].map(|n| {
-        let k = (n + h * 6.0).rem_euclid(6.0);
+        let k = wrap(n + h * 6.0, 6.0);
         v - v * s * k.min(4.0 - k).clamp(0.0, 1.0)
     })
 }
 
-/// How much a colour belongs to `hue` (in turns): 1 within 1/24 turn, falling to 0 at 1/9; pale and dark colours count less.
-pub fn belongs(c: [f32; 3], hue: f32) -> f32 {
-    let [h, s, v] = hsv(c);
-    let distance = (h - hue + 0.5).rem_euclid(1.0) - 0.5;
+/// How much a colour, as [`hsv`] gives it, belongs to `hue` (in turns): 1 within 1/24 turn, falling to 0 at 1/9; pale and dark
+/// colours count less.
+pub fn belongs([h, s, v]: [f32; 3], hue: f32) -> f32 {
+    let distance = wrap(h - hue + 0.5, 1.0) - 0.5;
     let near = ((1.0 / 9.0 - distance.abs()) / (1.0 / 9.0 - 1.0 / 24.0)).clamp(0.0, 1.0);
     near * ((s - 0.2) / 0.2).clamp(0.0, 1.0) * ((v - 0.1) / 0.15).clamp(0.0, 1.0)
 }
@@ -291,6 +341,6 @@ pub fn belongs(c: [f32; 3], hue: f32) -> f32 {
 pub fn recolour(p: &Picture, from: f32, to: f32) -> Picture {
     colours(p, |c| {
         let [h, s, v] = hsv(c);
-        mix(c, from_hsv([(h + to - from).rem_euclid(1.0), s, v]), belongs(c, from))
+        mix(c, from_hsv([h + to - from, s, v]), belongs([h, s, v], from))
     })
 }

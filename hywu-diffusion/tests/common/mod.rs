@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "every test file uses a part")]
 
-use hywu_diffusion::{Backbone, BackboneConfig, EditBatch, Picture};
+use hywu_diffusion::{Backbone, BackboneConfig, EditBatch, Picture, sizes_of_edits};
 use hywu_kernels::{LoraVar, LoraVars, Tape, Tensor, Var, testing::random};
 
 pub const VOCABULARY: usize = 50;
@@ -114,6 +114,7 @@ pub fn batch(backbone: &Backbone, seed: u64) -> EditBatch {
         thumbnail: scaled(seed + 1, &[instances, 64, 64, 3], 0.4),
         detail: scaled(seed + 2, &[instances, 64, 64, 3], 0.4),
         text: ids(instances * backbone.config.text_len),
+        edits: sizes_of_edits(&source, &target),
         source,
         target,
         position: scaled(seed + 3, &with(2), 0.5),

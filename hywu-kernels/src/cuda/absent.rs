@@ -1,7 +1,7 @@
 //! The device layer of a build without the feature `cuda`: there is no device, so no value of these types.
 
 use super::{
-    Properties,
+    Properties, Watched,
     call::{Arguments, Boxes},
 };
 use crate::{Error, Result};
@@ -72,6 +72,12 @@ impl Gpu {
         match *self {}
     }
     pub fn event(&self) -> Result<Event> {
+        match *self {}
+    }
+    pub fn watch(&self) {
+        match *self {}
+    }
+    pub fn watched(&self) -> Result<Watched> {
         match *self {}
     }
 }

@@ -142,7 +142,7 @@ impl Blas {
         // Row-major C = A B is column-major C^T = B^T A^T: the operands change places.
         // SAFETY: the operands are of these sizes (asserted) on this device and stay allocated until the stream has passed; the
         // factors are read during the call.
-        let done = unsafe {
+        let launch = || unsafe {
             result::matmul(
                 self.handle,
                 plan.product,
@@ -162,7 +162,8 @@ impl Blas {
                 stream.cast(),
             )
         };
-        check(what, done)?;
+        let name = || format!("cublasLt {layout:?} {m} x {n} x {k}");
+        self.gpu.timed(name, || check(what, launch()))?;
         Ok(true)
     }
 

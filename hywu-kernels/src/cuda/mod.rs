@@ -33,7 +33,7 @@ pub(crate) use driver::{broken_guards, guard_allocations};
 
 use crate::{Error, Result, Tensor};
 use hywu_core::Dtype;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// What a CUDA device is.
 #[derive(Clone, Debug)]
@@ -48,6 +48,24 @@ pub struct Properties {
     pub memory: usize,
     /// CUDA version of the driver, (13, 0).
     pub driver: (u32, u32),
+}
+
+/// An operation that a device has done.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "made by the driver alone"))]
+pub(crate) struct Span {
+    pub name: String,
+    pub milliseconds: f32,
+    /// From the end of the one before, in milliseconds.
+    pub idle: f32,
+}
+
+/// What a device did while it was watched.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "made by the driver alone"))]
+pub(crate) struct Watched {
+    /// In their order.
+    pub spans: Vec<Span>,
+    /// That the host waited for the device.
+    pub waited: Duration,
 }
 
 /// Elements in device memory: a part of an allocation.

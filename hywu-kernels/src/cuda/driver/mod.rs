@@ -7,6 +7,7 @@ mod recording;
 mod replay;
 mod tensor_map;
 mod transfer;
+mod watch;
 
 pub(crate) use memory::{Memory, broken_guards, guard_allocations};
 pub use replay::Replay;
@@ -27,8 +28,10 @@ use std::{
     collections::HashMap,
     ffi::CString,
     sync::{Mutex, MutexGuard, OnceLock, Weak},
+    time::Instant,
 };
 use transfer::Stage;
+use watch::Watch;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
@@ -55,6 +58,7 @@ pub(crate) struct Gpu {
     /// The caches of replays.
     privates: Mutex<Vec<Weak<Private>>>,
     region: Mutex<Option<Region>>,
+    watch: Mutex<Watch>,
 }
 
 struct Module(sys::CUmodule);
@@ -209,7 +213,7 @@ impl Gpu {
             )
         })?;
         let (modules, functions, stages) = Default::default();
-        let (cache, held, privates, region) = Default::default();
+        let (cache, held, privates, region, watch) = Default::default();
         Ok(Self {
             ordinal,
             context,
@@ -224,6 +228,7 @@ impl Gpu {
             held,
             privates,
             region,
+            watch,
         })
     }
 
@@ -318,8 +323,11 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
         self.settle()?;
+        let start = Instant::now();
         // SAFETY: the stream is valid.
-        check(|| "waiting for the device".into(), unsafe { stream::synchronize(self.stream) })
+        check(|| "waiting for the device".into(), unsafe { stream::synchronize(self.stream) })?;
+        self.count_wait(start.elapsed());
+        Ok(())
     }
 
     /// A point in the device's work: everything up to now.
@@ -331,8 +339,7 @@ impl Gpu {
 
     /// A point in the stream's work.
     fn mark(&self) -> Result<Event> {
-        let handle = check(|| "an event".into(), event::create(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
-        let event = Event(handle);
+        let event = Event::new()?;
         event.record(self.stream)?;
         Ok(event)
     }
@@ -345,6 +352,10 @@ pub struct Event(sys::CUevent);
 unsafe impl Send for Event {}
 
 impl Event {
+    /// Nowhere yet.
+    fn new() -> Result<Self> {
+        check(|| "an event".into(), event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)).map(Self)
+    }
     fn record(&self, stream: sys::CUstream) -> Result<()> {
         // SAFETY: both are valid.
         check(|| "cuEventRecord".into(), unsafe { event::record(self.0, stream) })
@@ -377,7 +388,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: created in `Gpu::mark`, destroyed once.
+        // SAFETY: created in `Event::new`, destroyed once.
         let _ = unsafe { event::destroy(self.0) };
     }
 }

@@ -85,8 +85,22 @@ impl Op {
         }
     }
 
+    /// What it is counted as where operations are timed.
+    fn kind(&self) -> String {
+        match self {
+            Self::Launch(Launch { name, grid, block, .. }) => format!("{name} {grid:?} x {}", block[0]),
+            Self::Copy { .. } => "copy on the device".into(),
+            Self::Clear { .. } => "clear".into(),
+            Self::Upload { .. } => "copy to the device".into(),
+        }
+    }
+
     /// Puts it on the stream.
     pub fn run(&self, gpu: &Gpu) -> Result<()> {
+        gpu.timed(|| self.kind(), || self.put(gpu))
+    }
+
+    fn put(&self, gpu: &Gpu) -> Result<()> {
         let stream = gpu.stream;
         // SAFETY: addresses and sizes are those of allocations (asserted where an `Op` is made), which are freed in the order of the
         // stream's work; `Call` builds the arguments that the kernel of this name takes.

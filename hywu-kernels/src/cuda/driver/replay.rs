@@ -87,7 +87,7 @@ impl Replay {
     ///
     /// A body that fails has done on the device what it did before it failed. In a run within another run the outer one is replayed;
     /// of several threads that run on one device at the same time, one. Where operations differ from run to run, where allocations are
-    /// guarded for a test, and with HYWU_CUDA_SYNC=1 nothing is replayed.
+    /// guarded for a test, in a [`Profile`](crate::Profile) and with HYWU_CUDA_SYNC=1 nothing is replayed.
     ///
     /// # Errors
     /// Those of `body`; those of the device.
@@ -129,7 +129,8 @@ impl Replay {
     /// Starts a run; false where nothing is to be replayed.
     fn enter(&mut self, gpu: &'static Gpu) -> bool {
         let mut region = lock(&gpu.region);
-        if region.is_some() || self.failures >= MOST_FAILURES || memory::guarded() || super::waits() {
+        let apart = memory::guarded() || super::waits() || gpu.is_watched();
+        if region.is_some() || self.failures >= MOST_FAILURES || apart {
             return false;
         }
         let cache = self.cache.get_or_insert_with(|| Private::new(gpu));

@@ -122,10 +122,10 @@ impl Gpu {
             // SAFETY: the stage is at least that long and nobody else's.
             let host = unsafe { std::slice::from_raw_parts_mut(stage.host, part.len()) };
             let source = from.address() + (at + i * STAGE) as u64;
+            let what = || format!("copying {} bytes from the device", part.len());
             // SAFETY: within the allocation.
-            check(|| format!("copying {} bytes from the device", part.len()), unsafe {
-                result::memcpy_dtoh_async(host, source, self.stream)
-            })?;
+            let copy = || check(what, unsafe { result::memcpy_dtoh_async(host, source, self.stream) });
+            self.timed(|| "copy from the device".into(), copy)?;
             self.synchronize()?;
             part.copy_from_slice(host);
             self.keep(stage)?;
