@@ -460,7 +460,7 @@ mod tests {
         let found = report(std::slice::from_ref(&course), &groups, &seen).expect("a whole course");
         assert_eq!(found.lost["HY-WU in sequence"], Interval { mean: 1.5, lo: 3.5, hi: 1.0 });
         let cut = Course { scores: course.scores[..5].to_vec(), ..course };
-        let error = report(&[cut], &groups, &seen).err().expect("a cut course").to_string();
+        let error = report(&[cut], &groups, &seen).expect_err("a cut course").to_string();
         assert!(error.contains("group 2 at stage 2"), "{error}");
     }
 

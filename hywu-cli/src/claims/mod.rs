@@ -28,7 +28,6 @@ use anyhow::{Context, Result, ensure};
 use condition::{Ablation, STRENGTHS, ablation};
 use conflict::{Cosines, conflicts, cosines};
 use folder::Folder;
-use hywu_core::Dtype;
 use hywu_diffusion::{
     BatchShape, EditBatch, EditData, PhotoSet, Picture, TextEncoder, load_picture, skills::Phrasing,
 };
