@@ -1,23 +1,25 @@
 //! Skills that arrive in groups, one after the other, without the data of those before: what each way to learn them forgets.
 
-use super::report::{Forgetting, ForgettingRow, Interval};
+use super::{
+    Claims,
+    report::{Forgetting, ForgettingRow, Interval, Method, SweepRow},
+    settings::{Care, schedule},
+    statistics::interval,
+    training::{place, rate},
+};
 use crate::{
-    eval::square,
     model::{Memory, Model, ModelInfo},
     pipeline::{EditOptions, Editor},
-    train::{AdapterConfig, Kind, OptimizerConfig, RehearsalConfig, Task},
+    train::{AdapterConfig, Kind, RehearsalConfig, Task},
 };
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Dtype, Philox};
 use hywu_diffusion::{
     Backbone, BatchShape, EditBatch, EditData, Error, KnownSkill, Picture, flow_loss,
     metrics::psnr,
     skills::{Phrasing, SKILLS},
 };
-use hywu_kernels::{
-    Device, LoraVars, Tape,
-    optim::{Optimizer, Schedule},
-};
+use hywu_kernels::{Device, LoraVars, Tape, optim::Optimizer};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
@@ -67,8 +69,8 @@ pub struct Arrivals {
     pub steps: u64,
     /// What a step sees. With rehearsal a part of the instances is old, so that a step costs the same examples for all.
     pub shape: BatchShape,
-    /// How all learn; the peak learning rate is the learner's.
-    pub optimizer: OptimizerConfig,
+    /// How all learn.
+    pub care: Care,
     /// Peak learning rates of full fine-tuning, the LoRA and the generator.
     pub rates: [f32; 3],
     /// Rank and alpha, sizes of the generator.
@@ -77,8 +79,6 @@ pub struct Arrivals {
     pub rehearsal: RehearsalConfig,
     /// Batches of the test loss.
     pub batches: u64,
-    /// Test photos are cut square and scaled to this side.
-    pub side: usize,
     /// How edits are made.
     pub edit: EditOptions,
     /// Seed of fresh weights and of the examples that measure.
@@ -93,7 +93,7 @@ pub struct Ground<'a> {
     pub train: &'a EditData,
     /// Photos that are never trained on.
     pub test: &'a EditData,
-    /// The same to edit.
+    /// Such photos to edit.
     pub pictures: &'a [Picture],
     /// Where it is computed.
     pub device: Device,
@@ -185,15 +185,15 @@ fn start(learner: Learner, arrivals: &Arrivals, backbone: &Backbone) -> Result<T
 }
 
 fn optimizer(learner: Learner, arrivals: &Arrivals, task: &Task) -> Result<Optimizer> {
-    let o = &arrivals.optimizer;
+    let Care { weight_decay, clip, ema } = arrivals.care;
     let [full, lora, generator] = arrivals.rates;
     let peak = match learner {
         Learner::Full => full,
         Learner::SharedLora => lora,
         Learner::Sequence | Learner::Rehearsal => generator,
     };
-    let schedule = Schedule { warmup: o.warmup, total: arrivals.steps, peak, floor: o.floor_lr };
-    Ok(Optimizer::new(task.params(), schedule, o.weight_decay, o.clip, o.ema)?)
+    let schedule = schedule(peak, arrivals.steps);
+    Ok(Optimizer::new(task.params(), schedule, weight_decay, clip, Some(ema))?)
 }
 
 /// The scores of a model on the groups up to `stage`.
@@ -205,7 +205,6 @@ fn measure(
     progress: &mut dyn FnMut(usize, u64) -> ControlFlow<()>,
 ) -> Result<Vec<Score>> {
     let editor = Editor::new(model.to(ground.device, Dtype::Bf16)?);
-    let pictures: Vec<Picture> = ground.pictures.iter().map(|p| square(p, arrivals.side)).collect();
     let mut scores = Vec::new();
     for (group, skills) in arrivals.groups.iter().enumerate().take(stage + 1) {
         let data = ground.test.clone().with_skills(skills.clone()).without_combinations();
@@ -214,7 +213,7 @@ fn measure(
             loss += f64::from(test_loss(editor.model(), &data.batch(batch, arrivals.shape)?)?);
         }
         let mut by_photo = Vec::new();
-        for (i, picture) in pictures.iter().enumerate() {
+        for (i, picture) in ground.pictures.iter().enumerate() {
             let mut sum = 0.0;
             for &skill in skills {
                 let mut random = Philox::new(arrivals.seed).stream((skill * PHOTOS + i) as u64);
@@ -305,6 +304,58 @@ pub fn report(
     Ok(Forgetting { groups: groups.iter().map(names).collect(), rows, lost })
 }
 
+impl Claims<'_> {
+    /// What every learner forgets, with every seed; none where the settings leave it out. `test` has the photos that measure.
+    ///
+    /// # Errors
+    /// As [`follow`].
+    pub(super) fn forgetting(&self, sweep: &[SweepRow], test: &EditData) -> Result<Option<Forgetting>> {
+        let (school, settings) = (&self.school, self.school.settings);
+        if settings.measure.forgetting_steps == 0 {
+            return Ok(None);
+        }
+        let groups = groups(&settings.pairs)?;
+        let best = |method: Method| rate(settings, sweep, method).context("a method without a learning rate");
+        let rates = [best(Method::Full)?, best(Method::SharedLora)?, best(Method::Hywu)?];
+        let total = settings.measure.forgetting_steps * (groups.len() as u64 - 1);
+        let mut courses: Vec<Course> = Vec::new();
+        for &seed in &settings.seeds {
+            let arrivals = Arrivals {
+                groups: groups.clone(),
+                steps: settings.measure.forgetting_steps,
+                shape: settings.shape(),
+                care: settings.optimizer.clone(),
+                rates,
+                sizes: settings.generator.clone(),
+                rehearsal: RehearsalConfig::default(),
+                batches: settings.measure.validation_batches,
+                edit: self.options(),
+                seed,
+            };
+            let data = self.data_of(seed);
+            let (backbone, pictures, device) = (school.backbone, &self.photos, school.device);
+            let ground = Ground { backbone, train: &data, test, pictures, device };
+            for learner in Learner::ALL {
+                let label = learner.label();
+                let what = format!("seed {seed}: what {label} forgets");
+                let mut progress = |stage: usize, step: u64| {
+                    let done = stage.saturating_sub(1) as u64 * arrivals.steps + step;
+                    match school.watch.at(&what, done as usize, total as usize) {
+                        Ok(()) => ControlFlow::Continue(()),
+                        Err(_) => ControlFlow::Break(()),
+                    }
+                };
+                let name =
+                    format!("{}/forgetting-{}.json", place(seed), label.replace(' ', "-").to_lowercase());
+                courses
+                    .push(school.folder.once(&name, || follow(learner, &arrivals, &ground, &mut progress))?);
+            }
+        }
+        let resamples = settings.measure.resamples;
+        Ok(Some(report(&courses, &groups, &|cells| interval(cells, resamples))?))
+    }
+}
+
 /// Skills that every model has from the start.
 const BASE: [&str; 10] = [
     "keep",
@@ -355,14 +406,7 @@ mod tests {
             groups: vec![index(&["keep"]), index(&["invert"]), index(&["brighter", "sepia"])],
             steps,
             shape: BatchShape { instances: 4, crops: 1, crop: 16 },
-            optimizer: OptimizerConfig {
-                peak_lr: 0.0,
-                floor_lr: 1e-3,
-                warmup: 0,
-                weight_decay: 0.0,
-                clip: 1.0,
-                ema: None,
-            },
+            care: Care { weight_decay: 0.0, clip: 1.0, ema: 0.5 },
             rates: [1e-2; 3],
             sizes: AdapterConfig {
                 rank: 2,
@@ -375,7 +419,6 @@ mod tests {
             },
             rehearsal: RehearsalConfig::default(),
             batches: 1,
-            side: 64,
             edit: EditOptions {
                 sample: hywu_diffusion::SampleOptions { steps: 1, ..Default::default() },
                 ..EditOptions::default()
@@ -406,7 +449,7 @@ mod tests {
         let text = TextEncoder::bundled(backbone.config.text_len).expect("bundled");
         let photos = PhotoSet::open(samples()).expect("the samples");
         let data = EditData::new(photos, &[], text, 1).expect("skills");
-        let pictures = [load_picture(samples().join("coffee.png")).expect("a sample")];
+        let pictures = [load_picture(samples().join("coffee.png")).expect("a sample").resize(64, 64)];
         let ground = Ground {
             backbone: &backbone,
             train: &data,

@@ -149,7 +149,13 @@ pub fn measure(
         tested_on,
         adapters: kept::ADAPTERS.to_owned(),
     };
-    let report = claims.report(setup, sweep, &told)?;
+    let test = EditData::new(PhotoSet::open(heldout)?, &claims.names, text()?, VALIDATION_SEED)?
+        .with_phrasing(Phrasing::Canonical);
+    let forgetting = claims.forgetting(&sweep, &test)?;
+    let mut report = claims.report(setup, sweep, &told)?;
+    let lost = |f: &report::Forgetting| f.lost.get(forgetting::Learner::Rehearsal.label()).copied();
+    report.summary.forgetting_db = forgetting.as_ref().and_then(lost);
+    report.forgetting = forgetting;
     folder.write(REPORT, &report)?;
     Ok(report)
 }
