@@ -254,10 +254,9 @@ mod tests {
     fn what_is_no_pair_is_refused_by_name() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let refused = |make: &dyn Fn(&Path), message: &str| {
-            let folder = dir.path().join(message.replace([' ', '/'], "_"));
-            std::fs::create_dir(&folder).expect("writable");
-            make(&folder);
-            let error = open(&folder).err().expect("refused").to_string();
+            let folder = tempfile::tempdir_in(&dir).expect("a temporary folder");
+            make(folder.path());
+            let error = open(folder.path()).err().expect("refused").to_string();
             assert!(error.contains(message), "{error}");
         };
         let pair = |folder: &Path, after: usize| {
