@@ -4,6 +4,7 @@
 mod condition;
 mod conflict;
 mod folder;
+pub mod forgetting;
 pub mod html;
 pub mod instance;
 mod kept;
@@ -156,7 +157,13 @@ pub fn measure(
         tested_on,
         adapters: kept::ADAPTERS.to_owned(),
     };
-    let report = claims.report(setup, sweep, &told)?;
+    let test = EditData::new(PhotoSet::open(heldout)?, &claims.names, text()?, VALIDATION_SEED)?
+        .with_phrasing(Phrasing::Canonical);
+    let forgetting = claims.forgetting(&sweep, &test)?;
+    let mut report = claims.report(setup, sweep, &told)?;
+    let lost = |f: &report::Forgetting| f.lost.get(forgetting::Learner::Rehearsal.label()).copied();
+    report.summary.forgetting_db = forgetting.as_ref().and_then(lost);
+    report.forgetting = forgetting;
     folder.write(REPORT, &report)?;
     html::write(&report, out)?;
     Ok(report)

@@ -97,6 +97,9 @@ pub struct Measure {
     pub draws: usize,
     /// Test photos that the choice of the skill is judged on.
     pub routed_photos: usize,
+    /// Steps for each group of skills where they arrive one after the other; 0 leaves that out.
+    #[serde(default)]
+    pub forgetting_steps: u64,
     /// Resamples behind every interval.
     pub resamples: usize,
 }

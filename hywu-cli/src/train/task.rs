@@ -2,13 +2,14 @@
 
 use super::{
     bank::{chosen, fresh_loras, shared},
-    config::{AdapterConfig, TrainConfig},
+    config::{AdapterConfig, RehearsalConfig, TrainConfig},
+    rehearsal::Rehearsal,
 };
 use crate::{
     hash::of_weights,
     model::{Memory, Model, ModelInfo},
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Adapter, Dtype};
 use hywu_diffusion::{
     Backbone, EditBatch, EditData, MiniDownstream, TextEncoder, flow_loss, learn_instructions,
@@ -48,6 +49,8 @@ pub enum Task {
     Backbone(Box<Backbone>),
     /// The generator, and the backbone that is only read.
     Generator(Box<Generator>, Box<MiniDownstream>),
+    /// A generator that learns on, and itself as it was, in the backbone that is only read.
+    Extended(Box<Generator>, Box<Rehearsal>),
     /// `<module>.lora_A` and `.lora_B`, and the backbone that is only read.
     Lora(ParamSet, Box<MiniDownstream>),
     /// The same with an entry for each of these skills, by index: every instance of a batch is given its own skill's.
@@ -67,7 +70,26 @@ impl Task {
         let from = config.start_from.as_ref().with_context(|| {
             format!("`start_from` is missing: {} training needs the folder of a trained model", kind.name())
         })?;
-        Self::on(kind, Model::load(from)?.backbone, &config.generator, config.seed)
+        let model = Model::named(from)?;
+        let Some(RehearsalConfig { weight, .. }) = config.rehearsal else {
+            return Self::on(kind, model.backbone, &config.generator, config.seed);
+        };
+        ensure!(kind == Kind::Generator, "`rehearsal` is for generator, not for {}", kind.name());
+        let Memory::Functional(generator) = model.memory else {
+            bail!("{}: the model has no generator that could be extended", from.display())
+        };
+        Self::extend(model.backbone, generator, weight)
+    }
+
+    /// The generator of a backbone, to learn on; `weight` is the factor on the loss of what it rehearses.
+    ///
+    /// # Errors
+    /// None in practice: the generator's sizes work already.
+    pub fn extend(backbone: Backbone, generator: Box<Generator>, weight: f32) -> Result<Self> {
+        let spec = generator.spec();
+        let downstream = MiniDownstream::new(backbone, spec.rank, spec.alpha)?;
+        let teacher = generator.to(Device::Cpu, Dtype::F32)?;
+        Ok(Self::Extended(generator, Box::new(Rehearsal { downstream, teacher, weight })))
     }
 
     /// As [`Task::new`], from a backbone at hand, which stays frozen but for [`Kind::Full`] and [`Kind::Backbone`].
@@ -109,6 +131,10 @@ impl Task {
                 Box::new(generator.to_mixed(device, dtype)?),
                 Box::new(downstream.to(device, dtype)?),
             ),
+            Self::Extended(generator, rehearsal) => Self::Extended(
+                Box::new(generator.to_mixed(device, dtype)?),
+                Box::new(rehearsal.to(device, dtype)?),
+            ),
             Self::Lora(params, downstream) => {
                 Self::Lora(params.to_mixed(device, dtype)?, Box::new(downstream.to(device, dtype)?))
             }
@@ -143,7 +169,7 @@ impl Task {
     pub fn params(&self) -> &ParamSet {
         match self {
             Self::Backbone(backbone) => &backbone.params,
-            Self::Generator(generator, _) => &generator.params,
+            Self::Generator(generator, _) | Self::Extended(generator, _) => &generator.params,
             Self::Lora(params, _) | Self::Bank(params, ..) => params,
         }
     }
@@ -156,6 +182,7 @@ impl Task {
         let frozen = match self {
             Self::Backbone(_) => None,
             Self::Generator(_, d) | Self::Lora(_, d) | Self::Bank(_, _, d) => Some(&d.backbone.params),
+            Self::Extended(_, rehearsal) => Some(&rehearsal.downstream.backbone.params),
         };
         of_weights(frozen.into_iter().chain([self.params()]))
     }
@@ -164,7 +191,7 @@ impl Task {
     pub fn params_mut(&mut self) -> &mut ParamSet {
         match self {
             Self::Backbone(backbone) => &mut backbone.params,
-            Self::Generator(generator, _) => &mut generator.params,
+            Self::Generator(generator, _) | Self::Extended(generator, _) => &mut generator.params,
             Self::Lora(params, _) | Self::Bank(params, ..) => params,
         }
     }
@@ -174,6 +201,7 @@ impl Task {
         match self {
             Self::Backbone(backbone) => backbone.config.text_len,
             Self::Generator(_, d) | Self::Lora(_, d) | Self::Bank(_, _, d) => d.backbone.config.text_len,
+            Self::Extended(_, rehearsal) => rehearsal.downstream.backbone.config.text_len,
         }
     }
 
@@ -187,6 +215,11 @@ impl Task {
             Self::Generator(generator, downstream) => {
                 let condition = downstream.condition(batch)?;
                 downstream.loss(tape, batch, &generator.forward(tape, bound, &condition)?)?
+            }
+            Self::Extended(generator, rehearsal) => {
+                let lesson = rehearsal.lesson(batch)?;
+                let condition = rehearsal.condition(&lesson)?;
+                rehearsal.loss(tape, &lesson, &generator.forward(tape, bound, &condition)?)?
             }
             Self::Lora(_, downstream) => downstream.loss(tape, batch, &shared(bound, downstream)?)?,
             Self::Bank(_, skills, downstream) => {
@@ -215,6 +248,10 @@ impl Task {
     pub fn step(&mut self, batch: &EditBatch, optimizer: &mut Optimizer) -> Result<TrainStats> {
         if let Self::Generator(generator, downstream) = self {
             return Ok(train_step(generator, downstream.as_ref(), batch, optimizer)?);
+        }
+        if let Self::Extended(generator, rehearsal) = self {
+            let lesson = rehearsal.lesson(batch)?;
+            return Ok(train_step(generator, rehearsal.as_ref(), &lesson, optimizer)?);
         }
         let (loss, grads) = self.gradients(batch)?;
         let step = optimizer.step(self.params_mut(), &grads)?;
@@ -255,10 +292,9 @@ impl Task {
                 trained.calibrate(&examples.views(trained.config.views()), &examples.text)?;
                 (trained, Memory::None)
             }
-            Self::Generator(generator, downstream) => {
-                let mut trained = Generator::new(generator.config.clone(), 0)?;
-                trained.params = params;
-                (downstream.backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained)))
+            Self::Generator(generator, downstream) => generated(generator, params, &downstream.backbone)?,
+            Self::Extended(generator, rehearsal) => {
+                generated(generator, params, &rehearsal.downstream.backbone)?
             }
             Self::Lora(_, downstream) => {
                 let Some(adapter) = self.adapters(&params)?.pop() else { bail!("there is no adapter") };
@@ -268,4 +304,11 @@ impl Task {
         };
         Model::assemble(backbone, memory, info)
     }
+}
+
+/// The frozen backbone on the CPU, and a generator like this one with these weights.
+fn generated(generator: &Generator, params: ParamSet, backbone: &Backbone) -> Result<(Backbone, Memory)> {
+    let mut trained = Generator::new(generator.config.clone(), 0)?;
+    trained.params = params;
+    Ok((backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained))))
 }

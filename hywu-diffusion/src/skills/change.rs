@@ -74,6 +74,13 @@ pub struct Example {
 }
 
 impl Edit {
+    /// The edit whose true result is the photo itself: of `source`, if that isn't the photo, too.
+    pub(crate) fn known(source: Option<Picture>, instruction: String) -> Self {
+        let meaning = Meaning { strength: 1.0, from: None, to: None };
+        let damaged = source.map(|picture| Damaged { picture, hidden: Vec::new() });
+        Self { damaged, changes: Vec::new(), instruction, meaning }
+    }
+
     /// What is edited, of the photo that the edit was drawn for.
     pub fn source<'a>(&'a self, photo: &'a Picture) -> &'a Picture {
         self.damaged.as_ref().map_or(photo, |damaged| &damaged.picture)
