@@ -157,7 +157,7 @@ fn mean(values: &[f64]) -> Option<f64> {
 }
 
 /// The middle square of a photo at this side.
-fn square(photo: &Picture, side: usize) -> Picture {
+pub(crate) fn square(photo: &Picture, side: usize) -> Picture {
     let least = photo.height.min(photo.width);
     let cut = photo.crop((photo.height - least) / 2, (photo.width - least) / 2, least, least);
     cut.resize(side, side)
@@ -165,7 +165,7 @@ fn square(photo: &Picture, side: usize) -> Picture {
 
 /// Which skill each held-out phrasing is taken for: the one whose first training phrasing, asked for the same small picture,
 /// gives the most similar result.
-fn route(
+pub(crate) fn route(
     model: &Model,
     skill: &Skill,
     photo: &Picture,

@@ -1,6 +1,7 @@
 //! The HY-WU edit pipeline: pictures and instructions to adapters to edited pictures, and the training runs behind it.
 
 pub mod cache;
+pub mod claims;
 pub mod eval;
 pub mod hash;
 pub mod model;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 mod commands {
     pub mod adapter;
+    pub mod claims;
     pub mod completions;
     pub mod edit;
     pub mod eval;

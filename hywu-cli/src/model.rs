@@ -12,6 +12,8 @@ use hywu_kernels::Device;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
+/// Name of the model in the binary.
+const BUNDLED: &str = "bundled";
 const INFO: &str = "model.json";
 /// Longest `model.json`, in bytes.
 const MAX_INFO: u64 = 1 << 20;
@@ -39,9 +41,33 @@ pub struct ModelInfo {
     /// How it was trained, a line per run, the first run first.
     #[serde(default)]
     pub training: Vec<String>,
+    /// What it was taught. Models of before this was written down have none: they were taught the table, but for its arrivals.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skills: Vec<SkillInfo>,
+}
+
+/// A skill that a model was taught.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SkillInfo {
+    /// Its name.
+    pub name: String,
+    /// Ways to ask for it; none for a skill of the table, which holds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub instructions: Vec<String>,
 }
 
 impl ModelInfo {
+    /// That of `bundled`, or of the model folder of this name.
+    ///
+    /// # Errors
+    /// As [`ModelInfo::read`].
+    pub fn named(name: impl AsRef<Path>) -> Result<Self> {
+        if name.as_ref() != Path::new(BUNDLED) {
+            return Self::read(name);
+        }
+        serde_json::from_slice(bundled::INFO).context("bundled model.json")
+    }
+
     /// Reads `model.json` of a model folder.
     ///
     /// # Errors
@@ -83,7 +109,7 @@ impl Model {
     /// # Errors
     /// None in practice: the files are part of the binary.
     pub fn bundled() -> Result<Self> {
-        let info = serde_json::from_slice(bundled::INFO).context("bundled model.json")?;
+        let info = ModelInfo::named(BUNDLED)?;
         let backbone = Checkpoint::from_static("bundled backbone", bundled::BACKBONE)?;
         let generator = Checkpoint::from_static("bundled generator", bundled::GENERATOR)?;
         let config = GeneratorConfig::from_json(bundled::GENERATOR_CONFIG)?;
@@ -95,8 +121,8 @@ impl Model {
     ///
     /// # Errors
     /// A folder that is not there or not a model; files that are damaged or don't belong together.
-    pub fn named(name: &str) -> Result<Self> {
-        if name == "bundled" { Self::bundled() } else { Self::load(name) }
+    pub fn named(name: impl AsRef<Path>) -> Result<Self> {
+        if name.as_ref() == Path::new(BUNDLED) { Self::bundled() } else { Self::load(name) }
     }
 
     /// Reads a model folder.

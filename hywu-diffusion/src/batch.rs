@@ -1,4 +1,4 @@
-use crate::Result;
+use crate::{Error, Result};
 use hywu_core::Dtype;
 use hywu_kernels::{Device, Tensor};
 use rayon::prelude::*;
@@ -25,8 +25,11 @@ pub struct EditBatch {
     pub edits: Vec<f32>,
     /// (y, x) of every pixel in the whole picture, -1..1: [I * K, c, c, 2].
     pub position: Tensor,
-    /// Index of each instance's skill.
+    /// Index of each instance's skill: in the table; the table's length for a combination of two (and for an own skill that is
+    /// rehearsed); one more and on for the skills of the user's own.
     pub skills: Vec<usize>,
+    /// The first so many instances rehearse what was learnt before: their target is only a placeholder, their source.
+    pub rehearsed: usize,
     /// Seed of the step's noise.
     pub seed: u64,
 }
@@ -62,4 +65,40 @@ impl EditBatch {
     pub fn views(&self, count: usize) -> Vec<&Tensor> {
         [&self.thumbnail, &self.detail].into_iter().take(count).collect()
     }
+
+    /// The first `instances` of them alone, on the host.
+    ///
+    /// # Errors
+    /// More than there are; those of a device that the batch lies on.
+    pub fn first(&self, instances: usize) -> Result<Self> {
+        if instances > self.instances {
+            return Err(Error::Invalid(format!("{instances} of {} instances", self.instances)));
+        }
+        let entries = instances * self.crops;
+        Ok(Self {
+            instances,
+            crops: self.crops,
+            thumbnail: first(&self.thumbnail, instances)?,
+            detail: first(&self.detail, instances)?,
+            text: self.text[..self.text.len() / self.instances.max(1) * instances].to_vec(),
+            source: first(&self.source, entries)?,
+            target: first(&self.target, entries)?,
+            edits: self.edits[..entries].to_vec(),
+            position: first(&self.position, entries)?,
+            skills: self.skills[..instances].to_vec(),
+            rehearsed: self.rehearsed.min(instances),
+            seed: self.seed,
+        })
+    }
+}
+
+/// The first `count` entries of a tensor [batch, ..], on the host.
+pub(crate) fn first(x: &Tensor, count: usize) -> Result<Tensor> {
+    let host = x.to_host()?;
+    let mut shape = x.shape().to_vec();
+    let entry: usize = shape.iter().skip(1).product();
+    if let Some(batch) = shape.first_mut() {
+        *batch = count;
+    }
+    Ok(Tensor::new(&shape, host.data()[..count * entry].to_vec())?)
 }

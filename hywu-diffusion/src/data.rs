@@ -1,14 +1,18 @@
 //! Training batches: photos + skills -> edits, a pure function of (seed, step).
 
 use crate::{
-    EditBatch, Error, Picture, Result, TextEncoder, detail_of, load_picture, pixel_position, sizes_of_edits,
-    skills::{Phrasing, SKILLS, combination},
+    EditBatch, Error, KnownSkill, OwnSkill, Picture, Result, TextEncoder, detail_of, load_picture,
+    pixel_position, sizes_of_edits,
+    skills::{Edit, Phrasing, SKILLS, combination, damaged},
     thumbnail_of,
 };
 use hywu_core::{Philox, RandomStream};
 use hywu_kernels::Tensor;
 use rayon::prelude::*;
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// Longest side that is kept of a photo.
 const LARGEST: usize = 2048;
@@ -18,11 +22,13 @@ const WINDOWS: [usize; 7] = [64, 96, 128, 160, 192, 256, 320];
 const GRID: usize = 8;
 /// Share of combinations of two looks among the examples.
 const COMBINATIONS: f32 = 0.08;
+/// Share of damaged pictures among those that old skills are rehearsed on.
+const DAMAGED: f32 = 0.5;
 /// Streams of a step: 0 draws the noise's seed, i + 1 instance i.
 const INSTANCE_BITS: u32 = 16;
 
 /// One level of a photo: 8-bit RGB.
-struct Level {
+pub(crate) struct Level {
     height: usize,
     width: usize,
     rgb: Vec<u8>,
@@ -73,7 +79,36 @@ impl Level {
     }
 }
 
+/// A square window of a photo: where it lies, how far its pixels are apart there, and whether it is mirrored.
+pub(crate) struct Window {
+    level: usize,
+    start: [f32; 2],
+    zoom: f32,
+    mirrored: bool,
+}
+
+impl Window {
+    /// A random place of `n` x `n` pixels: position, scale (as much of the photo as there is, down to its own pixels) and mirroring.
+    pub(crate) fn draw(levels: &[Level], n: usize, random: &mut RandomStream) -> Self {
+        let side = levels[0].height.min(levels[0].width) as f32;
+        let most = (side / n as f32).max(1.0);
+        let zoom = most.powf(random.uniform());
+        let level = (zoom.log2() as usize).min(levels.len() - 1);
+        let zoom = zoom / (1 << level) as f32;
+        let reach = zoom * n as f32;
+        let sides = [levels[level].height, levels[level].width];
+        let start = sides.map(|limit| (limit as f32 - reach).max(0.0) * random.uniform());
+        Self { level, start, zoom, mirrored: random.chance(0.5) }
+    }
+
+    /// What stands there in a photo of the size that it was drawn for.
+    pub(crate) fn cut(&self, levels: &[Level], n: usize) -> Picture {
+        levels[self.level].window(self.start, self.zoom, n, self.mirrored)
+    }
+}
+
 /// Photographs, each at full size, half, a quarter, ..
+#[derive(Default)]
 pub struct PhotoSet {
     photos: Vec<Vec<Level>>,
     /// File names, in the order of the photos.
@@ -87,46 +122,55 @@ impl PhotoSet {
     /// A folder that can't be read or has no pictures; pictures that are damaged, or smaller than 64 pixels.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let io = |e| hywu_core::Error::io(folder, e);
-        let mut files = Vec::new();
-        for entry in std::fs::read_dir(folder).map_err(io)? {
-            let path = entry.map_err(io)?.path();
-            let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
-            if extension.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str())) {
-                files.push(path);
-            }
-        }
-        files.sort();
+        let files = pictures(folder)?;
         if files.is_empty() {
             let what = "no PNG, JPEG or WebP pictures in this folder".into();
             return Err(Error::Image { path: folder.into(), what });
         }
         let photos = files.par_iter().map(|file| levels(file)).collect::<Result<_>>()?;
-        let name = |f: &std::path::PathBuf| {
-            f.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
-        };
+        let name = |f: &PathBuf| f.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Self { photos, names: files.iter().map(name).collect() })
+    }
+
+    /// Takes the last `count` photos (all, where there are not more) out into a set of their own.
+    pub fn split_off(&mut self, count: usize) -> Self {
+        let at = self.photos.len().saturating_sub(count);
+        Self { photos: self.photos.split_off(at), names: self.names.split_off(at) }
     }
 
     /// A random square window of a random photo, `n` pixels a side: position, scale (as much of the photo as there is, down to
     /// its own pixels) and mirroring are drawn.
+    ///
+    /// # Panics
+    /// When there are no photos, which is so for the default alone.
     pub fn window(&self, n: usize, random: &mut RandomStream) -> Picture {
         let levels = &self.photos[random.below(self.photos.len())];
-        let side = levels[0].height.min(levels[0].width) as f32;
-        let most = (side / n as f32).max(1.0);
-        let zoom = most.powf(random.uniform());
-        let level = (zoom.log2() as usize).min(levels.len() - 1);
-        let zoom = zoom / (1 << level) as f32;
-        let level = &levels[level];
-        let reach = zoom * n as f32;
-        let start =
-            [level.height, level.width].map(|limit| (limit as f32 - reach).max(0.0) * random.uniform());
-        level.window(start, zoom, n, random.chance(0.5))
+        Window::draw(levels, n, random).cut(levels, n)
     }
 }
 
+/// The PNG, JPEG and WebP files of a folder, sorted.
+pub(crate) fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
+    let io = |e| hywu_core::Error::io(folder, e);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+        if extension.is_some_and(|e| ["png", "jpg", "jpeg", "webp"].contains(&e.as_str())) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// A photo at full size (at most [`LARGEST`] pixels long), half, a quarter, ..
 fn levels(file: &Path) -> Result<Vec<Level>> {
-    let mut picture = load_picture(file)?;
+    levels_of(load_picture(file)?, file)
+}
+
+/// As [`levels`], of a picture that was read from `file`.
+pub(crate) fn levels_of(mut picture: Picture, file: &Path) -> Result<Vec<Level>> {
     if picture.height.min(picture.width) < WINDOWS[0] {
         let what = format!("{} x {} pixels; training needs 64 or more a side", picture.width, picture.height);
         return Err(Error::Image { path: file.into(), what });
@@ -178,11 +222,17 @@ impl BatchShape {
 }
 
 /// Draws training batches.
+#[derive(Clone)]
 pub struct EditData {
-    photos: PhotoSet,
+    photos: Arc<PhotoSet>,
     skills: Vec<usize>,
-    text: TextEncoder,
+    own: Arc<Vec<OwnSkill>>,
+    /// What is rehearsed, and in which share of the instances.
+    rehearsal: Option<(Vec<KnownSkill>, f32)>,
+    text: Arc<TextEncoder>,
     seed: u64,
+    phrasing: Phrasing,
+    combinations: bool,
 }
 
 impl EditData {
@@ -208,7 +258,77 @@ impl EditData {
     /// # Errors
     /// An unknown skill.
     pub fn new(photos: PhotoSet, skills: &[String], text: TextEncoder, seed: u64) -> Result<Self> {
-        Ok(Self { photos, skills: Self::skills(skills)?, text, seed })
+        Self::with_own(photos, Self::skills(skills)?, Vec::new(), text, seed)
+    }
+
+    /// As [`EditData::new`] from indices into [`SKILLS`], and skills of the user's own beside them: each of them all is as frequent. Own
+    /// skills bring their pictures; those of the table need photos. Without skills of the table there are no combinations.
+    ///
+    /// # Errors
+    /// No skill at all, skills of the table without photos, instructions that are empty or too long.
+    pub fn with_own(
+        photos: PhotoSet,
+        skills: Vec<usize>,
+        own: Vec<OwnSkill>,
+        text: TextEncoder,
+        seed: u64,
+    ) -> Result<Self> {
+        if skills.is_empty() && own.is_empty() {
+            return Err(Error::Invalid("no skill to learn".into()));
+        }
+        if !skills.is_empty() && photos.photos.is_empty() {
+            let names: Vec<&str> = skills.iter().map(|&i| SKILLS[i].name).collect();
+            let what = format!("photos are needed to learn {}: these skills bring none", names.join(", "));
+            return Err(Error::Invalid(what));
+        }
+        for skill in &own {
+            check_instructions(&text, &skill.instructions)?;
+        }
+        let (photos, own, text) = (Arc::new(photos), Arc::new(own), Arc::new(text));
+        let combinations = !skills.is_empty();
+        let phrasing = Phrasing::Train;
+        Ok(Self { photos, skills, own, rehearsal: None, text, seed, phrasing, combinations })
+    }
+
+    /// The same without combinations.
+    pub fn without_combinations(self) -> Self {
+        Self { combinations: false, ..self }
+    }
+
+    /// The same with these phrasings.
+    pub fn with_phrasing(self, phrasing: Phrasing) -> Self {
+        Self { phrasing, ..self }
+    }
+
+    /// The same with another seed.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// The same for these skills, indices into [`SKILLS`].
+    pub fn with_skills(self, skills: Vec<usize>) -> Self {
+        Self { skills, ..self }
+    }
+
+    /// From here on this share of every batch rehearses `old` skills: the first instances ([`EditBatch::rehearsed`]) ask for one of
+    /// these on a picture of any kind, half of them damaged at random, whether or not the two go together. What the true edit would
+    /// be is not known, and there are no combinations any more: they would be examples of old looks.
+    ///
+    /// # Errors
+    /// A share outside 0..=1, no old skills for a share above 0.
+    pub fn rehearsing(self, old: Vec<KnownSkill>, share: f32) -> Result<Self> {
+        if !(0.0..=1.0).contains(&share) {
+            return Err(Error::Invalid(format!("the share of rehearsals is {share}; it must be in 0..=1")));
+        }
+        if old.is_empty() && share > 0.0 {
+            return Err(Error::Invalid("there is no old skill to rehearse".into()));
+        }
+        for skill in &old {
+            if let KnownSkill::Own { instructions, .. } = skill {
+                check_instructions(&self.text, instructions)?;
+            }
+        }
+        Ok(Self { rehearsal: Some((old, share)), combinations: false, ..self })
     }
 
     /// The batch of a step; it depends on (seed, step, shape) alone.
@@ -220,10 +340,18 @@ impl EditData {
         let BatchShape { instances, crops, crop } = shape;
         let windows: Vec<usize> = WINDOWS.into_iter().filter(|n| *n >= crop).collect();
         let philox = Philox::new(self.seed);
-        let made = (0..instances)
-            .into_par_iter()
-            .map(|i| self.instance(philox.stream((step << INSTANCE_BITS) + i as u64 + 1), &windows, shape))
-            .collect::<Result<Vec<Instance>>>()?;
+        let rehearsed =
+            self.rehearsal.as_ref().map_or(0, |(_, share)| (share * instances as f32).round() as usize);
+        let make = |i: usize| {
+            let mut random = philox.stream((step << INSTANCE_BITS) + i as u64 + 1);
+            let n = windows[random.below(windows.len())];
+            let drawn = match &self.rehearsal {
+                Some((old, _)) if i < rehearsed => self.rehearse(old, n, &mut random),
+                _ => self.draw(n, &mut random),
+            };
+            self.instance(drawn, random, shape)
+        };
+        let made = (0..instances).into_par_iter().map(make).collect::<Result<Vec<Instance>>>()?;
         let all = |shape: &[usize], part: fn(&Instance) -> &[f32]| {
             Tensor::build(shape, |out| {
                 let size = out.len() / made.len();
@@ -245,25 +373,54 @@ impl EditData {
             target,
             position: all(&[n, h, w, 2], |i| &i.position),
             skills: made.iter().map(|i| i.skill).collect(),
+            rehearsed,
             seed: u64::from(words[0]) << 32 | u64::from(words[1]),
         })
     }
 
-    fn instance(&self, mut random: RandomStream, windows: &[usize], shape: BatchShape) -> Result<Instance> {
-        let n = windows[random.below(windows.len())];
-        let photo = self.photos.window(n, &mut random);
+    /// Something to learn, its window `n` pixels a side: the skill, and a photo with its edit.
+    fn draw(&self, n: usize, random: &mut RandomStream) -> (usize, Picture, Edit) {
+        if !self.own.is_empty() {
+            let chosen = random.below(self.own.len() + self.skills.len());
+            if let Some(own) = self.own.get(chosen) {
+                let (photo, edit) = own.edit(n, random);
+                return (SKILLS.len() + 1 + chosen, photo, edit);
+            }
+        }
+        let photo = self.photos.window(n, random);
         // A combination counts as the skill after the last.
-        let (skill, edit) = if random.chance(COMBINATIONS) {
-            let mut edit = combination(&photo, Phrasing::Train, &mut random);
+        if random.chance(COMBINATIONS) && self.combinations {
+            let mut edit = combination(&photo, self.phrasing, random);
             // Two long ways to ask may not fit in one instruction; the plainest always do.
             if self.text.encode(&edit.instruction).is_err() {
-                edit = combination(&photo, Phrasing::Canonical, &mut random);
+                edit = combination(&photo, Phrasing::Canonical, random);
             }
-            (SKILLS.len(), edit)
-        } else {
-            let skill = self.skills[random.below(self.skills.len())];
-            (skill, SKILLS[skill].edit(&photo, Phrasing::Train, &mut random))
-        };
+            return (SKILLS.len(), photo, edit);
+        }
+        let skill = self.skills[random.below(self.skills.len())];
+        let edit = SKILLS[skill].edit(&photo, self.phrasing, random);
+        (skill, photo, edit)
+    }
+
+    /// A picture and an old skill's instruction; the picture stands for the true edit, too.
+    fn rehearse(&self, old: &[KnownSkill], n: usize, random: &mut RandomStream) -> (usize, Picture, Edit) {
+        let own = self.own.iter().flat_map(OwnSkill::sources);
+        let all: Vec<&Vec<Level>> = self.photos.photos.iter().chain(own).collect();
+        let levels = all[random.below(all.len())];
+        let photo = Window::draw(levels, n, random).cut(levels, n);
+        let photo = if random.chance(DAMAGED) { damaged(&photo, random) } else { photo };
+        let skill = &old[random.below(old.len())];
+        let instruction = skill.ask(random);
+        (skill.index(), photo, Edit::known(None, instruction))
+    }
+
+    fn instance(
+        &self,
+        (skill, photo, edit): (usize, Picture, Edit),
+        mut random: RandomStream,
+        shape: BatchShape,
+    ) -> Result<Instance> {
+        let n = photo.height;
         let text = self.text.encode(&edit.instruction)?;
         let source = edit.source(&photo);
         let BatchShape { crops, crop: c, .. } = shape;
@@ -289,6 +446,11 @@ impl EditData {
         }
         Ok(made)
     }
+}
+
+/// Do they fit, with the words that training puts around them?
+fn check_instructions(text: &TextEncoder, instructions: &[String]) -> Result<()> {
+    instructions.iter().try_for_each(|i| text.encode(i).and(text.encode(&format!("can you {i}"))).map(drop))
 }
 
 struct Instance {

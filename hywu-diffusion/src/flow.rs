@@ -46,14 +46,29 @@ impl Noised {
         let weight = t.iter().map(|t| (1.0 - t).max(LEAST_REST).powi(-2)).collect();
         Ok(Self { x_t: noised(target, &t, seed)?, t, weight })
     }
+
+    /// As [`Noised::draw`] for a batch whose true edits are `target`, the weight divided by the size of the edit,
+    /// sqrt(mean((source - target)^2) + 0.02): that keeps the drastic ones (a negative, a sketch) from drowning the subtle ones.
+    ///
+    /// # Errors
+    /// As [`Noised::draw`]; a batch with the sizes of another number of edits than it has crops.
+    pub fn edits(batch: &EditBatch, target: &Tensor) -> Result<Self> {
+        let mut noised = Self::draw(target, batch.seed)?;
+        let Self { weight, .. } = &mut noised;
+        if batch.edits.len() != weight.len() {
+            let what =
+                format!("a batch of {} crops has the sizes of {} edits", weight.len(), batch.edits.len());
+            return Err(Error::Invalid(what));
+        }
+        weight.iter_mut().zip(&batch.edits).for_each(|(weight, edit)| *weight /= (edit + LEAST_EDIT).sqrt());
+        Ok(noised)
+    }
 }
 
 /// Added to the size of an edit, so that keeping a picture is a finite goal.
 const LEAST_EDIT: f32 = 0.02;
 
-/// The training loss: mean over the batch of weight * mean((x_hat - target)^2) / sqrt(mean((source - target)^2) + 0.02).
-///
-/// Dividing by the size of the edit keeps the drastic ones (a negative, a sketch) from drowning the subtle ones.
+/// The training loss: mean over the batch of weight * mean((x_hat - target)^2), weighted as [`Noised::edits`] says.
 ///
 /// `bound` decides whether the backbone's weights are trained; the adapters (none, or one per instance) bring their own
 /// variables.
@@ -67,14 +82,27 @@ pub fn flow_loss(
     batch: &EditBatch,
     adapters: &LoraVars,
 ) -> Result<Var> {
-    let text = backbone.text_tokens(tape, bound, &batch.text, batch.instances)?;
     let target = batch.target.to(bound.device(), Dtype::F32)?;
-    let Noised { x_t, t, mut weight } = Noised::draw(&target, batch.seed)?;
-    if batch.edits.len() != weight.len() {
-        let what = format!("a batch of {} crops has the sizes of {} edits", weight.len(), batch.edits.len());
-        return Err(Error::Invalid(what));
-    }
-    weight.iter_mut().zip(&batch.edits).for_each(|(weight, edit)| *weight /= (edit + LEAST_EDIT).sqrt());
-    let x_hat = backbone.predict(tape, bound, &x_t, &batch.source, &batch.position, &t, &text, adapters)?;
-    Ok(weighted_mse(tape, &x_hat, &target, &weight)?)
+    let noised = Noised::edits(batch, &target)?;
+    flow_loss_towards(tape, backbone, bound, batch, adapters, &noised, &target)
+}
+
+/// As [`flow_loss`] where what is predicted from (`noised`) and what the prediction is held against (`goal`, like the target, on the
+/// device) need not be one picture.
+///
+/// # Errors
+/// As [`flow_loss`].
+pub fn flow_loss_towards(
+    tape: &Tape,
+    backbone: &Backbone,
+    bound: &Bound,
+    batch: &EditBatch,
+    adapters: &LoraVars,
+    noised: &Noised,
+    goal: &Tensor,
+) -> Result<Var> {
+    let Noised { x_t, t, weight } = noised;
+    let text = backbone.text_tokens(tape, bound, &batch.text, batch.instances)?;
+    let x_hat = backbone.predict(tape, bound, x_t, &batch.source, &batch.position, t, &text, adapters)?;
+    Ok(weighted_mse(tape, &x_hat, goal, weight)?)
 }

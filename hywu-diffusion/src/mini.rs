@@ -48,7 +48,7 @@ impl Downstream for MiniDownstream {
 }
 
 /// The trait speaks in errors of the kernels.
-fn kernel_error(e: Error) -> hywu_kernels::Error {
+pub(crate) fn kernel_error(e: Error) -> hywu_kernels::Error {
     match e {
         Error::Kernel(e) => e,
         Error::Core(e) => e.into(),

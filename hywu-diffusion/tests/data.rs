@@ -2,9 +2,10 @@
 
 use hywu_core::Philox;
 use hywu_diffusion::{
-    BatchShape, EditBatch, EditData, PhotoSet, Picture, TextEncoder, load_picture,
+    BatchShape, EditBatch, EditData, KnownSkill, OwnSkill, PhotoSet, Picture, TextEncoder, load_picture,
     metrics::psnr,
-    skills::{Edit, HUES, Phrasing, SKILLS, Skill, combination, filters},
+    save_picture,
+    skills::{Edit, HUES, Phrasing, Place, SKILLS, Skill, combination, filters},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -100,6 +101,54 @@ fn strength_words_change_the_strength() {
         assert_eq!(*seen.entry(grade).or_insert(change), change, "{words}");
     }
     assert!(seen[&0] < seen[&1] && seen[&1] < seen[&2]);
+}
+
+#[test]
+fn hidden_amounts_are_those_that_damaged_the_photo() {
+    let photo = photo();
+    let made = |name: &str, photo: &Picture, j: u64| {
+        let skill = &SKILLS[Skill::find(name).expect("there")];
+        let example = skill.example(photo, Phrasing::Train, &mut Philox::new(j).stream(2));
+        (example.hidden.iter().map(|h| h.1).collect::<Vec<f32>>(), example.source)
+    };
+    for j in 0..3 {
+        let (h, source) = made("deblur", &photo, j);
+        assert_eq!(source, filters::blur(&photo, h[0]));
+        let (h, source) = made("restore detail", &photo, j);
+        assert_eq!(source, filters::pixelate(&photo, h[0] as usize));
+        let (h, source) = made("jpeg repair", &photo, j);
+        assert_eq!(source, filters::jpeg(&photo, h[0] as u8));
+        let (h, source) = made("restore faded", &photo, j);
+        assert_eq!(source, filters::fade(&photo, h[0]));
+        let (h, source) = made("dehaze", &photo, j);
+        assert_eq!(
+            source,
+            filters::fog(&photo, Place::whole(&photo), h[2], [h[0] - h[1], h[0], h[0] + h[1]])
+        );
+        let (h, source) = made("auto contrast", &photo, j);
+        assert_eq!(source, filters::colours(&photo, |c| c.map(|v| h[1] + h[0] * (v - 0.5))));
+
+        // What has chance or a scale in it, on flat gray.
+        let unit = |v: f32| (v + 1.0) * 0.5;
+        let gray = Picture::from_rgb(64, 64, vec![0.0; 64 * 64 * 3]);
+        let (h, source) = made("white balance", &gray, j);
+        let c = [0, 1, 2].map(|i| unit(source.rgb[i]));
+        assert!(
+            ((c[0] / c[1]).ln() - h[0]).abs() < 1e-5 && ((c[2] / c[1]).ln() - h[1]).abs() < 1e-5,
+            "{h:?}"
+        );
+        let (h, source) = made("denoise", &gray, j);
+        let spread = source.rgb.iter().map(|v| (v * 0.5).abs()).sum::<f32>() / source.rgb.len() as f32;
+        let expected = h[0] * (2.0 / std::f32::consts::PI).sqrt();
+        // 12,288 draws: the standard error of the mean is below 1 % of it; clamping takes a few percent at the upper end.
+        assert!((spread / expected - 1.0).abs() < 0.08, "{spread} for {expected}");
+        let (h, source) = made("light up", &gray, j);
+        let mean = source.rgb.iter().map(|v| unit(*v)).sum::<f32>() / source.rgb.len() as f32;
+        assert!((mean - 0.5 * h[0].powf(1.0 / 2.2)).abs() < 1e-3, "{mean} at {h:?}");
+    }
+    for name in ["brighter", "grain", "tint", "recolour", "colourise"] {
+        assert!(made(name, &photo, 1).0.is_empty(), "{name}");
+    }
 }
 
 #[test]
@@ -212,4 +261,92 @@ fn bad_shapes_and_names_are_refused() {
         Ok(_) => panic!("accepted"),
     };
     assert!(message.contains("levitate") && message.contains("posterise"), "{message}");
+}
+
+/// Two pairs of the samples: the edit swaps red and blue.
+fn own(dir: &Path) -> OwnSkill {
+    for name in ["astronaut", "coffee"] {
+        let photo = load_picture(samples().join(format!("{name}.png"))).expect("the sample").resize(96, 128);
+        let swapped = filters::colours(&photo, |[r, g, b]| [b, g, r]);
+        save_picture(dir.join(format!("{name}-before.png")), &photo, &[]).expect("writable");
+        save_picture(dir.join(format!("{name}-after.png")), &swapped, &[]).expect("writable");
+    }
+    OwnSkill::open("swap", dir, &["swap the channels".to_owned()]).expect("two pairs")
+}
+
+#[test]
+fn own_skills_stand_beside_the_table() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let encoder = || TextEncoder::bundled(20).expect("bundled");
+    let shape = BatchShape { instances: 8, crops: 2, crop: 16 };
+    let swapped = |batch: &EditBatch, instance: usize| {
+        let crops = 2 * 16 * 16 * 3;
+        let range = instance * crops..(instance + 1) * crops;
+        let pixels = batch.source.data()[range.clone()].chunks(3).zip(batch.target.data()[range].chunks(3));
+        pixels.into_iter().all(|(s, t)| [s[2], s[1], s[0]].iter().zip(t).all(|(s, t)| (s - t).abs() < 1e-5))
+    };
+    // Alone it needs no photos.
+    let alone = EditData::with_own(PhotoSet::default(), vec![], vec![own(dir.path())], encoder(), 1);
+    let batch = alone.expect("a skill").batch(3, shape).expect("good");
+    assert!(batch.skills.iter().all(|s| *s == SKILLS.len() + 1) && (0..8).all(|i| swapped(&batch, i)));
+    // Beside others it comes as often as they do.
+    let photos = || PhotoSet::open(samples()).expect("the samples");
+    let table = EditData::skills(&["invert".into()]).expect("known");
+    let both =
+        EditData::with_own(photos(), table.clone(), vec![own(dir.path())], encoder(), 1).expect("good");
+    let mut count = 0;
+    for step in 0..25 {
+        let batch = both.batch(step, shape).expect("good");
+        count += (0..8).filter(|&i| batch.skills[i] == SKILLS.len() + 1).count();
+        assert!((0..8).all(|i| swapped(&batch, i) == (batch.skills[i] == SKILLS.len() + 1)));
+    }
+    assert!((75..125).contains(&count), "{count} of 200");
+    let refused = |table: Vec<usize>, own: Vec<OwnSkill>, message: &str| {
+        let error = EditData::with_own(PhotoSet::default(), table, own, encoder(), 1).err().expect("refused");
+        assert!(error.to_string().contains(message), "{error}");
+    };
+    refused(table, vec![], "photos are needed to learn invert");
+    refused(vec![], vec![], "no skill");
+    let wordy = OwnSkill::open("wordy", dir.path(), &["word ".repeat(20)]).expect("two pairs");
+    refused(vec![], vec![wordy], "at most 20");
+}
+
+#[test]
+fn rehearsals_ask_for_old_skills_and_know_no_answer() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let encoder = TextEncoder::bundled(20).expect("bundled");
+    let new = |photos| {
+        let encoder = TextEncoder::bundled(20).expect("bundled");
+        EditData::with_own(photos, vec![], vec![own(dir.path())], encoder, 1).expect("a skill")
+    };
+    let mine = KnownSkill::Own { name: "haze".into(), instructions: vec!["my haze".into()] };
+    let old = || vec![KnownSkill::Table(Skill::find("recolour").expect("there")), mine.clone()];
+    let data = new(PhotoSet::open(samples()).expect("the samples")).rehearsing(old(), 0.5).expect("good");
+    let shape = BatchShape { instances: 6, crops: 1, crop: 32 };
+    let asked = ["my haze", "please my haze", "my haze.", "my haze please"];
+    let asked = asked.map(|i| encoder.encode(i).expect("short"));
+    let mut seen = [0; 2];
+    for step in 0..20 {
+        let batch = data.batch(step, shape).expect("good");
+        assert_eq!(batch.rehearsed, 3);
+        let size = 32 * 32 * 3;
+        for i in 0..6 {
+            let range = i * size..(i + 1) * size;
+            let same = batch.source.data()[range.clone()] == batch.target.data()[range];
+            assert_eq!(same, i < 3, "{i}");
+            assert_eq!(batch.skills[i] == SKILLS.len() + 1, i >= 3);
+            if i < 3 {
+                let own = asked.iter().any(|a| *a == batch.text[i * 20..(i + 1) * 20]);
+                assert_eq!(own, batch.skills[i] == SKILLS.len());
+                seen[usize::from(own)] += 1;
+            }
+        }
+    }
+    assert!(seen.iter().all(|n| (15..45).contains(n)), "{seen:?}");
+    // The pairs' own pictures do, too.
+    new(PhotoSet::default()).rehearsing(old(), 1.0).expect("good").batch(0, shape).expect("good");
+    assert!(new(PhotoSet::default()).rehearsing(old(), 1.5).is_err());
+    assert!(new(PhotoSet::default()).rehearsing(vec![], 0.5).is_err());
+    let endless = KnownSkill::Own { name: "endless".into(), instructions: vec!["haze ".repeat(20)] };
+    assert!(new(PhotoSet::default()).rehearsing(vec![endless], 0.5).is_err());
 }

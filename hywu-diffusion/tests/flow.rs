@@ -177,3 +177,53 @@ fn thirty_steps_lower_the_loss() {
     let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len() as f32;
     assert!(mean(&losses[27..]) < 0.5 * mean(&losses[..3]), "{losses:?}");
 }
+
+/// The loss of `student` on a lesson of `teacher`, whose adapters are those of the instances that rehearse.
+fn lesson_loss(
+    downstream: &MiniDownstream,
+    batch: &EditBatch,
+    teacher: &LoraVars,
+    weight: f32,
+    student: &LoraVars,
+) -> f32 {
+    let lesson = downstream.lesson(batch, teacher, weight).expect("adapters that fit");
+    let loss = downstream.lesson_loss(&Tape::inference(), &lesson, student).expect("adapters that fit");
+    loss.value().item().expect("a scalar")
+}
+
+#[test]
+fn who_equals_his_teacher_has_nothing_to_learn() {
+    let downstream = MiniDownstream::new(backbone(), 4, 4.0).unwrap();
+    let new = batch(&downstream.backbone, 6);
+    let old = EditBatch { rehearsed: 4, target: new.source.clone(), ..new.clone() };
+    let [teacher, other] = [0.1, 0.11].map(|factor| adapters(&downstream.backbone, 4, factor));
+    assert_eq!(lesson_loss(&downstream, &old, &teacher, 1.0, &teacher), 0.0);
+    let loss = lesson_loss(&downstream, &old, &teacher, 1.0, &other);
+    assert!(loss > 0.0);
+    let twice = lesson_loss(&downstream, &old, &teacher, 2.0, &other);
+    assert!((twice - 2.0 * loss).abs() < 1e-5 * twice, "{loss} {twice}");
+    // The placeholder is never looked at.
+    let placeholder = EditBatch { target: new.target.clone(), ..old };
+    assert_eq!(lesson_loss(&downstream, &placeholder, &teacher, 1.0, &other), loss);
+    // Without a rehearsal it is the training loss.
+    let plain = downstream.loss(&Tape::inference(), &new, &other).unwrap().value().item().unwrap();
+    assert_eq!(lesson_loss(&downstream, &new, &LoraVars::none(), 1.0, &other), plain);
+    // Half and half: what the second half has to learn is what it had to learn before.
+    let half = EditBatch { rehearsed: 2, ..new.clone() };
+    let two = |vars: &LoraVars| {
+        let mut vars = vars.clone();
+        for pair in vars.modules.values_mut() {
+            for x in [&mut pair.a, &mut pair.b] {
+                let mut shape = x.shape().to_vec();
+                shape[0] = 2;
+                let size = shape.iter().product();
+                *x = Var::constant(Tensor::new(&shape, x.value().data()[..size].to_vec()).unwrap());
+            }
+        }
+        vars
+    };
+    let first = new.first(2).unwrap();
+    let own = lesson_loss(&downstream, &half, &two(&teacher), 0.0, &other);
+    let first = downstream.loss(&Tape::inference(), &first, &two(&other)).unwrap().value().item().unwrap();
+    assert!((own - (plain - 0.5 * first)).abs() < 1e-5 * plain, "{own} {plain} {first}");
+}

@@ -69,14 +69,17 @@ impl Device {
             Self::Cuda(_) => piece(usize::try_from(bytes).unwrap_or(usize::MAX)) as u64,
         }
     }
-    /// Gives the memory of a CUDA device that tensors no longer use back to the system, which is otherwise kept for the next ones. Waits
+    /// Gives the memory that tensors no longer use back to the system, which is otherwise kept for the next ones. Waits
     /// until all work is done.
     ///
     /// # Errors
     /// Those of the device.
     pub fn trim(self) -> Result<()> {
         match self {
-            Self::Cpu => Ok(()),
+            Self::Cpu => {
+                crate::tensor::trim();
+                Ok(())
+            }
             Self::Cuda(n) => Gpu::get(n)?.trim(),
         }
     }

@@ -51,6 +51,11 @@ fn pool<T>(f: impl FnOnce(&mut Pool) -> T) -> T {
     f(guard.get_or_insert_default())
 }
 
+/// Empties the pool.
+pub(crate) fn trim() {
+    pool(|p| *p = Pool::default());
+}
+
 impl Buffer {
     /// `len` floats with unspecified (but initialised) contents. A system that has not so much memory ends the process.
     fn take(len: usize) -> Self {

@@ -1,6 +1,7 @@
+use super::claims;
 use crate::{interrupt, output::say, values};
 use anyhow::{Result, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 use hywu::{
     eval::{EvalOptions, Sample, SkillReport, evaluate},
     model::Model,
@@ -13,7 +14,10 @@ use std::path::PathBuf;
 
 /// Measure a model on photos and phrasings that it was not trained on
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct EvalArgs {
+    #[command(subcommand)]
+    command: Option<EvalCommand>,
     /// The model: `bundled`, or a model folder
     #[arg(long, default_value = "bundled", value_name = "bundled|DIR")]
     model: String,
@@ -49,6 +53,11 @@ pub struct EvalArgs {
     sheet: Option<PathBuf>,
 }
 
+#[derive(Subcommand, Debug)]
+enum EvalCommand {
+    Claims(claims::ClaimsArgs),
+}
+
 /// Source-edit-truth triples side by side in the contact sheet.
 const COLUMNS: usize = 4;
 /// Side of the pictures in it.
@@ -56,6 +65,9 @@ const THUMB: usize = 128;
 
 /// Runs `hywu eval`.
 pub fn run(args: &EvalArgs) -> Result<()> {
+    if let Some(EvalCommand::Claims(args)) = &args.command {
+        return claims::run(args);
+    }
     args.device.check()?;
     interrupt::install()?;
     if let Some(file) = &args.sheet {

@@ -1,7 +1,7 @@
 use crate::interrupt;
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::Args;
-use hywu::train::{Kind, Progress, Run};
+use hywu::train::{Kind, Progress, RehearsalConfig, Run, SkillConfig, TrainConfig};
 use hywu_kernels::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{io::IsTerminal, ops::ControlFlow, path::PathBuf};
@@ -12,12 +12,25 @@ pub struct TrainArgs {
     /// What to train
     #[arg(value_enum)]
     kind: KindArg,
-    /// The run's settings (TOML; see assets/configs)
+    /// The run's settings (TOML; see assets/configs); with --extend there are some in the binary
+    #[arg(long, value_name = "FILE", required_unless_present = "extend")]
+    config: Option<PathBuf>,
+    /// Folder of photographs (scripts/fetch_photos.sh makes one); not needed for skills that bring pairs
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["pairs", "skills"])]
+    photos: Option<PathBuf>,
+    /// For generator: go on with that of a model (`bundled`, or a model folder), and keep what it knows by rehearsing it
+    #[arg(long, value_name = "bundled|DIR")]
+    extend: Option<PathBuf>,
+    /// Skills of your own (TOML: `[[skill]]` with name, pairs = DIR, instructions = [..])
     #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Folder of photographs (scripts/fetch_photos.sh makes one)
-    #[arg(long, value_name = "DIR")]
-    photos: PathBuf,
+    skills: Option<PathBuf>,
+    /// A skill of your own: folder of pictures before and after the edit, NAME-before.jpg and NAME-after.jpg, or before/NAME.jpg and
+    /// after/NAME.jpg; it is called as the folder
+    #[arg(long, value_name = "DIR", requires = "instruction")]
+    pairs: Option<PathBuf>,
+    /// A way to ask for the edit of --pairs; may be given several times
+    #[arg(long, value_name = "TEXT", requires = "pairs")]
+    instruction: Vec<String>,
     /// Folder of the run: state, log, loss plot and model
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -53,7 +66,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         KindArg::Full => Kind::Full,
     };
     interrupt::install()?;
-    let mut run = Run::open(kind, &args.config, &args.photos, &args.out, args.resume, args.device.check()?)?;
+    let config = config(kind, args)?;
+    let mut run =
+        Run::start(kind, config, args.photos.as_deref(), &args.out, args.resume, args.device.check()?)?;
     // Off until it has been measured on hardware.
     run.use_graphs(std::env::var_os("HYWU_CUDA_GRAPHS").is_some_and(|v| v == "1"));
     if args.profile {
@@ -81,4 +96,35 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         println!("{profile}");
     }
     Ok(())
+}
+
+/// The settings of the file or of the binary, with what the other arguments say.
+fn config(kind: Kind, args: &TrainArgs) -> Result<TrainConfig> {
+    let mut config = match &args.config {
+        Some(file) => TrainConfig::read(file)?,
+        None => TrainConfig::extend()?,
+    };
+    if let Some(model) = &args.extend {
+        ensure!(
+            kind == Kind::Generator,
+            "--extend is for `train generator`, not for `train {}`",
+            kind.name()
+        );
+        config.start_from = Some(model.clone());
+        config.rehearsal.get_or_insert(RehearsalConfig::default());
+    }
+    if let Some(file) = &args.skills {
+        config.skill.extend(SkillConfig::read(file)?);
+    }
+    if let Some(pairs) = &args.pairs {
+        let name = pairs.canonicalize().map_err(|e| hywu_core::Error::io(pairs, e))?;
+        let name =
+            name.file_name().context("--pairs is no folder with a name")?.to_string_lossy().into_owned();
+        config.skill.push(SkillConfig { name, pairs: pairs.clone(), instructions: args.instruction.clone() });
+    }
+    ensure!(
+        args.extend.is_none() || args.config.is_some() || !config.skill.is_empty(),
+        "nothing to learn: --extend needs --skills, --pairs or --config"
+    );
+    Ok(config)
 }

@@ -39,9 +39,61 @@ pub struct TrainConfig {
     /// Sizes, for backbone.
     #[serde(default)]
     pub backbone: BackboneConfig,
-    /// Sizes, for generator; rank and alpha, for lora.
+    /// Sizes, for generator; rank and alpha, for lora. Not used with `rehearsal`.
     #[serde(default)]
     pub generator: AdapterConfig,
+    /// For generator: the one of `start_from` learns on, and rehearses what it knows. Without it a new one is trained.
+    pub rehearsal: Option<RehearsalConfig>,
+    /// Skills of one's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skill: Vec<SkillConfig>,
+}
+
+/// How a generator that learns more keeps what it knows.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RehearsalConfig {
+    /// Share of a step's edits that rehearse; 0 only learns on.
+    pub share: f32,
+    /// Factor on their loss.
+    pub weight: f32,
+}
+
+impl Default for RehearsalConfig {
+    fn default() -> Self {
+        Self { share: 0.5, weight: 1.0 }
+    }
+}
+
+/// A skill of one's own: pictures before and after an edit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SkillConfig {
+    /// Its name.
+    pub name: String,
+    /// Folder of the pairs (see [`hywu_diffusion::OwnSkill::open`]), as seen from the folder that the run is started in.
+    pub pairs: PathBuf,
+    /// Ways to ask for it.
+    pub instructions: Vec<String>,
+}
+
+impl SkillConfig {
+    /// Reads a TOML file of `[[skill]]` entries.
+    ///
+    /// # Errors
+    /// A file that can't be read, unknown or missing keys, no entry.
+    pub fn read(file: &Path) -> Result<Vec<Self>> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Skills {
+            skill: Vec<SkillConfig>,
+        }
+        let text = std::fs::read_to_string(file).map_err(|e| hywu_core::Error::io(file, e))?;
+        let parsed: Result<Skills, _> = toml::from_str(&text);
+        let skills = parsed.map_err(|e| anyhow::anyhow!("{}: {}", file.display(), e.message()))?.skill;
+        ensure!(!skills.is_empty(), "{}: no [[skill]]", file.display());
+        Ok(skills)
+    }
 }
 
 /// Type of a model's stored weights.
@@ -88,7 +140,7 @@ pub struct DataConfig {
     /// Every so many steps the crops are twice as large and a quarter as many; 0 for never.
     #[serde(default)]
     pub large_every: u64,
-    /// Skills by name; none means all but the arrivals.
+    /// Skills by name; none means all but the arrivals or, where there are skills of one's own, those alone.
     #[serde(default)]
     pub skills: Vec<String>,
     /// Where the photos come from: goes into model.json.
@@ -220,7 +272,22 @@ impl TrainConfig {
         if let Some(ema) = o.ema {
             ensure!((0.0..1.0).contains(&ema), "ema is {ema}; it must be in 0..1");
         }
+        if let Some(RehearsalConfig { share, weight }) = config.rehearsal {
+            ensure!(
+                (0.0..1.0).contains(&share),
+                "share is {share}; it must be in 0..1, for new skills need the rest"
+            );
+            ensure!(weight.is_finite() && weight > 0.0, "weight is {weight}; it must be a number above 0");
+        }
         Ok(config)
+    }
+
+    /// The settings of `hywu train generator --extend` without `--config`.
+    ///
+    /// # Errors
+    /// None in practice: the file is part of the binary.
+    pub fn extend() -> Result<Self> {
+        Self::parse(include_str!("../../../assets/configs/extend.toml")).context("the bundled extend.toml")
     }
 
     /// Learning rate over the run.

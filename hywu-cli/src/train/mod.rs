@@ -1,20 +1,28 @@
 //! Training runs: steps, log, checkpoints, resuming.
 
+mod bank;
 mod batches;
 mod config;
 mod log;
+mod rehearsal;
+mod skills;
 mod task;
 
-pub use config::{AdapterConfig, DataConfig, OptimizerConfig, SaveAs, TrainConfig};
+pub use config::{
+    AdapterConfig, DataConfig, OptimizerConfig, RehearsalConfig, SaveAs, SkillConfig, TrainConfig,
+};
+pub use rehearsal::Rehearsal;
+pub use skills::known_skills;
 pub use task::{Kind, Task};
 
-use crate::model::ModelInfo;
+use crate::model::{ModelInfo, SkillInfo};
 use anyhow::{Context, Result, bail, ensure};
-use batches::Batches;
+pub(crate) use batches::Batches;
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_diffusion::{BatchShape, EditData, Error, PhotoSet, TextEncoder};
 use hywu_kernels::{Device, Profile, Replay, optim::Optimizer};
 use log::{Log, Window};
+use skills::Skills;
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -56,6 +64,8 @@ pub struct Run {
     out: PathBuf,
     /// The model that the run started from.
     parent: ModelInfo,
+    /// What the model knows in the end.
+    skills: Vec<SkillInfo>,
     /// What the run depends on beside its config, in words.
     given: String,
     data_share: f64,
@@ -65,13 +75,10 @@ pub struct Run {
 }
 
 impl Run {
-    /// Starts a run in the folder `out`, or goes on with the one that is there: from its last checkpoint, or from the start where
-    /// it was stopped before the first. It trains on `device`, in bf16 with weights in f32 where that is a CUDA device; a run may be
-    /// resumed on another.
+    /// As [`Run::start`] with the config in a file.
     ///
     /// # Errors
-    /// Photos, a config or a model to start from that can't be used; a folder that holds a run already, when it is not to be
-    /// resumed; one that holds none or another run's, when it is.
+    /// As [`Run::start`] and [`TrainConfig::read`].
     pub fn open(
         kind: Kind,
         config: &Path,
@@ -80,7 +87,24 @@ impl Run {
         resume: bool,
         device: Device,
     ) -> Result<Self> {
-        let config = TrainConfig::read(config)?;
+        Self::start(kind, TrainConfig::read(config)?, Some(photos), out, resume, device)
+    }
+
+    /// Starts a run in the folder `out`, or goes on with the one that is there: from its last checkpoint, or from the start where
+    /// it was stopped before the first. It trains on `device`, in bf16 with weights in f32 where that is a CUDA device; a run may be
+    /// resumed on another. Photos are needed for skills of the table.
+    ///
+    /// # Errors
+    /// Photos, pairs, a config or a model to start from that can't be used; a folder that holds a run already, when it is not to be
+    /// resumed; one that holds none or another run's, when it is.
+    pub fn start(
+        kind: Kind,
+        config: TrainConfig,
+        photos: Option<&Path>,
+        out: &Path,
+        resume: bool,
+        device: Device,
+    ) -> Result<Self> {
         let state = out.join(STATE);
         if !resume && state.exists() {
             bail!("{}: there is a run already; --resume goes on with it", state.display());
@@ -94,15 +118,17 @@ impl Run {
         }
         let task = Task::new(kind, &config)?;
         let parent = match &config.start_from {
-            Some(folder) => ModelInfo::read(folder)?,
+            Some(name) => ModelInfo::named(name)?,
             None => ModelInfo::default(),
         };
-        let photos = PhotoSet::open(photos)?;
-        let given = format!("photos {:?}, start {}", photos.names, task.fingerprint()?);
+        let photos = photos.map(PhotoSet::open).transpose()?.unwrap_or_default();
+        let taught = Skills::open(&config, &parent)?;
+        let given = format!("photos {:?}{}, start {}", photos.names, taught.pairs(), task.fingerprint()?);
         let task = task.to(device, Dtype::Bf16)?;
         let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
-        let data = Arc::new(EditData::new(photos, &config.data.skills, text, config.seed)?);
+        let skills = taught.info(&parent);
+        let data = Arc::new(taught.data(photos, text, config.seed)?);
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         let log = Log::new(out);
         let to = out.to_owned();
@@ -115,6 +141,7 @@ impl Run {
             log,
             out: to,
             parent,
+            skills,
             given,
             data_share: 0.0,
             graphs: false,
@@ -198,7 +225,8 @@ impl Run {
             let shape = self.config.data.shape(step);
             let batch = batches.next(step)?;
             let (task, optimizer) = (&mut self.task, &mut self.optimizer);
-            let graphs = self.graphs;
+            // A rehearsal's answers pass through the host, which no graph can.
+            let graphs = self.graphs && self.config.rehearsal.is_none();
             let mut work = || {
                 if graphs {
                     let at = replays.iter().position(|(of, _)| *of == shape).unwrap_or_else(|| {
@@ -257,6 +285,7 @@ impl Run {
             licence: "MIT OR Apache-2.0".into(),
             data_sources: self.parent.data_sources.clone(),
             training: self.parent.training.clone(),
+            skills: self.skills.clone(),
         };
         info.training.push(format!("{}: step {step} of {}, seed {}", self.kind.name(), o.steps, o.seed));
         for source in &o.data.sources {

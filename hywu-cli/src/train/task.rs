@@ -1,19 +1,21 @@
 //! What is trained: the backbone, a generator, one shared adapter, or everything.
 
-use super::config::TrainConfig;
+use super::{
+    bank::{chosen, fresh_loras, shared},
+    config::{AdapterConfig, RehearsalConfig, TrainConfig},
+    rehearsal::Rehearsal,
+};
 use crate::{
     hash::of_weights,
     model::{Memory, Model, ModelInfo},
 };
-use anyhow::{Context, Result, bail};
-use hywu_core::{Dtype, Philox};
+use anyhow::{Context, Result, bail, ensure};
+use hywu_core::{Adapter, Dtype};
 use hywu_diffusion::{
     Backbone, EditBatch, EditData, MiniDownstream, TextEncoder, flow_loss, learn_instructions,
 };
 use hywu_generator::{Generator, TrainStats, train_step};
-use hywu_kernels::{
-    Bound, Device, Downstream, LoraVar, LoraVars, ParamSet, Tape, Tensor, Var, optim::Optimizer,
-};
+use hywu_kernels::{Bound, Device, Downstream, LoraVars, ParamSet, Tape, Tensor, Var, optim::Optimizer};
 use std::ops::ControlFlow;
 
 /// What `hywu train` trains.
@@ -47,8 +49,12 @@ pub enum Task {
     Backbone(Box<Backbone>),
     /// The generator, and the backbone that is only read.
     Generator(Box<Generator>, Box<MiniDownstream>),
+    /// A generator that learns on, and itself as it was, in the backbone that is only read.
+    Extended(Box<Generator>, Box<Rehearsal>),
     /// `<module>.lora_A` and `.lora_B`, and the backbone that is only read.
     Lora(ParamSet, Box<MiniDownstream>),
+    /// The same with an entry for each of these skills, by index: every instance of a batch is given its own skill's.
+    Bank(ParamSet, Vec<usize>, Box<MiniDownstream>),
 }
 
 impl Task {
@@ -64,32 +70,54 @@ impl Task {
         let from = config.start_from.as_ref().with_context(|| {
             format!("`start_from` is missing: {} training needs the folder of a trained model", kind.name())
         })?;
-        let backbone = Model::load(from)?.backbone;
-        let sizes = &config.generator;
+        let model = Model::named(from)?;
+        let Some(RehearsalConfig { weight, .. }) = config.rehearsal else {
+            return Self::on(kind, model.backbone, &config.generator, config.seed);
+        };
+        ensure!(kind == Kind::Generator, "`rehearsal` is for generator, not for {}", kind.name());
+        let Memory::Functional(generator) = model.memory else {
+            bail!("{}: the model has no generator that could be extended", from.display())
+        };
+        Self::extend(model.backbone, generator, weight)
+    }
+
+    /// The generator of a backbone, to learn on; `weight` is the factor on the loss of what it rehearses.
+    ///
+    /// # Errors
+    /// None in practice: the generator's sizes work already.
+    pub fn extend(backbone: Backbone, generator: Box<Generator>, weight: f32) -> Result<Self> {
+        let spec = generator.spec();
+        let downstream = MiniDownstream::new(backbone, spec.rank, spec.alpha)?;
+        let teacher = generator.to(Device::Cpu, Dtype::F32)?;
+        Ok(Self::Extended(generator, Box::new(Rehearsal { downstream, teacher, weight })))
+    }
+
+    /// As [`Task::new`], from a backbone at hand, which stays frozen but for [`Kind::Full`] and [`Kind::Backbone`].
+    ///
+    /// # Errors
+    /// Sizes that can't work.
+    pub fn on(kind: Kind, backbone: Backbone, sizes: &AdapterConfig, seed: u64) -> Result<Self> {
         Ok(match kind {
             Kind::Backbone | Kind::Full => Self::Backbone(Box::new(backbone)),
             Kind::Generator => {
-                let generator = Generator::new(sizes.for_backbone(&backbone), config.seed)?;
+                let generator = Generator::new(sizes.for_backbone(&backbone), seed)?;
                 let downstream = MiniDownstream::new(backbone, sizes.rank, sizes.alpha)?;
                 Self::Generator(Box::new(generator), Box::new(downstream))
             }
             Kind::Lora => {
                 let downstream = MiniDownstream::new(backbone, sizes.rank, sizes.alpha)?;
-                let spec = downstream.adapter_spec();
-                let mut params = ParamSet::new();
-                for (i, name) in spec.module_names().enumerate() {
-                    let module = &spec.modules[i % spec.modules.len()];
-                    // The usual start: lora_a random, lora_b zero.
-                    let mut a = Tensor::zeros(&[1, spec.rank, module.in_dim]);
-                    Philox::new(config.seed).fill_normal(i as u64, 0, a.data_mut());
-                    let deviation = (module.in_dim as f32).powf(-0.5);
-                    a.data_mut().iter_mut().for_each(|v| *v *= deviation);
-                    params.insert(format!("{name}.lora_A"), a);
-                    params.insert(format!("{name}.lora_B"), Tensor::zeros(&[1, module.out_dim, spec.rank]));
-                }
-                Self::Lora(params, Box::new(downstream))
+                Self::Lora(fresh_loras(&downstream, 1, seed), Box::new(downstream))
             }
         })
+    }
+
+    /// A LoRA for each of these skills, by index into [`hywu_diffusion::skills::SKILLS`], on a frozen backbone.
+    ///
+    /// # Errors
+    /// Sizes that can't work.
+    pub fn bank(backbone: Backbone, sizes: &AdapterConfig, skills: Vec<usize>, seed: u64) -> Result<Self> {
+        let downstream = MiniDownstream::new(backbone, sizes.rank, sizes.alpha)?;
+        Ok(Self::Bank(fresh_loras(&downstream, skills.len(), seed), skills, Box::new(downstream)))
     }
 
     /// The same task on a device: trained weights are kept in f32 there and computed with in `dtype`.
@@ -103,9 +131,18 @@ impl Task {
                 Box::new(generator.to_mixed(device, dtype)?),
                 Box::new(downstream.to(device, dtype)?),
             ),
+            Self::Extended(generator, rehearsal) => Self::Extended(
+                Box::new(generator.to_mixed(device, dtype)?),
+                Box::new(rehearsal.to(device, dtype)?),
+            ),
             Self::Lora(params, downstream) => {
                 Self::Lora(params.to_mixed(device, dtype)?, Box::new(downstream.to(device, dtype)?))
             }
+            Self::Bank(params, skills, downstream) => Self::Bank(
+                params.to_mixed(device, dtype)?,
+                skills.clone(),
+                Box::new(downstream.to(device, dtype)?),
+            ),
         })
     }
 
@@ -132,8 +169,8 @@ impl Task {
     pub fn params(&self) -> &ParamSet {
         match self {
             Self::Backbone(backbone) => &backbone.params,
-            Self::Generator(generator, _) => &generator.params,
-            Self::Lora(params, _) => params,
+            Self::Generator(generator, _) | Self::Extended(generator, _) => &generator.params,
+            Self::Lora(params, _) | Self::Bank(params, ..) => params,
         }
     }
 
@@ -144,7 +181,8 @@ impl Task {
     pub fn fingerprint(&self) -> Result<String> {
         let frozen = match self {
             Self::Backbone(_) => None,
-            Self::Generator(_, downstream) | Self::Lora(_, downstream) => Some(&downstream.backbone.params),
+            Self::Generator(_, d) | Self::Lora(_, d) | Self::Bank(_, _, d) => Some(&d.backbone.params),
+            Self::Extended(_, rehearsal) => Some(&rehearsal.downstream.backbone.params),
         };
         of_weights(frozen.into_iter().chain([self.params()]))
     }
@@ -153,8 +191,8 @@ impl Task {
     pub fn params_mut(&mut self) -> &mut ParamSet {
         match self {
             Self::Backbone(backbone) => &mut backbone.params,
-            Self::Generator(generator, _) => &mut generator.params,
-            Self::Lora(params, _) => params,
+            Self::Generator(generator, _) | Self::Extended(generator, _) => &mut generator.params,
+            Self::Lora(params, _) | Self::Bank(params, ..) => params,
         }
     }
 
@@ -162,8 +200,45 @@ impl Task {
     pub fn text_len(&self) -> usize {
         match self {
             Self::Backbone(backbone) => backbone.config.text_len,
-            Self::Generator(_, d) | Self::Lora(_, d) => d.backbone.config.text_len,
+            Self::Generator(_, d) | Self::Lora(_, d) | Self::Bank(_, _, d) => d.backbone.config.text_len,
+            Self::Extended(_, rehearsal) => rehearsal.downstream.backbone.config.text_len,
         }
+    }
+
+    /// The loss of a batch, with the trained weights as `bound` on the tape.
+    ///
+    /// # Errors
+    /// A batch that does not fit; for a bank, an instance of a skill that it has no entry for.
+    pub fn loss(&self, tape: &Tape, bound: &Bound, batch: &EditBatch) -> Result<Var> {
+        Ok(match self {
+            Self::Backbone(backbone) => flow_loss(tape, backbone, bound, batch, &LoraVars::none())?,
+            Self::Generator(generator, downstream) => {
+                let condition = downstream.condition(batch)?;
+                downstream.loss(tape, batch, &generator.forward(tape, bound, &condition)?)?
+            }
+            Self::Extended(generator, rehearsal) => {
+                let lesson = rehearsal.lesson(batch)?;
+                let condition = rehearsal.condition(&lesson)?;
+                rehearsal.loss(tape, &lesson, &generator.forward(tape, bound, &condition)?)?
+            }
+            Self::Lora(_, downstream) => downstream.loss(tape, batch, &shared(bound, downstream)?)?,
+            Self::Bank(_, skills, downstream) => {
+                downstream.loss(tape, batch, &chosen(tape, bound, downstream, skills, batch)?)?
+            }
+        })
+    }
+
+    /// The loss of a batch and its gradients, in the order of the trained weights.
+    ///
+    /// # Errors
+    /// As [`Task::loss`].
+    pub fn gradients(&self, batch: &EditBatch) -> Result<(Tensor, Vec<Tensor>)> {
+        let tape = Tape::new();
+        let bound = self.params().bind(&tape, true)?;
+        let loss = self.loss(&tape, &bound, batch)?;
+        let value = loss.value().clone();
+        let mut grads = tape.backward(&loss)?;
+        Ok((value, bound.take_grads(&mut grads)?))
     }
 
     /// One step.
@@ -171,38 +246,37 @@ impl Task {
     /// # Errors
     /// A gradient that is not finite; nothing is changed then.
     pub fn step(&mut self, batch: &EditBatch, optimizer: &mut Optimizer) -> Result<TrainStats> {
-        let (params, loss, mut grads, bound) = match self {
-            Self::Generator(generator, downstream) => {
-                return Ok(train_step(generator, downstream.as_ref(), batch, optimizer)?);
-            }
-            Self::Backbone(backbone) => {
-                let tape = Tape::new();
-                let bound = backbone.params.bind(&tape, true)?;
-                let loss = flow_loss(&tape, backbone, &bound, batch, &LoraVars::none())?;
-                let value = loss.value().clone();
-                (&mut backbone.params, value, tape.backward(&loss)?, bound)
-            }
-            Self::Lora(params, downstream) => {
-                let tape = Tape::new();
-                let bound = params.bind(&tape, true)?;
-                let adapters = shared(&bound, downstream)?;
-                let loss = downstream.loss(&tape, batch, &adapters)?;
-                let value = loss.value().clone();
-                (params, value, tape.backward(&loss)?, bound)
-            }
-        };
-        let taken = bound.take_grads(&mut grads)?;
-        drop(bound);
-        let step = optimizer.step(params, &taken)?;
+        if let Self::Generator(generator, downstream) = self {
+            return Ok(train_step(generator, downstream.as_ref(), batch, optimizer)?);
+        }
+        if let Self::Extended(generator, rehearsal) = self {
+            let lesson = rehearsal.lesson(batch)?;
+            return Ok(train_step(generator, rehearsal.as_ref(), &lesson, optimizer)?);
+        }
+        let (loss, grads) = self.gradients(batch)?;
+        let step = optimizer.step(self.params_mut(), &grads)?;
         // Only now, when all has been launched: to read it waits for a device.
         Ok(TrainStats { loss: loss.item()?, step })
+    }
+
+    /// The adapters of these trained weights, one for each skill of a bank or the shared one; none where there are no such.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn adapters(&self, params: &ParamSet) -> Result<Vec<Adapter>> {
+        let (Self::Lora(_, downstream) | Self::Bank(_, _, downstream)) = self else { return Ok(Vec::new()) };
+        // Not as they are computed with, but as they are kept.
+        let params = params.to(Device::Cpu, Dtype::F32)?;
+        let all = shared(&params.bind(&Tape::inference(), false)?, downstream)?;
+        let all = all.to_adapter(downstream.adapter_spec().scale())?;
+        Ok((0..all.batch()).filter_map(|i| all.entry(i)).collect())
     }
 
     /// The model with these trained weights, on the CPU; a trained backbone's condition is calibrated on `examples`,
     /// which are drawn for it alone.
     ///
     /// # Errors
-    /// None in practice: the weights are the task's own.
+    /// A bank: a model does not choose among adapters. None else in practice: the weights are the task's own.
     pub fn model(
         &self,
         params: &ParamSet,
@@ -218,37 +292,23 @@ impl Task {
                 trained.calibrate(&examples.views(trained.config.views()), &examples.text)?;
                 (trained, Memory::None)
             }
-            Self::Generator(generator, downstream) => {
-                let mut trained = Generator::new(generator.config.clone(), 0)?;
-                trained.params = params;
-                (downstream.backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained)))
+            Self::Generator(generator, downstream) => generated(generator, params, &downstream.backbone)?,
+            Self::Extended(generator, rehearsal) => {
+                generated(generator, params, &rehearsal.downstream.backbone)?
             }
             Self::Lora(_, downstream) => {
-                let tape = Tape::inference();
-                let adapters = shared(&params.bind(&tape, false)?, downstream)?;
-                let spec = downstream.adapter_spec();
-                (
-                    downstream.backbone.to(Device::Cpu, Dtype::F32)?,
-                    Memory::Static(adapters.to_adapter(spec.alpha / spec.rank as f32)?),
-                )
+                let Some(adapter) = self.adapters(&params)?.pop() else { bail!("there is no adapter") };
+                (downstream.backbone.to(Device::Cpu, Dtype::F32)?, Memory::Static(adapter))
             }
+            Self::Bank(..) => bail!("a bank of adapters is not a model"),
         };
         Model::assemble(backbone, memory, info)
     }
 }
 
-/// The shared adapter as one instance.
-fn shared(bound: &Bound, downstream: &MiniDownstream) -> Result<LoraVars> {
-    let spec = downstream.adapter_spec();
-    let scale = spec.alpha / spec.rank as f32;
-    let get = |name: &str, part: &str| -> Result<Var> { Ok(bound.get(&format!("{name}.{part}"))?.clone()) };
-    let mut adapters = LoraVars::none();
-    for name in spec.module_names() {
-        let pair = LoraVar { a: get(&name, "lora_A")?, b: get(&name, "lora_B")?, scale };
-        adapters.modules.insert(name, pair);
-    }
-    if adapters.modules.is_empty() {
-        bail!("the backbone has no module that takes an adapter");
-    }
-    Ok(adapters)
+/// The frozen backbone on the CPU, and a generator like this one with these weights.
+fn generated(generator: &Generator, params: ParamSet, backbone: &Backbone) -> Result<(Backbone, Memory)> {
+    let mut trained = Generator::new(generator.config.clone(), 0)?;
+    trained.params = params;
+    Ok((backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained))))
 }

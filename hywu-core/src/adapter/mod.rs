@@ -1,6 +1,6 @@
 //! Adapters: what they are (here), what can be told of them and done with them.
 //!
-//! * [`inspect()`] and [`compare()`]: norms, effective ranks, cosines.
+//! * [`inspect()`], [`compare()`] and [`gram()`]: norms, effective ranks, cosines, inner products of many.
 //! * [`average()`], [`Adapter::scaled`]: new adapters from old ones.
 //! * [`export()`], [`import()`]: files of PEFT, kohya and diffusers, through [`Names`] that tell how their modules are called.
 //! * [`merge()`]: a checkpoint with an adapter added to its weights. [`Base`]: what of a checkpoint an adapter meets.
@@ -14,6 +14,7 @@ mod average;
 mod base;
 mod compare;
 mod formats;
+mod gram;
 mod inspect;
 mod layout;
 mod low_rank;
@@ -25,6 +26,7 @@ pub use average::average;
 pub use base::Base;
 pub use compare::{Comparison, ModuleComparison, compare};
 pub use formats::{ExportOptions, Format, ImportOptions, Imported, export, import};
+pub use gram::gram;
 pub use inspect::{InstanceReport, LayerReport, ModuleReport, inspect};
 pub use matrices::Matrices;
 pub use merge::{MergeOptions, MergeReport, merge};

@@ -1,6 +1,6 @@
 //! Edits whose true result is computed where it is looked at.
 
-use super::Meaning;
+use super::{Damaged, Meaning};
 use crate::Picture;
 
 /// Side of the blocks that some looks work on, counted from the upper left corner of the whole picture.
@@ -48,7 +48,7 @@ impl Change {
 /// An edit of a photo, as it was drawn.
 pub struct Edit {
     /// What is edited, if it isn't the photo.
-    pub(super) damaged: Option<Picture>,
+    pub(super) damaged: Option<Damaged>,
     /// What is done to the photo, one after the other.
     pub(super) changes: Vec<Change>,
     /// What the user says.
@@ -68,12 +68,22 @@ pub struct Example {
     pub instruction: String,
     /// What the words mean.
     pub meaning: Meaning,
+    /// What the words don't say and only the picture shows: name and value of the amounts that damaged it. Empty where chance drew
+    /// none.
+    pub hidden: Vec<(&'static str, f32)>,
 }
 
 impl Edit {
+    /// The edit whose true result is the photo itself: of `source`, if that isn't the photo, too.
+    pub(crate) fn known(source: Option<Picture>, instruction: String) -> Self {
+        let meaning = Meaning { strength: 1.0, from: None, to: None };
+        let damaged = source.map(|picture| Damaged { picture, hidden: Vec::new() });
+        Self { damaged, changes: Vec::new(), instruction, meaning }
+    }
+
     /// What is edited, of the photo that the edit was drawn for.
     pub fn source<'a>(&'a self, photo: &'a Picture) -> &'a Picture {
-        self.damaged.as_ref().unwrap_or(photo)
+        self.damaged.as_ref().map_or(photo, |damaged| &damaged.picture)
     }
 
     /// The true edit of the photo.
@@ -113,7 +123,8 @@ impl Edit {
     /// The whole of it, with the photo that it was drawn for.
     pub fn example(self, photo: &Picture) -> Example {
         let target = self.target(photo);
-        let source = self.damaged.unwrap_or_else(|| photo.clone());
-        Example { source, target, instruction: self.instruction, meaning: self.meaning }
+        let untouched = || Damaged { picture: photo.clone(), hidden: Vec::new() };
+        let Damaged { picture, hidden } = self.damaged.unwrap_or_else(untouched);
+        Example { source: picture, target, instruction: self.instruction, meaning: self.meaning, hidden }
     }
 }

@@ -42,11 +42,19 @@ pub enum Make {
     /// As `Placed`, with chance in it (grain), which comes from the seed.
     Chance(fn(&Picture, Place, f32, u64) -> Picture),
     /// The source is the photo damaged at random, the target the photo.
-    Repair(fn(&Picture, &mut RandomStream) -> Picture),
+    Repair(fn(&Picture, &mut RandomStream) -> Damaged),
     /// The target has a colour that the instruction names.
     Tint,
     /// Things of one named colour take another.
     Recolour,
+}
+
+/// A photo damaged by amounts that chance drew.
+pub struct Damaged {
+    /// What is left of the photo.
+    pub picture: Picture,
+    /// Name and value of each amount.
+    pub hidden: Vec<(&'static str, f32)>,
 }
 
 /// What an instruction says, in numbers.
@@ -102,15 +110,8 @@ impl Skill {
         let varied = phrasing == Phrasing::Train;
         let mut instruction = phrase.to_owned();
         let mut meaning = Meaning { strength: 1.0, from: None, to: None };
-        if varied && self.graded && random.chance(0.4) {
-            let (value, words) = GRADES[random.below(GRADES.len())];
-            meaning.strength = value;
-            let word = words[random.below(words.len())];
-            instruction = match random.below(3) {
-                0 => format!("{word} {phrase}"),
-                1 => format!("{phrase}, {word}"),
-                _ => format!("{phrase} {word}"),
-            };
+        if varied {
+            (instruction, meaning.strength) = self.grade(instruction, random);
         }
         let strength = meaning.strength;
         let mut damaged = None;
@@ -144,35 +145,34 @@ impl Skill {
             }
         };
         if varied {
-            instruction = self.reworded(&instruction, random);
+            instruction = reworded(&instruction, self.held_out, random);
         }
         Edit { damaged, changes: change.into_iter().collect(), instruction, meaning }
     }
 
-    /// The same instruction in slightly other words (another noun or article, politeness, a full stop), but in none that are held out.
-    fn reworded(&self, instruction: &str, random: &mut RandomStream) -> String {
-        let noun = NOUNS[random.below(NOUNS.len())];
-        let this = ["it", "this", "it"][random.below(3)];
-        let the = ["the", "the", "this", "my"][random.below(4)];
-        let named = instruction.split(' ').any(|word| NOUNS.contains(&word));
-        let words = instruction.split(' ').map(|word| match word {
-            word if NOUNS.contains(&word) => noun,
-            "it" => this,
-            "the" if named => the,
-            word => word,
-        });
-        let mut said = words.collect::<Vec<_>>().join(" ");
-        if self.held_out.iter().any(|other| other.trim_end_matches(" please") == said) {
-            said = instruction.to_owned();
+    /// An instruction as training has them, without a picture: colours are drawn at random.
+    pub fn ask(&self, random: &mut RandomStream) -> String {
+        let phrase = self.train[random.below(self.train.len())].to_owned();
+        let (instruction, _) = self.grade(phrase, random);
+        let from = random.below(HUES.len());
+        let to = (from + 1 + random.below(HUES.len() - 1)) % HUES.len();
+        let instruction = instruction.replace("{from}", HUES[from].0).replace("{to}", HUES[to].0);
+        reworded(&instruction, self.held_out, random)
+    }
+
+    /// Now and then with a strength word, where the skill has grades; and the strength, 1 without one.
+    fn grade(&self, phrase: String, random: &mut RandomStream) -> (String, f32) {
+        if !self.graded || !random.chance(0.4) {
+            return (phrase, 1.0);
         }
-        match random.below(8) {
-            0 => said = format!("please {said}"),
-            1 => said.push('.'),
-            2 => said.push_str(" please"),
-            3 if said.starts_with("make ") => said = format!("can you {said}"),
-            _ => {}
-        }
-        said
+        let (strength, words) = GRADES[random.below(GRADES.len())];
+        let word = words[random.below(words.len())];
+        let graded = match random.below(3) {
+            0 => format!("{word} {phrase}"),
+            1 => format!("{phrase}, {word}"),
+            _ => format!("{phrase} {word}"),
+        };
+        (graded, strength)
     }
 
     /// Can it be one half of a combination? Only looks can: they are functions of the picture that they get.
@@ -181,6 +181,44 @@ impl Skill {
             && self.name != "keep"
             && !self.arrival
     }
+}
+
+/// The same instruction in slightly other words (another noun or article, politeness, a full stop), but in none that are held out.
+pub(crate) fn reworded(instruction: &str, held_out: &[&str], random: &mut RandomStream) -> String {
+    let noun = NOUNS[random.below(NOUNS.len())];
+    let this = ["it", "this", "it"][random.below(3)];
+    let the = ["the", "the", "this", "my"][random.below(4)];
+    let named = instruction.split(' ').any(|word| NOUNS.contains(&word));
+    let words = instruction.split(' ').map(|word| match word {
+        word if NOUNS.contains(&word) => noun,
+        "it" => this,
+        "the" if named => the,
+        word => word,
+    });
+    let mut said = words.collect::<Vec<_>>().join(" ");
+    if held_out.iter().any(|other| other.trim_end_matches(" please") == said) {
+        said = instruction.to_owned();
+    }
+    match random.below(8) {
+        0 => said = format!("please {said}"),
+        1 => said.push('.'),
+        2 => said.push_str(" please"),
+        3 if said.starts_with("make ") => said = format!("can you {said}"),
+        _ => {}
+    }
+    said
+}
+
+/// The photo with a random one of the damages that the table's repairs mend.
+pub fn damaged(photo: &Picture, random: &mut RandomStream) -> Picture {
+    let damages: Vec<_> = SKILLS
+        .iter()
+        .filter_map(|s| match s.make {
+            Make::Repair(damage) => Some(damage),
+            _ => None,
+        })
+        .collect();
+    damages[random.below(damages.len())](photo, random).picture
 }
 
 /// Words for what is edited; any of them may stand for another.

@@ -1,6 +1,7 @@
 //! Every skill with its phrasings.
 
 use super::{
+    Damaged,
     Make::{Chance, Local, Look, Placed, Recolour, Repair, Tint},
     Place, Skill,
     filters::*,
@@ -31,29 +32,42 @@ fn noisy(p: &Picture, sigma: f32, random: &mut RandomStream) -> Picture {
     noise(p, Place::whole(p), sigma, super::seed(random))
 }
 
-/// A colour cast: channel gains, the strongest held at 1.
-fn cast(p: &Picture, random: &mut RandomStream) -> Picture {
+/// A photo damaged by one amount.
+fn by(name: &'static str, amount: f32, picture: Picture) -> Damaged {
+    Damaged { picture, hidden: vec![(name, amount)] }
+}
+
+/// A colour cast: channel gains, the strongest held at 1. Hidden is what no exposure changes: the logarithms of the gains of red
+/// and blue over that of green.
+fn cast(p: &Picture, random: &mut RandomStream) -> Damaged {
     let gain = [random.range(0.45, 1.1), random.range(0.45, 1.1), random.range(0.45, 1.1)];
     let most = gain[0].max(gain[1]).max(gain[2]);
-    gains(p, gain.map(|g| g / most))
+    let hidden =
+        vec![("ln(red/green)", (gain[0] / gain[1]).ln()), ("ln(blue/green)", (gain[2] / gain[1]).ln())];
+    Damaged { picture: gains(p, gain.map(|g| g / most)), hidden }
 }
 
 /// Little light: linear gain, then sensor noise that grows as the light falls.
-fn underexposed(p: &Picture, random: &mut RandomStream) -> Picture {
+fn underexposed(p: &Picture, random: &mut RandomStream) -> Damaged {
+    let gain = random.range(0.12, 0.45);
     // (v^2.2 * gain)^(1 / 2.2): linear light and back.
-    let gain = random.range(0.12, 0.45).powf(1.0 / 2.2);
-    noisy(&gains(p, [gain; 3]), random.range(0.0, 0.012), random)
+    let dark = gains(p, [gain.powf(1.0 / 2.2); 3]);
+    let sigma = random.range(0.0, 0.012);
+    Damaged { picture: noisy(&dark, sigma, random), hidden: vec![("gain", gain), ("noise sigma", sigma)] }
 }
 
-fn flattened(p: &Picture, random: &mut RandomStream) -> Picture {
+fn flattened(p: &Picture, random: &mut RandomStream) -> Damaged {
     let (k, middle) = (random.range(0.25, 0.6), random.range(0.35, 0.65));
-    colours(p, |c| c.map(|v| middle + k * (v - 0.5)))
+    let picture = colours(p, |c| c.map(|v| middle + k * (v - 0.5)));
+    Damaged { picture, hidden: vec![("contrast", k), ("middle", middle)] }
 }
 
-fn foggy(p: &Picture, random: &mut RandomStream) -> Picture {
+fn foggy(p: &Picture, random: &mut RandomStream) -> Damaged {
     let air = random.range(0.7, 0.95);
     let blue = random.range(0.0, 0.05);
-    fog(p, Place::whole(p), random.range(0.25, 0.65), [air - blue, air, air + blue])
+    let k = random.range(0.25, 0.65);
+    let picture = fog(p, Place::whole(p), k, [air - blue, air, air + blue]);
+    Damaged { picture, hidden: vec![("air", air), ("blue of the air", blue), ("density", k)] }
 }
 
 /// Every skill, in a fixed order: the index of a skill is its number in a training batch.
@@ -151,7 +165,7 @@ pub static SKILLS: &[Skill] = &[
           "blur this", "gaussian blur", "a blurred picture", "make everything blurry", "unfocused look", "smear it softly",
           "blur effect", "let the image go out of focus", "defocus the photo"],
         &["make this picture blurry", "apply blur", "blur the image", "add a gaussian blur"]),
-    skill("deblur", Repair(|p, r| blur(p, r.range(0.7, 2.0))), false,
+    skill("deblur", Repair(|p, r| { let sigma = r.range(0.7, 2.0); by("sigma", sigma, blur(p, sigma)) }), false,
         &["remove the blur", "deblur the photo", "make it sharp", "sharpen the blurry image", "deblur", "fix the blur",
           "bring it into focus", "sharpen it", "make the image crisp", "make it less blurry", "undo the blur",
           "sharpen the picture", "make everything sharp", "take the blur away", "a sharper picture", "sharpen",
@@ -165,7 +179,7 @@ pub static SKILLS: &[Skill] = &[
           "grainy look", "noise please", "put film grain on the photo", "add heavy noise", "sprinkle noise over it", "more grain",
           "more noise", "analog film grain", "a noisy picture", "add random noise", "grain effect"],
         &["make this picture grainy", "apply film grain", "add noise to the image", "make the photo noisy"]),
-    skill("denoise", Repair(|p, r| { let sigma = r.range(0.06, 0.3); noisy(p, sigma, r) }), false,
+    skill("denoise", Repair(|p, r| { let sigma = r.range(0.06, 0.3); by("sigma", sigma, noisy(p, sigma, r)) }), false,
         &["remove the noise", "denoise the photo", "clean up the noise", "reduce the noise", "denoise", "remove the grain",
           "get rid of the grain", "make it less noisy", "clean the noisy image", "smooth out the noise", "fix the noise",
           "take the noise away", "a cleaner picture without noise", "noise reduction", "clean up the grain", "remove image noise",
@@ -181,7 +195,7 @@ pub static SKILLS: &[Skill] = &[
           "make it low resolution with big squares", "pixel blocks", "block mosaic look", "retro pixels", "pixelation effect",
           "square blocks"],
         &["make this picture pixelated", "apply a mosaic", "pixelate the image", "turn it into pixel blocks"]),
-    skill("restore detail", Repair(|p, r| pixelate(p, [2, 2, 4][r.below(3)])), false,
+    skill("restore detail", Repair(|p, r| { let n = [2, 2, 4][r.below(3)]; by("side", n as f32, pixelate(p, n)) }), false,
         &["restore the detail", "remove the pixelation", "depixelate the photo", "upscale the details", "enhance the resolution",
           "fix the pixelation", "make the low resolution image detailed", "recover the details", "super resolution",
           "add back the missing detail", "smooth away the pixels",
@@ -200,7 +214,7 @@ pub static SKILLS: &[Skill] = &[
           "horrible compression quality", "make the quality awful with jpeg", "bad jpeg quality"],
         &["make the jpeg quality terrible", "apply strong jpeg compression", "add jpeg compression damage",
           "compress it like a bad jpeg"]),
-    skill("jpeg repair", Repair(|p, r| jpeg(p, 8 + r.below(25) as u8)), false,
+    skill("jpeg repair", Repair(|p, r| { let q = 8 + r.below(25) as u8; by("quality", f32::from(q), jpeg(p, q)) }), false,
         &["remove the jpeg artifacts", "fix the compression artifacts", "clean up the jpeg", "repair the jpeg damage",
           "remove compression artifacts", "get rid of the jpeg blocks", "dejpeg", "undo the compression", "fix the bad jpeg",
           "smooth the compression blocks", "restore the compressed photo",
@@ -218,7 +232,7 @@ pub static SKILLS: &[Skill] = &[
           "make it an old photo", "age it", "fade it", "old print look", "let it look decades old", "faded vintage colours",
           "aged look", "vintage photo", "fade the picture", "yellowed and faded"],
         &["make this picture look aged", "give it a vintage look", "fade it like an old print", "old faded photo"]),
-    skill("restore faded", Repair(|p, r| fade(p, r.range(0.4, 0.95))), false,
+    skill("restore faded", Repair(|p, r| { let k = r.range(0.4, 0.95); by("fading", k, fade(p, k)) }), false,
         &["bring back the faded colours", "restore the old photo", "restore the faded colors", "fix the faded photo",
           "undo the fading", "revive the colours of this old print", "repair the aged photo", "make the old photo look new",
           "remove the fading", "unfade it", "refresh the faded picture",
@@ -292,7 +306,7 @@ pub static SKILLS: &[Skill] = &[
           "fix the dull photo", "repair the dull flat photo", "restore the washed out photo",
           "fix the flat tones of the photo", "make the flat photo contrasty again"],
         &["apply auto levels", "fix this flat picture", "automatically adjust the contrast", "repair the washed out tones"]),
-    skill("colourise", Repair(|p, _| grayscale(p)), false,
+    skill("colourise", Repair(|p, _| Damaged { picture: grayscale(p), hidden: Vec::new() }), false,
         &["colourise it", "colorize the black and white photo", "add color to the grayscale photo", "give it colour",
           "colorize", "bring color to this black and white picture", "turn the gray photo into colour",
           "make the monochrome photo colored", "paint it in natural colors", "colour the black and white image",

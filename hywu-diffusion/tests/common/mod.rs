@@ -119,6 +119,7 @@ pub fn batch(backbone: &Backbone, seed: u64) -> EditBatch {
         target,
         position: scaled(seed + 3, &with(2), 0.5),
         skills: vec![0; instances],
+        rehearsed: 0,
         seed,
     }
 }
