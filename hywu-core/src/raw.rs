@@ -22,8 +22,12 @@ pub(crate) struct RawFile {
 
 impl RawFile {
     pub fn open(path: &Path, most: u64) -> Result<Self> {
-        let source = Source::open(path)?;
-        let bad = |what: String| Error::checkpoint(path, what);
+        Self::parse(Source::open(path)?, most)
+    }
+
+    /// The same of bytes in memory or in a file, with a header of at most `most` bytes.
+    pub fn parse(source: Source, most: u64) -> Result<Self> {
+        let bad = |what: String| Error::checkpoint(&source.path, what);
         let (header, length) = read_text(&source, most)?;
         let parsed: Metadata =
             parse_json(&header).map_err(|e| bad(format!("not a valid safetensors file: {e}")))?;

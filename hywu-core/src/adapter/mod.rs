@@ -22,7 +22,7 @@ mod names;
 
 pub use average::average;
 pub use compare::{Comparison, ModuleComparison, compare};
-pub use formats::{ExportOptions, Format, ImportOptions, export, import};
+pub use formats::{ExportOptions, Format, ImportOptions, export, import, import_bytes};
 pub use inspect::{InstanceReport, LayerReport, ModuleReport, inspect};
 pub use matrices::Matrices;
 pub use merge::{MergeReport, merge};

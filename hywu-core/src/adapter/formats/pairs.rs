@@ -69,6 +69,9 @@ pub(super) fn read(
         file.tensors.iter().map(|(n, info)| (n.as_str(), info)).collect();
     tensors.sort_unstable_by_key(|(name, _)| *name);
     for (tensor, info) in tensors {
+        if tensor.contains(char::is_control) {
+            return bad(format!("the name of tensor `{tensor}` holds control characters"));
+        }
         let known = SUFFIXES.iter().find_map(|(suffix, side)| Some((tensor.strip_suffix(suffix)?, *side)));
         let Some((before, side)) = known else {
             if module(tensor)?.is_some() {
