@@ -104,6 +104,7 @@ impl Run {
         let text = TextEncoder::bundled(task.text_len())?;
         let data = Arc::new(EditData::new(photos, &config.data.skills, text, config.seed)?);
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
+        hywu_core::remove_leftovers(out)?;
         let log = Log::new(out);
         let to = out.to_owned();
         let mut run = Self {
