@@ -1,5 +1,10 @@
 //! What the fuzz targets share.
 
+mod parts;
+pub mod seeds;
+
+pub use parts::{Parts, file};
+
 use std::fmt::Display;
 
 /// An error is one line that a terminal can show, and of bounded length, whatever text the input held.

@@ -13,21 +13,8 @@ fuzz_target!(|input: &[u8]| {
         Some(end) => (&input[..end], &input[end + 1..]),
         None => (input, &[][..]),
     };
-    let mut file = (header.len() as u64).to_le_bytes().to_vec();
-    file.extend_from_slice(header);
-    let start = file.len();
-    file.extend_from_slice(data);
-    file.resize(start + told(header).unwrap_or(data.len()), 0);
-    try_file(file);
+    try_file(hywu_fuzz::file(header, data));
 });
-
-/// How many bytes of tensors a header tells of, if not too many.
-fn told(header: &[u8]) -> Option<usize> {
-    let json: serde_json::Value = serde_json::from_slice(header).ok()?;
-    let end = |tensor: &serde_json::Value| tensor["data_offsets"][1].as_u64();
-    let most = json.as_object()?.values().filter_map(end).max()?;
-    usize::try_from(most).ok().filter(|&n| n <= 1 << 16)
-}
 
 fn try_file(file: Vec<u8>) {
     let adapter = match Adapter::from_bytes("adapter", file.clone()) {

@@ -1,11 +1,12 @@
 //! A model: frozen backbone, what writes its adapters, and where it all comes from.
 //!
 //! A model folder holds `model.json`, `backbone.safetensors` and, depending on how it was trained, `generator/` (config.json and
-//! model.safetensors) or `lora.safetensors` (one adapter for everything).
+//! model.safetensors) or `lora.safetensors` (one adapter for everything). It appears whole, in place of an older one. Whoever reads it
+//! in that moment finds by the hash in `model.json` that its files don't belong together.
 
 use crate::hash::{ContentHash, of_adapter, of_weights};
 use anyhow::{Context, Result, bail, ensure};
-use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter};
+use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter, replace_folder_atomic};
 use hywu_diffusion::{Backbone, TextEncoder};
 use hywu_generator::{Generator, GeneratorConfig};
 use hywu_kernels::Device;
@@ -73,7 +74,23 @@ impl ModelInfo {
     /// # Errors
     /// A file that is missing or not a model's.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
-        let file = folder.as_ref().join(INFO);
+        Ok(InfoFile::read(folder.as_ref())?.info)
+    }
+}
+
+/// The contents of `model.json`.
+#[derive(Serialize, Deserialize)]
+struct InfoFile {
+    #[serde(flatten)]
+    info: ModelInfo,
+    /// [`Model::hash`] of the files beside it. Folders put together by hand may be without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hash: Option<String>,
+}
+
+impl InfoFile {
+    fn read(folder: &Path) -> Result<Self> {
+        let file = folder.join(INFO);
         let text = hywu_core::read_small(&file, MAX_INFO)?;
         serde_json::from_slice(&text).with_context(|| format!("{}: not a model", file.display()))
     }
@@ -120,7 +137,8 @@ impl Model {
     /// `bundled`, or the model folder of this name.
     ///
     /// # Errors
-    /// A folder that is not there or not a model; files that are damaged or don't belong together.
+    /// A folder that is not there or not a model; files that are damaged or don't belong together, also because the folder was replaced
+    /// while it was read.
     pub fn named(name: impl AsRef<Path>) -> Result<Self> {
         if name.as_ref() == Path::new(BUNDLED) { Self::bundled() } else { Self::load(name) }
     }
@@ -134,7 +152,21 @@ impl Model {
         if !folder.is_dir() {
             bail!("{}: no such model folder (there is also the model \"bundled\")", folder.display());
         }
-        let info = ModelInfo::read(folder)?;
+        let InfoFile { info, hash } = InfoFile::read(folder)?;
+        let model = Self::read(folder, info)?;
+        if let Some(hash) = hash.filter(|hash| *hash != model.hash) {
+            bail!(
+                "{}: its files are not those that {INFO} was written with: it names the model {hash}, they are {}; if the folder is \
+                 being written now, try again; if its files were changed on purpose, remove \"hash\" from {INFO}",
+                folder.display(),
+                model.hash
+            );
+        }
+        Ok(model)
+    }
+
+    /// What lies beside `model.json`.
+    fn read(folder: &Path, info: ModelInfo) -> Result<Self> {
         let backbone = Backbone::load(&Checkpoint::open(folder.join(BACKBONE))?, TextEncoder::table()?)?;
         let (generator, lora) = (folder.join(GENERATOR), folder.join(LORA));
         let memory = match (generator.is_dir(), lora.is_file()) {
@@ -203,13 +235,17 @@ impl Model {
         Ok(Self { backbone, memory, ..self })
     }
 
-    /// Writes a model folder that [`Model::load`] reads; weights in `dtype`.
+    /// Writes a model folder that [`Model::load`] reads; weights in `dtype`. It appears whole, in place of an older model if there is
+    /// one.
     ///
     /// # Errors
-    /// A folder that can't be written.
+    /// A folder that can't be written, or that holds something other than a model; it is then as it was.
     pub fn save(&self, folder: impl AsRef<Path>, dtype: Dtype) -> Result<()> {
-        let folder = folder.as_ref();
-        std::fs::create_dir_all(folder).map_err(|e| hywu_core::Error::io(folder, e))?;
+        replace_folder_atomic(folder, &[INFO, BACKBONE, GENERATOR, LORA], |folder| self.write(folder, dtype))
+    }
+
+    /// The files of a model.
+    fn write(&self, folder: &Path, dtype: Dtype) -> Result<()> {
         let mut writer = TensorWriter::new();
         self.backbone.store(&mut writer, dtype)?;
         writer.write(folder.join(BACKBONE))?;
@@ -218,7 +254,9 @@ impl Model {
             Memory::Static(adapter) => adapter.save(folder.join(LORA))?,
             Memory::Functional(generator) => generator.save(folder.join(GENERATOR), dtype)?,
         }
-        let mut text = serde_json::to_vec_pretty(&self.info)?;
+        // The hash of what a reader will find: `dtype` may have rounded the weights.
+        let hash = Some(Self::read(folder, self.info.clone())?.hash);
+        let mut text = serde_json::to_vec_pretty(&InfoFile { info: self.info.clone(), hash })?;
         text.push(b'\n');
         hywu_core::write_atomic(folder.join(INFO), |w| w.write_all(&text))?;
         Ok(())

@@ -1,8 +1,12 @@
 //! Model folders: what is written is read again, and what is damaged is refused with one line.
 
+mod common;
+
 use assert_cmd::Command;
-use hywu::model::{Memory, Model};
+use common::without_hash;
+use hywu::model::{Memory, Model, ModelInfo};
 use hywu_core::Dtype;
+use hywu_diffusion::{Backbone, BackboneConfig, TextEncoder};
 use predicates::{prelude::*, str::contains};
 use std::{fs, path::Path};
 
@@ -83,6 +87,14 @@ fn damaged_folders_are_refused_by_name() {
     fs::write(model.join("lora.safetensors"), "x").expect("writable");
     refused("one is expected");
     fs::remove_file(model.join("lora.safetensors")).expect("written");
+    // A file that was changed, or is another model's.
+    spoil("backbone.safetensors", |b| {
+        let last = b.len() - 4;
+        b[last] ^= 1;
+    });
+    refused("its files are not those");
+    write();
+    without_hash(&model);
     // A generator for another backbone.
     let config = model.join("generator/config.json");
     let text = fs::read_to_string(&config).expect("written");
@@ -91,4 +103,75 @@ fn damaged_folders_are_refused_by_name() {
     fs::write(&config, text.replace("\"rank\":8", "\"rank\":0").replace("\"rank\": 8", "\"rank\": 0"))
         .expect("writable");
     refused("rank 0 must be");
+}
+
+/// A small backbone as a model.
+fn small(seed: u64) -> Model {
+    let config = BackboneConfig {
+        width: 16,
+        layers: 1,
+        head_dim: 8,
+        mlp_hidden: 16,
+        text_layers: 1,
+        ..Default::default()
+    };
+    let backbone =
+        Backbone::new(config, TextEncoder::table().expect("bundled"), seed).expect("sizes that work");
+    let info = ModelInfo { name: format!("seed {seed}"), ..ModelInfo::default() };
+    Model::assemble(backbone, Memory::None, info).expect("a model")
+}
+
+#[test]
+fn a_model_replaces_another_and_nothing_else() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let folder = dir.path().join("model");
+    Model::bundled().expect("in the binary").save(&folder, Dtype::F32).expect("writable");
+    small(1).save(&folder, Dtype::Bf16).expect("writable");
+    let read = Model::load(&folder).expect("a model");
+    // The older one's generator is gone.
+    assert!(matches!(read.memory, Memory::None) && read.info.name == "seed 1");
+    fs::write(folder.join("notes.txt"), "mine").expect("writable");
+    let refused = small(2).save(&folder, Dtype::F32).expect_err("notes would be lost").to_string();
+    assert!(refused.contains("notes.txt"), "{refused}");
+    assert_eq!(Model::load(&folder).expect("as it was").hash, read.hash);
+    assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 1);
+}
+
+#[test]
+fn a_mix_of_two_models_is_refused() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let [one, two] = [1, 2].map(|seed| {
+        let folder = dir.path().join(seed.to_string());
+        small(seed).save(&folder, Dtype::F32).expect("writable");
+        folder
+    });
+    fs::copy(one.join("backbone.safetensors"), two.join("backbone.safetensors")).expect("writable");
+    let refused = Model::load(&two).err().expect("a mix").to_string();
+    assert!(refused.contains("its files are not those") && !refused.contains('\n'), "{refused}");
+    without_hash(&two);
+    assert_eq!(Model::load(&two).expect("by hand").hash, Model::load(&one).expect("a model").hash);
+}
+
+#[test]
+fn readers_of_a_model_that_is_being_replaced_get_one_or_an_error() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let folder = dir.path().join("model");
+    let models = [small(1), small(2)];
+    models[0].save(&folder, Dtype::F32).expect("writable");
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            for i in 1..40 {
+                models[i % 2].save(&folder, Dtype::F32).expect("writable");
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            if let Ok(read) = Model::load(&folder) {
+                let model = models.iter().find(|m| m.hash == read.hash).expect("one of the two");
+                assert_eq!(read.info, model.info);
+            }
+        }
+    });
+    assert_eq!(Model::load(&folder).expect("whole").hash, models[1].hash);
 }

@@ -285,6 +285,55 @@ fn ctrl_c_ends_training_with_130_and_a_checkpoint() {
     hywu_core::Checkpoint::open(out.join("state.safetensors")).expect("whole");
 }
 
+/// Killed at any moment, the run's model is a whole one, and the run ends as if nothing had happened.
+#[cfg(unix)]
+#[test]
+fn a_process_that_is_killed_leaves_a_whole_model() {
+    use std::process::{Command as Process, Stdio};
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = config(dir.path(), 20, None);
+    // Writing takes most of the time.
+    let text = fs::read_to_string(&config)
+        .expect("written")
+        .replace("checkpoint_every = 10", "checkpoint_every = 1");
+    fs::write(&config, text).expect("writable");
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    train(Kind::Backbone, &config, &whole, false, u64::MAX).expect("a run");
+    let mut kills = 0;
+    for wait in (0..).map(|i| Duration::from_millis(1 + 7 * i % 50)) {
+        let known = killed.join("config.toml").exists();
+        let mut command = Process::new(assert_cmd::cargo::cargo_bin("hywu"));
+        command.args(["train", "backbone", "--config"]).arg(&config).arg("--photos").arg(photos());
+        command.arg("--out").arg(&killed).args(known.then_some("--resume")).stderr(Stdio::null());
+        let changed = || fs::metadata(killed.join("state.safetensors")).and_then(|m| m.modified()).ok();
+        let before = changed();
+        let mut child = command.spawn().expect("the binary starts");
+        // It is killed some time after a checkpoint began to be written.
+        while changed() == before && child.try_wait().expect("a child").is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(wait);
+        child.kill().expect("a child");
+        if child.wait().expect("it ends").success() {
+            break;
+        }
+        kills += 1;
+        if killed.join("model").exists() {
+            Model::load(killed.join("model")).expect("a whole model");
+        }
+    }
+    assert!(kills >= 3, "{kills} times");
+    for file in ["state.safetensors", "model/model.json", "model/backbone.safetensors"] {
+        let same =
+            fs::read(whole.join(file)).expect("written") == fs::read(killed.join(file)).expect("written");
+        assert!(same, "{file}");
+    }
+    let mut left: Vec<_> =
+        fs::read_dir(&killed).expect("readable").map(|e| e.expect("an entry").file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["config.toml", "log.csv", "loss.svg", "model", "state.safetensors"]);
+}
+
 #[test]
 fn bad_runs_are_refused_by_name() {
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -312,6 +361,8 @@ fn bad_runs_are_refused_by_name() {
     };
     refused("backbone", &dir.path().join("none.toml"), &photos, &out, &[], "none.toml");
     refused("backbone", &with("seed = 5", "speed = 5"), &photos, &out, &[], "speed");
+    let long = with("seed = 5", &format!("seed = 5{}", " ".repeat(1 << 20)));
+    refused("backbone", &long, &photos, &out, &[], "larger than the 1048576 bytes");
     refused("backbone", &with("steps = 2", "steps = 0"), &photos, &out, &[], "steps is 0");
     refused("backbone", &with("clip = 1.0", "clip = 0.0"), &photos, &out, &[], "clip is 0");
     refused("backbone", &with("\"invert\"", "\"levitate\""), &photos, &out, &[], "levitate");

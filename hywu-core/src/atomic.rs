@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard},
 };
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 /// A file that appears whole or not at all: it is written into a temporary file in the same folder, which [`AtomicFile::commit`] syncs and
 /// renames. A symbolic link stays and the file that it points to is written. Dropped before, it leaves nothing.
@@ -107,21 +107,14 @@ pub fn create_folder_atomic<T, E: From<Error>>(
     let path = path.as_ref();
     let fail = |e| E::from(Error::io(path, e));
     let place = free_folder(path).map_err(fail)?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(TEMPORARY_PREFIX);
-    // The temporary folder's own mode is 0700; a new one should have the usual, less the umask.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    let folder = builder.tempdir_in(parent_of(&place)).map_err(|e| fail(e.kind().into()))?;
-    let _listed = Listed::new(folder.path());
+    let folder = TemporaryFolder::beside(&place).map_err(fail)?;
     let done = fill(folder.path())?;
     // Renaming over an empty folder is not possible everywhere.
     if place.is_dir() {
         std::fs::remove_dir(&place).map_err(fail)?;
     }
     std::fs::rename(folder.path(), &place).map_err(fail)?;
-    // It stands under its name now.
-    let _ = folder.keep();
+    folder.keep();
     Ok(done)
 }
 
@@ -143,6 +136,111 @@ fn free_folder(path: &Path) -> std::io::Result<PathBuf> {
     std::fs::remove_dir(&place)?;
     std::fs::create_dir(&place)?;
     Ok(place)
+}
+
+/// As [`create_folder_atomic`], also instead of a folder that stands there, if that holds nothing but some of `parts`. A link to a folder
+/// stays, and what it points to is replaced.
+///
+/// On Linux and macOS the two folders trade places in one step, where the file system can do that. Elsewhere there is a moment with
+/// neither, and a process that is killed in it leaves the old one beside its place, as NAME.hywu-XXXXXX. Whoever opens the files of a
+/// folder one by one meanwhile may find some of the old and some of the new, and must be able to tell.
+///
+/// # Errors
+/// Those of `fill`; [`Error::Io`] when a folder at `path` holds something else, there is something other than a folder, or no folder can
+/// be made there. What stood at `path` is then as it was.
+pub fn replace_folder_atomic<T, E: From<Error>>(
+    path: impl AsRef<Path>,
+    parts: &[&str],
+    fill: impl FnOnce(&Path) -> Result<T, E>,
+) -> Result<T, E> {
+    let path = path.as_ref();
+    let fail = |e| E::from(Error::io(path, e));
+    let place = match path.canonicalize() {
+        Err(e) if e.kind() == ErrorKind::NotFound => path.components().collect(),
+        place => place.map_err(fail)?,
+    };
+    check_parts(&place, parts).map_err(fail)?;
+    let folder = TemporaryFolder::beside(&place).map_err(fail)?;
+    let done = fill(folder.path())?;
+    // It may have taken long.
+    if check_parts(&place, parts).map_err(fail)? {
+        if exchange(folder.path(), &place).is_err() {
+            step_aside(folder.path(), &place).map_err(fail)?;
+        }
+    } else {
+        std::fs::rename(folder.path(), &place).map_err(fail)?;
+        folder.keep();
+    }
+    // The temporary folder, which may now be the old one, is removed as far as it can be.
+    Ok(done)
+}
+
+/// Is there a folder? It may hold nothing but `parts`.
+fn check_parts(folder: &Path, parts: &[&str]) -> std::io::Result<bool> {
+    let entries = match std::fs::read_dir(folder) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
+        entries => entries?,
+    };
+    for entry in entries {
+        let name = entry?.file_name();
+        if !parts.iter().any(|part| name == *part) {
+            let what = format!("it holds {name:?}, which would be lost when the folder is replaced");
+            return Err(std::io::Error::new(ErrorKind::AlreadyExists, what));
+        }
+    }
+    Ok(true)
+}
+
+/// Two folders trade places.
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+fn exchange(_: &Path, _: &Path) -> std::io::Result<()> {
+    Err(ErrorKind::Unsupported.into())
+}
+
+/// The same in three steps. One who is killed after the first leaves the old folder beside its place, where its owner will see it.
+fn step_aside(new: &Path, place: &Path) -> std::io::Result<()> {
+    let mut aside = place.as_os_str().to_owned();
+    aside.push(new.file_name().unwrap_or_default());
+    std::fs::rename(place, &aside)?;
+    if let Err(e) = std::fs::rename(new, place) {
+        std::fs::rename(&aside, place)?;
+        return Err(e);
+    }
+    std::fs::rename(&aside, new)
+}
+
+/// A folder that removes itself, and is listed as long as it lives.
+struct TemporaryFolder {
+    folder: TempDir,
+    _listed: Listed,
+}
+
+impl TemporaryFolder {
+    /// In the folder that `place` is to appear in.
+    fn beside(place: &Path) -> std::io::Result<Self> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(TEMPORARY_PREFIX);
+        // Its own mode is 0700; a new folder should have the usual one, less the umask.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        // The error's kind alone: its text has a path that nobody asked for.
+        let folder = builder.tempdir_in(parent_of(place)).map_err(|e| std::io::Error::from(e.kind()))?;
+        let _listed = Listed::new(folder.path());
+        Ok(Self { folder, _listed })
+    }
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+    /// It stands under its name now.
+    fn keep(self) {
+        let _ = self.folder.keep();
+    }
 }
 
 /// The folder that holds `path`.
@@ -171,7 +269,32 @@ fn place(path: &Path) -> std::io::Result<PathBuf> {
 /// Names of the temporary files and folders that become whole ones start so; a killed process may leave one behind.
 pub const TEMPORARY_PREFIX: &str = ".hywu-";
 
-/// Temporary files and folders that there are now.
+/// Removes a temporary file or folder.
+fn remove(path: &Path) -> std::io::Result<()> {
+    if std::fs::symlink_metadata(path)?.is_dir() {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
+    }
+}
+
+/// Removes the temporary files and folders that killed processes left in a folder which nobody else writes to now.
+///
+/// # Errors
+/// [`Error::Io`] when the folder can't be read, or something can't be removed.
+pub fn remove_leftovers(folder: impl AsRef<Path>) -> Result<()> {
+    let folder = folder.as_ref();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
+        let entry = entry.map_err(|e| Error::io(folder, e))?;
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
+            let path = entry.path();
+            remove(&path).map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Temporary files and folders that this process has now.
 static LISTED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 fn listed() -> MutexGuard<'static, BTreeSet<PathBuf>> {
@@ -195,10 +318,33 @@ impl Drop for Listed {
     }
 }
 
-/// Removes what there is of files and folders that have not appeared yet. For a process that ends at once, as nothing else would then.
+/// Removes what there is of this process's files and folders that have not appeared yet. For one that ends at once, as nothing else
+/// would then.
 pub fn remove_temporaries() {
     for path in listed().iter() {
         // Nobody is left to be told of errors.
-        let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+        let _ = remove(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_trade_places_on_any_system() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let (one, other) = (dir.path().join(".hywu-new"), dir.path().join("place"));
+        for (folder, name) in [(&one, "new"), (&other, "old")] {
+            std::fs::create_dir(folder).expect("writable");
+            std::fs::write(folder.join(name), name).expect("writable");
+        }
+        step_aside(&one, &other).expect("both are there");
+        assert!(other.join("new").exists() && one.join("old").exists());
+        // Where the new one can't be moved the old one comes back.
+        std::fs::remove_dir_all(&one).expect("writable");
+        assert!(step_aside(&one, &other).is_err());
+        assert!(other.join("new").exists());
+        assert_eq!(std::fs::read_dir(dir.path()).expect("readable").count(), 1);
     }
 }

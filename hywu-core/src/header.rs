@@ -47,7 +47,7 @@ impl Header {
 
     /// Reads a file's header of at most `most` bytes. No memory is taken for a longer one.
     pub(crate) fn read(source: &Source, most: u64) -> Result<Self> {
-        let (text, length) = read_text(source, most)?;
+        let (text, length) = header_text(source, most)?;
         Self::parse(&source.path, &text, length)
     }
 
@@ -132,7 +132,7 @@ pub(crate) fn check_name(name: &str) -> Result<(), String> {
 }
 
 /// The JSON text of a file's header, of at most `most` bytes, and the length of the file.
-pub(crate) fn read_text(source: &Source, most: u64) -> Result<(Vec<u8>, u64)> {
+pub(crate) fn header_text(source: &Source, most: u64) -> Result<(Vec<u8>, u64)> {
     let bad = |what| Err(Error::checkpoint(&source.path, what));
     let length = source.len()?;
     if length < PREFIX {

@@ -23,7 +23,10 @@ mod spec;
 mod tensor_file;
 
 pub use adapter::{Adapter, Lora};
-pub use atomic::{AtomicFile, TEMPORARY_PREFIX, create_folder_atomic, remove_temporaries, write_atomic};
+pub use atomic::{
+    AtomicFile, TEMPORARY_PREFIX, create_folder_atomic, remove_leftovers, remove_temporaries,
+    replace_folder_atomic, write_atomic,
+};
 pub use checkpoint::{Checkpoint, TensorWriter};
 pub use coverage::ApplyResult;
 pub use dtype::Dtype;
@@ -32,6 +35,6 @@ pub use header::{Entry, Header};
 pub use index::Index;
 pub use json::parse_json;
 pub use rng::{Philox, RandomStream};
-pub use source::read_small;
+pub use source::{read_small, read_text};
 pub use spec::{AdapterSpec, Module, Parameter, ParameterKind};
 pub use tensor_file::TensorFile;

@@ -1,7 +1,7 @@
 use crate::{
     Error, Header, Result,
     files::{Named, open_all},
-    header::{Tensors, read_text},
+    header::{Tensors, header_text},
     source::Source,
 };
 use safetensors::tensor::TensorInfo;
@@ -20,9 +20,13 @@ pub(crate) struct RawFile {
 
 impl RawFile {
     pub fn open(path: &Path, most: u64) -> Result<Self> {
-        let source = Source::open(path)?;
-        let (header, length) = read_text(&source, most)?;
-        let Tensors { tensors, metadata } = Tensors::parse(path, &header, length, |_| true)?;
+        Self::parse(Source::open(path)?, most)
+    }
+
+    /// The same of bytes in memory or in a file, with a header of at most `most` bytes.
+    pub fn parse(source: Source, most: u64) -> Result<Self> {
+        let (header, length) = header_text(&source, most)?;
+        let Tensors { tensors, metadata } = Tensors::parse(&source.path, &header, length, |_| true)?;
         Ok(Self { source, header, tensors, metadata })
     }
 

@@ -24,6 +24,15 @@ pub fn read_small(path: impl AsRef<Path>, most: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The same for a file that must be text.
+///
+/// # Errors
+/// As [`read_small`]; [`Error::Checkpoint`] when it is not UTF-8.
+pub fn read_text(path: impl AsRef<Path>, most: u64) -> Result<String> {
+    let bytes = read_small(&path, most)?;
+    String::from_utf8(bytes).map_err(|e| Error::checkpoint(path, format!("not text: {}", e.utf8_error())))
+}
+
 /// Opens a regular file, or a link to one. A pipe would make the program wait, and a device such as /dev/zero has no end.
 fn open_regular(path: &Path) -> Result<File> {
     let fail = |e| Error::io(path, e);

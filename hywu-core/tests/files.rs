@@ -1,7 +1,8 @@
 //! Checkpoints, adapters and specs: round trips, and files that lie.
 
 use hywu_core::{
-    Adapter, AdapterSpec, Checkpoint, Dtype, Error, Lora, TensorWriter, create_folder_atomic, write_atomic,
+    Adapter, AdapterSpec, Checkpoint, Dtype, Error, Lora, TensorWriter, create_folder_atomic, read_text,
+    remove_leftovers, replace_folder_atomic, write_atomic,
 };
 use indexmap::IndexMap;
 use ndarray::ArrayD;
@@ -145,6 +146,109 @@ fn a_failed_write_leaves_the_old_file() {
     assert_eq!(fs::read(&file).expect("readable"), b"old");
     assert_eq!(fs::read_dir(dir.path()).expect("readable").count(), 1);
     assert!(write_atomic(dir.path().join("none/x"), |_| Ok(())).is_err());
+}
+
+/// Fills a folder with two files of the same text.
+fn pair(text: &str) -> impl FnOnce(&Path) -> hywu_core::Result<()> {
+    move |folder| {
+        ["a", "b"].iter().try_for_each(|n| write_atomic(folder.join(n), |w| w.write_all(text.as_bytes())))
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let name =
+        |e: std::io::Result<fs::DirEntry>| e.expect("readable").file_name().into_string().expect("text");
+    let mut names: Vec<_> = fs::read_dir(folder).expect("readable").map(name).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_folder_is_replaced_whole_or_not_at_all() {
+    let dir = folder();
+    let place = dir.path().join("place");
+    let replace = |text: &str| replace_folder_atomic(&place, &["a", "b", "c"], pair(text));
+    let held = || ["a", "b"].map(|n| fs::read_to_string(place.join(n)).expect("written"));
+    for text in ["one", "two"] {
+        replace(text).expect("writable");
+        assert_eq!(held(), [text, text]);
+        // What the new one has not is gone.
+        fs::write(place.join("c"), "old").expect("writable");
+    }
+    let e = replace_folder_atomic(&place, &["a", "b", "c"], |folder| {
+        fs::write(folder.join("a"), "half").expect("writable");
+        Err::<(), _>(hywu_core::Error::Interrupted)
+    });
+    assert!(matches!(e, Err(hywu_core::Error::Interrupted)));
+    assert_eq!(
+        (held(), names(&place)),
+        (["two"; 2].map(String::from), ["a", "b", "c"].map(String::from).into())
+    );
+    // What is not known is not removed, even if it comes late.
+    let late = replace_folder_atomic(&place, &["a", "b", "c"], |_| {
+        fs::write(place.join("notes"), "mine").expect("writable");
+        hywu_core::Result::Ok(())
+    });
+    for refused in [late, replace("three")] {
+        let e = refused.expect_err("notes").to_string();
+        assert!(e.contains("notes") && e.contains("place"), "{e}");
+    }
+    assert_eq!(held(), ["two", "two"]);
+    fs::remove_file(place.join("notes")).expect("writable");
+    assert_eq!(names(dir.path()), ["place"]);
+    assert!(replace_folder_atomic(place.join("a"), &[], pair("x")).is_err());
+    assert!(replace_folder_atomic(dir.path().join("none/x"), &[], pair("x")).is_err());
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("place", dir.path().join("link")).expect("a link");
+        replace_folder_atomic(dir.path().join("link"), &["a", "b", "c"], pair("three")).expect("writable");
+        assert_eq!(held(), ["three", "three"]);
+        assert!(dir.path().join("link").is_symlink());
+    }
+}
+
+/// One who has the folder open sees the old one or the new one.
+#[cfg(target_os = "linux")]
+#[test]
+fn there_is_a_folder_at_any_time() {
+    let dir = folder();
+    let place = dir.path().join("place");
+    let replace =
+        |i: usize| replace_folder_atomic(&place, &["a", "b"], pair(&i.to_string())).expect("writable");
+    replace(0);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            (1..50).for_each(replace);
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            assert!(place.is_dir());
+        }
+    });
+}
+
+#[test]
+fn leftovers_are_removed_and_nothing_else() {
+    let dir = folder();
+    for name in [".hywu-a", "x.hywu-b", "c"] {
+        fs::create_dir(dir.path().join(name)).expect("writable");
+        fs::write(dir.path().join(name).join("y"), "").expect("writable");
+    }
+    fs::write(dir.path().join(".hywu-d"), "").expect("writable");
+    remove_leftovers(dir.path()).expect("writable");
+    assert_eq!(names(dir.path()), ["c", "x.hywu-b"]);
+}
+
+#[test]
+fn text_is_read_to_its_limit() {
+    let dir = folder();
+    let file = dir.path().join("x");
+    fs::write(&file, "gr\u{fc}n").expect("writable");
+    assert_eq!(read_text(&file, 5).expect("short enough"), "gr\u{fc}n");
+    assert!(read_text(&file, 4).expect_err("too long").to_string().contains("larger than the 4 bytes"));
+    fs::write(&file, [b'a', 0xff]).expect("writable");
+    assert!(read_text(&file, 5).expect_err("no text").to_string().contains("not text"));
 }
 
 #[cfg(unix)]

@@ -1,5 +1,7 @@
 use crate::{GeneratorConfig, Result, config::Shape, mixing::Tables};
-use hywu_core::{Adapter, AdapterSpec, Checkpoint, Dtype, Philox, TensorWriter, write_atomic};
+use hywu_core::{
+    Adapter, AdapterSpec, Checkpoint, Dtype, Error, Philox, TensorWriter, replace_folder_atomic, write_atomic,
+};
 use hywu_kernels::{
     Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
     ops::{
@@ -18,6 +20,24 @@ use std::{
 
 /// Added to the mean square in every norm.
 pub(crate) const EPS: f32 = 1e-6;
+
+/// Files of a generator's folder.
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+
+/// The config and the checkpoint of a folder.
+///
+/// # Errors
+/// A missing or damaged one; [`Error::Checkpoint`] when the folder was replaced meanwhile.
+pub(crate) fn open_folder(folder: &Path) -> Result<(GeneratorConfig, Checkpoint)> {
+    let read = || GeneratorConfig::read(folder.join(CONFIG));
+    let (config, checkpoint) = (read()?, Checkpoint::open(folder)?);
+    // The checkpoint holds its files open. Between two readings of one config they are that config's.
+    if read()? != config {
+        return Err(Error::checkpoint(folder, "the folder was replaced while it was read; try again").into());
+    }
+    Ok((config, checkpoint))
+}
 
 /// The parameter generator (FORMAT.md): condition in, adapter out.
 pub struct Generator {
@@ -80,9 +100,8 @@ impl Generator {
     /// # Errors
     /// Anything missing, damaged, unused, of the wrong shape or not finite.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let config = GeneratorConfig::read(folder.join("config.json"))?;
-        Self::from_checkpoint(config, &Checkpoint::open(folder)?)
+        let (config, checkpoint) = open_folder(folder.as_ref())?;
+        Self::from_checkpoint(config, &checkpoint)
     }
 
     /// Takes the weights of `checkpoint`.
@@ -94,19 +113,18 @@ impl Generator {
         Self::with(config, params)
     }
 
-    /// Writes `config.json` and `model.safetensors`.
+    /// Writes a folder with `config.json` and `model.safetensors`. It appears whole, in place of an older one if there is one.
     ///
     /// # Errors
-    /// When a file can't be written.
+    /// A folder that can't be written, or that holds something else; it is then as it was.
     pub fn save(&self, folder: impl AsRef<Path>, dtype: Dtype) -> Result<()> {
-        let folder = folder.as_ref();
-        std::fs::create_dir_all(folder).map_err(|e| hywu_core::Error::io(folder, e))?;
-        let text =
-            serde_json::to_vec_pretty(&self.config).map_err(|e| hywu_core::Error::Config(e.to_string()))?;
-        write_atomic(folder.join("config.json"), |w| w.write_all(&text))?;
-        let mut writer = TensorWriter::new();
-        self.params.store(&mut writer, "", dtype)?;
-        Ok(writer.write(folder.join("model.safetensors"))?)
+        replace_folder_atomic(folder, &[CONFIG, WEIGHTS], |folder| {
+            let text = serde_json::to_vec_pretty(&self.config).map_err(|e| Error::Config(e.to_string()))?;
+            write_atomic(folder.join(CONFIG), |w| w.write_all(&text))?;
+            let mut writer = TensorWriter::new();
+            self.params.store(&mut writer, "", dtype)?;
+            Ok(writer.write(folder.join(WEIGHTS))?)
+        })
     }
 
     /// The same generator on a device, its weights kept and computed with in `dtype` (on the CPU f32).

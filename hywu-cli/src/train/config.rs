@@ -1,7 +1,7 @@
 //! The TOML file of a training run.
 
 use anyhow::{Context, Result, ensure};
-use hywu_core::{Dtype, Module};
+use hywu_core::{Dtype, Module, read_text};
 use hywu_diffusion::{Backbone, BackboneConfig, BatchShape};
 use hywu_generator::GeneratorConfig;
 use hywu_kernels::optim::Schedule;
@@ -238,13 +238,16 @@ impl AdapterConfig {
 }
 
 impl TrainConfig {
+    /// Longest config, in bytes.
+    pub const MAX_BYTES: u64 = 1 << 20;
+
     /// Reads and checks a config.
     ///
     /// # Errors
-    /// A file that can't be read, unknown or missing keys, numbers that can't work; each with its name.
+    /// A file that can't be read or is longer than [`TrainConfig::MAX_BYTES`], unknown or missing keys, numbers that can't work; each
+    /// with its name.
     pub fn read(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).map_err(|e| hywu_core::Error::io(file, e))?;
-        Self::parse(&text).with_context(|| file.display().to_string())
+        Self::parse(&read_text(file, Self::MAX_BYTES)?).with_context(|| file.display().to_string())
     }
 
     /// As [`TrainConfig::read`], from text.

@@ -12,6 +12,8 @@ use std::{
 };
 
 const HEADER: &str = "step,loss,lr,grad_norm,samples_per_second";
+/// Longest log, in bytes: some ten million rows.
+const MAX_BYTES: u64 = 1 << 30;
 /// Smoothing of the plotted curve: weight of the past.
 const SMOOTH: f64 = 0.95;
 
@@ -75,7 +77,7 @@ impl Log {
         if !self.csv.exists() {
             return Ok(Vec::new());
         }
-        let text = fs::read_to_string(&self.csv).map_err(|e| hywu_core::Error::io(&self.csv, e))?;
+        let text = hywu_core::read_text(&self.csv, MAX_BYTES)?;
         let parse = |line: &str| {
             let mut cells = line.split(',');
             let step = cells.next()?.parse().ok()?;

@@ -130,6 +130,7 @@ impl Run {
         let skills = taught.info(&parent);
         let data = Arc::new(taught.data(photos, text, config.seed)?);
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
+        hywu_core::remove_leftovers(out)?;
         let log = Log::new(out);
         let to = out.to_owned();
         let mut run = Self {

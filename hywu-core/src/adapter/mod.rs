@@ -25,7 +25,7 @@ mod names;
 pub use average::average;
 pub use base::Base;
 pub use compare::{Comparison, ModuleComparison, compare};
-pub use formats::{ExportOptions, Format, ImportOptions, Imported, export, import};
+pub use formats::{ExportOptions, Format, ImportOptions, Imported, export, import, import_bytes};
 pub use gram::gram;
 pub use inspect::{InstanceReport, LayerReport, ModuleReport, inspect};
 pub use matrices::Matrices;

@@ -1,7 +1,7 @@
 //! How the modules of an adapter are called elsewhere, and which of them are fused there.
 
 use super::{Adapter, Lora, average::stack, layout, matrices::Pair};
-use crate::{Error, Result, error::some_of};
+use crate::{AdapterSpec, Error, Result, check_range, error::some_of};
 use indexmap::IndexMap;
 use regex::Regex;
 use serde::Deserialize;
@@ -224,7 +224,9 @@ impl Names {
             let names = fill(&rule.theirs, &slots, name)?;
             let pairs: Vec<Option<&Pair>> = names.iter().map(|n| theirs.get(n)).collect();
             absent.extend(names.iter().filter(|n| !theirs.contains_key(*n)).cloned());
-            let expert = slots.get(EXPERT).and_then(|e| e.parse().ok());
+            let expert = slots.get(EXPERT).map(|e| e.parse()).transpose();
+            let expert =
+                expert.map_err(|e| Error::Adapter(format!("`{name}`: number of the expert: {e}")))?;
             let ours = fill(&rule.ours, &slots, name)?;
             for (ours, pair) in ours.into_iter().zip(rule.to_ours(&pairs).map_err(|e| within(name, &e))?) {
                 if all.entry(ours.clone()).or_default().insert(expert, pair).is_some() {
@@ -271,6 +273,8 @@ fn together(name: &str, experts: BTreeMap<Option<usize>, Pair>) -> Result<Lora> 
     }
     // One that was never trained may have been taken for blocks of half the rank.
     let rank = pairs.iter().map(Pair::rank).max().unwrap_or(0);
+    // Now, as small ones would take its memory.
+    check_range("rank", rank, 1..=AdapterSpec::MAX_RANK)?;
     let pairs: Vec<Pair> = pairs.iter().map(|p| p.with_rank(rank)).collect();
     stack(&[1, pairs.len()], &pairs)
 }

@@ -10,7 +10,7 @@ mod weights;
 pub use memory::Limits;
 pub use output::{LayerTokens, Progress};
 
-use crate::{Generator, GeneratorConfig, Result, config::Shape, mixing::Tables};
+use crate::{Generator, GeneratorConfig, Result, config::Shape, generator::open_folder, mixing::Tables};
 use hywu_core::{AdapterSpec, Checkpoint, Dtype};
 use hywu_kernels::{Device, Tape, Tensor};
 use memory::{Memory, Plan};
@@ -64,9 +64,7 @@ impl Inference {
         limits: Limits,
         (batch, length): (usize, usize),
     ) -> Result<Self> {
-        let folder = folder.as_ref();
-        let config = GeneratorConfig::read(folder.join("config.json"))?;
-        let checkpoint = Checkpoint::open(folder)?;
+        let (config, checkpoint) = open_folder(folder.as_ref())?;
         Self::from_checkpoint(config, checkpoint, device, dtype, limits, (batch, length))
     }
 

@@ -2,12 +2,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 use hywu_core::{
     adapter::{ModuleMap, Names},
-    read_small,
+    read_text,
 };
 use std::path::PathBuf;
 
-/// Most bytes of a module map.
-const MOST_BYTES: u64 = 1 << 20;
+/// Longest module map, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// What modules are called elsewhere.
 #[derive(Args, Debug)]
@@ -37,8 +37,8 @@ impl NameArgs {
     pub fn names(&self) -> Result<Names> {
         let map = match &self.module_map {
             Some(file) => {
-                let bytes = read_small(file, MOST_BYTES)?;
-                toml::from_slice(&bytes).with_context(|| format!("{}: not a module map", file.display()))?
+                let text = read_text(file, MAX_BYTES)?;
+                toml::from_str(&text).with_context(|| format!("{}: not a module map", file.display()))?
             }
             None => ModuleMap::default(),
         };

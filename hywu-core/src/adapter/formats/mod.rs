@@ -8,9 +8,10 @@ mod pairs;
 mod peft;
 
 use super::{Adapter, Base, Names, matrices::Pair};
-use crate::{ApplyResult, Dtype, Error, Header, Result, error::some_of, raw::RawFile};
+use crate::{ApplyResult, Dtype, Error, Header, Result, error::some_of, raw::RawFile, source::Source};
 use indexmap::IndexMap;
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     path::Path,
 };
@@ -120,18 +121,59 @@ pub fn import(
     options: &ImportOptions<'_>,
 ) -> Result<Imported> {
     let path = path.as_ref();
-    let format = match format {
-        Some(format) => format,
-        None => detect(path)?,
-    };
     let theirs = match format {
-        Format::Peft => {
+        Some(Format::Kohya) => kohya::read(&open(path)?, options)?,
+        Some(Format::Diffusers) => diffusers::read(&open(path)?, options.component)?,
+        None if !path.is_dir() => read_single(&open(path)?, options)?,
+        Some(Format::Peft) | None => {
             peft_has_none(options.component)?;
-            peft::read(path)?
+            peft::read_folder(path)?
         }
-        Format::Kohya => kohya::read(&open(path)?, options)?,
-        Format::Diffusers => diffusers::read(&open(path)?, options.component)?,
     };
+    finish(theirs, path, options)
+}
+
+/// The same from the bytes of a file; `config` are those of a PEFT folder's other one, adapter_config.json, and none for the formats
+/// that are one file, told apart by the names in it. `name` stands for the path in errors.
+///
+/// # Errors
+/// As [`import`].
+pub fn import_bytes(
+    name: &str,
+    tensors: impl Into<Cow<'static, [u8]>>,
+    config: Option<&[u8]>,
+    options: &ImportOptions<'_>,
+) -> Result<Imported> {
+    let tensors = || RawFile::parse(Source::memory(name, tensors), Header::MAX_ADAPTER);
+    let theirs = match config {
+        Some(config) => {
+            peft_has_none(options.component)?;
+            peft::read(&Path::new(name).join(peft::CONFIG), config, tensors)?
+        }
+        None => read_single(&tensors()?, options)?,
+    };
+    finish(theirs, Path::new(name), options)
+}
+
+/// A format that is one file, told by the names in it.
+fn read_single(file: &RawFile, options: &ImportOptions<'_>) -> Result<Theirs> {
+    let mut names = file.tensors.iter().map(|(name, _)| name);
+    if names.clone().any(|n| n.starts_with(peft::PREFIX)) {
+        let what = format!(
+            "this is the tensor file of a PEFT adapter; give its folder, which has {} too",
+            peft::CONFIG
+        );
+        return Err(Error::checkpoint(file.path(), what));
+    }
+    if names.any(|n| kohya::component(n).is_some()) {
+        kohya::read(file, options)
+    } else {
+        diffusers::read(file, options.component)
+    }
+}
+
+/// What was read, under our names.
+fn finish(theirs: Theirs, path: &Path, options: &ImportOptions<'_>) -> Result<Imported> {
     if theirs.pairs.is_empty() {
         return Err(Error::checkpoint(path, "there is no adapter in it"));
     }
@@ -184,23 +226,6 @@ fn peft_has_none(component: Option<&str>) -> Result<()> {
 
 fn open(path: &Path) -> Result<RawFile> {
     RawFile::open(path, Header::MAX_ADAPTER)
-}
-
-fn detect(path: &Path) -> Result<Format> {
-    if path.is_dir() {
-        return Ok(Format::Peft);
-    }
-    let file = open(path)?;
-    let mut names = file.tensors.iter().map(|(name, _)| name);
-    if names.clone().any(|n| n.starts_with(peft::PREFIX)) {
-        let what = format!(
-            "this is the tensor file of a PEFT adapter; give its folder, which has {} too",
-            peft::CONFIG
-        );
-        return Err(Error::checkpoint(path, what));
-    }
-    let kohya = names.any(|n| kohya::component(n).is_some());
-    Ok(if kohya { Format::Kohya } else { Format::Diffusers })
 }
 
 /// An adapter as other programs see it.

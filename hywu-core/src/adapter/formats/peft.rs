@@ -5,7 +5,10 @@ use super::{
     config::{LoraConfig, describe},
     pairs,
 };
-use crate::{Dtype, Error, Result, TensorFile, create_folder_atomic, parse_json, read_small, write_atomic};
+use crate::{
+    Dtype, Error, Result, TensorFile, create_folder_atomic, parse_json, raw::RawFile, read_small,
+    write_atomic,
+};
 use ndarray::{CowArray, IxDyn};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -16,12 +19,18 @@ const MAX_CONFIG: u64 = 8_000_000;
 const TENSORS: &str = "adapter_model.safetensors";
 pub(super) const PREFIX: &str = "base_model.model.";
 
-pub(super) fn read(folder: &Path) -> Result<Theirs> {
+/// The two files of a folder.
+pub(super) fn read_folder(folder: &Path) -> Result<Theirs> {
     let path = folder.join(CONFIG);
-    let fields: Map<String, Value> = parse_json(&read_small(&path, MAX_CONFIG)?)
-        .map_err(|e| Error::checkpoint(&path, format!("not a config: {e}")))?;
-    let config = LoraConfig::parse(&fields).map_err(|e| Error::checkpoint(&path, e))?;
-    let file = super::open(&folder.join(TENSORS))?;
+    read(&path, &read_small(&path, MAX_CONFIG)?, || super::open(&folder.join(TENSORS)))
+}
+
+/// `path` is the config's, for the errors; the tensors are asked for when it is a good one.
+pub(super) fn read(path: &Path, config: &[u8], tensors: impl FnOnce() -> Result<RawFile>) -> Result<Theirs> {
+    let fields: Map<String, Value> =
+        parse_json(config).map_err(|e| Error::checkpoint(path, format!("not a config: {e}")))?;
+    let config = LoraConfig::parse(&fields).map_err(|e| Error::checkpoint(path, e))?;
+    let file = tensors()?;
     let bad = |what: String| Error::checkpoint(file.path(), what);
     let raw = pairs::read(&file, |name| match name.strip_prefix(PREFIX) {
         Some(name) => Ok(Some(name.to_owned())),
