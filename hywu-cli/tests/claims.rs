@@ -53,7 +53,7 @@ rank = 2
 alpha = 2.0
 token_dim = 16
 dim_accumulation = 2
-d_model = 16
+d_model = 48
 head_dim = 8
 blocks = 1
 
