@@ -107,15 +107,16 @@ fn uploads_that_go_wrong_are_told() {
     });
 }
 
-/// In a process of its own: the emulated driver refuses the second piece of pinned memory. A real one does not read the variable.
+/// In a process of its own: the emulated driver refuses the first piece of pinned memory. A real one does not read the variable. That no
+/// copy is under way after an error shows nowhere here, as the emulated one makes copies at once.
 #[test]
-fn an_upload_that_fails_half_way_leaves_nothing_under_way() {
+fn an_upload_that_fails_is_told_and_the_device_can_be_used_on() {
     if places().len() == 1 {
         return;
     }
     let run = Command::new(env::current_exe().expect("this test"))
-        .args(["--exact", "fails_half_way", "--ignored", "--nocapture"])
-        .env("HYWU_EMULATOR_FAIL_PINNED", "2")
+        .args(["--exact", "fails_to_upload", "--ignored", "--nocapture"])
+        .env("HYWU_EMULATOR_FAIL_PINNED", "1")
         .output()
         .expect("it starts");
     let text = String::from_utf8_lossy(&run.stdout).into_owned() + &String::from_utf8_lossy(&run.stderr);
@@ -123,25 +124,22 @@ fn an_upload_that_fails_half_way_leaves_nothing_under_way() {
 }
 
 #[test]
-#[ignore = "run by an_upload_that_fails_half_way_leaves_nothing_under_way"]
-fn fails_half_way() {
+#[ignore = "run by an_upload_that_fails_is_told_and_the_device_can_be_used_on"]
+fn fails_to_upload() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.safetensors");
     let mut file = TensorWriter::new();
-    // Two transfers through pinned memory.
-    let shape = [5 << 20];
+    let shape = [1000];
     file.add("x", &shape, &vec![1.0; shape[0]], Dtype::F32);
     file.write(&path).expect("writable");
     let checkpoint = Checkpoint::open(&path).expect("a good file");
-    let mut upload = Upload::begin(Device::Cuda(0), &shape, Dtype::F32).expect("memory");
-    if upload.send(&checkpoint, "x").is_ok() {
-        // A real device has pinned memory enough.
-        return;
+    let (device, dtype) = (Device::Cuda(0), Dtype::F32);
+    let mut upload = Upload::begin(device, &shape, dtype).expect("memory");
+    if let Err(e) = upload.send(&checkpoint, "x") {
+        println!("refused");
+        assert!(e.to_string().contains("pinned memory"), "{e}");
+        assert!(upload.finish().expect_err("it failed").to_string().contains("nothing was sent"));
     }
-    drop(upload);
-    // The same memory; what was under way would still come.
-    let next = Tensor::full(&[1], 0.0).to(Device::Cuda(0), Dtype::F32).expect("memory");
-    let next = next.zeros_like(&shape).expect("memory");
-    let got = next.to_host().expect("it works");
-    assert!(got.data().iter().all(|&x| x == 0.0), "the transfer wrote over another tensor");
+    let whole = load_tensor(&checkpoint, "x", device, dtype).expect("the device works");
+    assert!(whole.to_host().expect("it works").data().iter().all(|&x| x == 1.0));
 }
