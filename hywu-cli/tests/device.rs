@@ -95,9 +95,9 @@ fn the_next_picture_finds_a_device_that_works() {
         file
     };
     let mut command = Command::cargo_bin("hywu").expect("built");
-    command.arg("edit").args([picture("large.png", 1500), picture("small.png", 24)]).arg("make it warmer");
+    command.arg("edit").args([picture("large.png", 2500), picture("small.png", 24)]).arg("make it warmer");
     command.arg("--output-dir").arg(&out).args(["--steps", "1", "--device", "cuda", "--tile", "64"]);
-    command.env("HYWU_EMULATOR_MEMORY", "80000000");
+    command.env("HYWU_EMULATOR_MEMORY", "110000000");
     command.assert().code(1).stderr(contains("large.png").and(contains("out of memory")));
     assert!(!out.join("large.png").exists() && out.join("small.png").exists());
 }
