@@ -305,7 +305,12 @@ fn a_process_that_is_killed_leaves_a_whole_model() {
         let known = killed.join("config.toml").exists();
         let mut command = Process::new(assert_cmd::cargo::cargo_bin("hywu"));
         command.args(["train", "backbone", "--config"]).arg(&config).arg("--photos").arg(photos());
-        command.arg("--out").arg(&killed).args(known.then_some("--resume")).stderr(Stdio::null());
+        command
+            .arg("--out")
+            .arg(&killed)
+            .args(["--device", "cpu"])
+            .args(known.then_some("--resume"))
+            .stderr(Stdio::null());
         let changed = || fs::metadata(killed.join("state.safetensors")).and_then(|m| m.modified()).ok();
         let before = changed();
         let mut child = command.spawn().expect("the binary starts");
