@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the fuzz targets and runs each with libFuzzer: fuzz/run.sh [TARGET ...] [-OPTION=VALUE ...], for example
-#   fuzz/run.sh                        all of them, 7 seconds each, as in CI
+#   fuzz/run.sh                        all of them, 7 seconds each from a fixed seed, as in CI
 #   fuzz/run.sh adapter -runs=1000000  one of them; options are libFuzzer's (-help=1)
 # Needs a C++ compiler beside Rust (stable). What was found interesting is kept in target/fuzz/corpus and taken up again; an input that
 # breaks a target is left in target/fuzz/TARGET-crash-* and fails the run.
@@ -15,7 +15,7 @@ for argument in "$@"; do
   esac
 done
 [ ${#targets[@]} -gt 0 ] || targets=(index adapter formats config)
-[ ${#options[@]} -gt 0 ] || options=(-max_total_time=7)
+[ ${#options[@]} -gt 0 ] || options=(-seed=1 -max_total_time=7)
 
 # The crates of the program itself, in its versions.
 [ fuzz/Cargo.lock -nt Cargo.lock ] || cp Cargo.lock fuzz/Cargo.lock

@@ -149,6 +149,31 @@ fn a_module_map_renames_splits_and_fuses() {
     assert!(file.contains("transformer.blocks.0.moe.2.lora_A.weight"));
 }
 
+/// The name that a rule gives may be another rule's to read.
+#[test]
+fn names_that_would_not_come_back_are_refused() {
+    let dir = folder();
+    let of_parts =
+        r#"{"module": [{"ours": "m.qkv_proj", "theirs": ["m.q", "m.r"]}, {"ours": "m.x", "theirs": "m.q"}]}"#;
+    let side_by_side = r#"{"module": [{"ours": "m.{x}.{y}", "theirs": "m.{x}{y}"}]}"#;
+    for (ours, called, read, text) in [
+        // A fused file of experts that was imported as a split one.
+        ("m.experts.0.gate_and_up_proj", "m.experts.0.up_proj", "m.experts.w3", "{}"),
+        ("m.x", "m.q", "m.qkv_proj", of_parts),
+        ("m.1.23", "m.123", "m.12.3", side_by_side),
+    ] {
+        let names = Names::split(&map(text), Some([2, 1, 1])).expect("rules that work");
+        let made = adapter(1.0, [(ours, lora(&[1], [2, 4, 4], 7))]);
+        let path = dir.path().join("out");
+        let error =
+            export(&made, &path, &to(Format::Diffusers, &names)).expect_err("it would be another module");
+        assert!(!path.exists());
+        for part in [ours, called, read] {
+            assert!(error.to_string().contains(part), "{part}: {error}");
+        }
+    }
+}
+
 #[test]
 fn rules_that_can_not_work_are_refused() {
     let entry = |ours: OneOrMore, theirs: OneOrMore, rows: Option<Vec<usize>>| {

@@ -61,7 +61,8 @@ impl OneOrMore {
 /// modules are those of the published backbone, so that `qkv_proj` and `gate_and_up_proj` stay what they are, and the grouped experts
 /// become `experts.{e}.gate_and_up_proj` (w3 and w1 as blocks, [up | gate], rank 2 r) and `experts.{e}.down_proj` (w2). *Split*: a
 /// module for each projection, `q_proj`, `k_proj`, `v_proj`, `up_proj`, `gate_proj`, `experts.{e}.up_proj` (w3), `.gate_proj` (w1),
-/// `.down_proj` (w2). Other modules keep their names. There and back loses nothing: every value returns bit for bit.
+/// `.down_proj` (w2). Other modules keep their names. There and back loses nothing: every value returns bit for bit, and a
+/// module whose name there another rule would read is an error.
 #[derive(Clone, Debug)]
 pub struct Names {
     rules: Vec<Rule>,
@@ -191,13 +192,23 @@ impl Names {
                 let pairs =
                     pairs.ok_or_else(|| Error::Adapter(format!("`{name}` has no expert {expert}")))?;
                 let mut slots = slots.clone();
-                slots.insert(EXPERT.to_owned(), expert.to_string());
+                if experts.is_some() {
+                    slots.insert(EXPERT.to_owned(), expert.to_string());
+                }
                 let theirs = fill(&rule.theirs, &slots, name)?;
                 for (name, pair) in
                     theirs.into_iter().zip(rule.to_theirs(pairs).map_err(|e| within(name, &e))?)
                 {
                     if all.contains_key(&name) {
                         return Err(Error::Adapter(format!("two modules would be called `{name}`")));
+                    }
+                    let (read_by, read) = self.find(&name, |rule| &rule.theirs)?;
+                    if !std::ptr::eq(read_by, rule) || read != slots {
+                        let read = read_by.ours[0].fill(&read).unwrap_or_default();
+                        return Err(Error::Adapter(format!(
+                            "{} would be called `{name}`, which would be read back as `{read}`; a module map may help",
+                            some_of(&names)
+                        )));
                     }
                     all.insert(name, pair);
                 }
