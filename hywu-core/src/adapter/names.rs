@@ -5,7 +5,10 @@ use crate::{AdapterSpec, Error, Result, check_range, error::some_of};
 use indexmap::IndexMap;
 use regex::Regex;
 use serde::Deserialize;
-use std::collections::{BTreeMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::LazyLock,
+};
 
 /// What a user says of modules' names: rules, of which the first that fits a module counts. Modules that none fits are treated as
 /// [`Names`] says.
@@ -96,15 +99,17 @@ impl Names {
     /// # Errors
     /// [`Error::Config`] for a rule that can't work.
     pub fn fused(map: &ModuleMap) -> Result<Self> {
-        let built_in = [
-            (
-                &["{*}.experts.w3", "{*}.experts.w1"][..],
-                &["{*}.experts.{expert}.gate_and_up_proj"][..],
-                Rows::Behind,
-            ),
-            (&["{*}.experts.w2"], &["{*}.experts.{expert}.down_proj"], Rows::Behind),
-        ];
-        Self::new(map, &built_in)
+        static BUILT_IN: LazyLock<Vec<Rule>> = LazyLock::new(|| {
+            built_in(&[
+                (
+                    &["{*}.experts.w3", "{*}.experts.w1"],
+                    &["{*}.experts.{expert}.gate_and_up_proj"],
+                    Rows::Behind,
+                ),
+                (&["{*}.experts.w2"], &["{*}.experts.{expert}.down_proj"], Rows::Behind),
+            ])
+        });
+        Self::new(map, BUILT_IN.clone())
     }
 
     /// The built-in rules of the split layout behind those of `map`. `qkv_rows`: the rows of q, k and v in one group of the fused
@@ -114,28 +119,31 @@ impl Names {
     /// # Errors
     /// [`Error::Config`] for a rule that can't work.
     pub fn split(map: &ModuleMap, qkv_rows: Option<[usize; 3]>) -> Result<Self> {
-        let qkv_rows = qkv_rows.map_or(Rows::Unknown, |rows| Rows::Groups(rows.to_vec()));
-        let built_in = [
-            (&["{*}.experts.w3"][..], &["{*}.experts.{expert}.up_proj"][..], Rows::Behind),
-            (&["{*}.experts.w1"], &["{*}.experts.{expert}.gate_proj"], Rows::Behind),
-            (&["{*}.experts.w2"], &["{*}.experts.{expert}.down_proj"], Rows::Behind),
-            (&["{*}.gate_and_up_proj"], &["{*}.up_proj", "{*}.gate_proj"], Rows::Behind),
-            (&["{*}.qkv_proj"], &["{*}.q_proj", "{*}.k_proj", "{*}.v_proj"], qkv_rows),
-        ];
-        Self::new(map, &built_in)
+        static BUILT_IN: LazyLock<Vec<Rule>> = LazyLock::new(|| {
+            built_in(&[
+                (&["{*}.experts.w3"], &["{*}.experts.{expert}.up_proj"], Rows::Behind),
+                (&["{*}.experts.w1"], &["{*}.experts.{expert}.gate_proj"], Rows::Behind),
+                (&["{*}.experts.w2"], &["{*}.experts.{expert}.down_proj"], Rows::Behind),
+                (&["{*}.gate_and_up_proj"], &["{*}.up_proj", "{*}.gate_proj"], Rows::Behind),
+                (&["{*}.qkv_proj"], &["{*}.q_proj", "{*}.k_proj", "{*}.v_proj"], Rows::Unknown),
+            ])
+        });
+        let mut built_in = BUILT_IN.clone();
+        if let Some(rows) = qkv_rows {
+            for rule in built_in.iter_mut().filter(|rule| matches!(rule.rows, Rows::Unknown)) {
+                rule.rows = Rows::Groups(rows.to_vec());
+            }
+        }
+        Self::new(map, built_in)
     }
 
-    fn new(map: &ModuleMap, built_in: &[(&[&str], &[&str], Rows)]) -> Result<Self> {
+    fn new(map: &ModuleMap, built_in: Vec<Rule>) -> Result<Self> {
         let mut rules = Vec::new();
         for entry in &map.modules {
             let rows = entry.rows.clone().map_or(Rows::Behind, Rows::Groups);
             rules.push(Rule { ours: entry.ours.patterns()?, theirs: entry.theirs.patterns()?, rows });
         }
-        let patterns = |names: &[&str]| names.iter().map(|n| Pattern::new(n)).collect::<Result<Vec<_>>>();
-        for (ours, theirs, rows) in built_in {
-            rules.push(Rule { ours: patterns(ours)?, theirs: patterns(theirs)?, rows: rows.clone() });
-        }
-        rules.push(Rule { ours: patterns(&["{*}"])?, theirs: patterns(&["{*}"])?, rows: Rows::Behind });
+        rules.extend(built_in);
         rules.iter().try_for_each(Rule::check)?;
         Ok(Self { rules })
     }
@@ -259,6 +267,21 @@ impl Names {
         let fits = |rule: &'a Rule| Some((rule, side(rule).iter().find_map(|p| p.slots(name))?));
         self.rules.iter().find_map(fits).ok_or_else(|| Error::Adapter(format!("no rule for module `{name}`")))
     }
+}
+
+/// Rules of a layout: our names, theirs, how rows lie; and the one for all other modules. Kept by those who ask, as patterns take longer
+/// to make than to use.
+fn built_in(rules: &[(&[&str], &[&str], Rows)]) -> Vec<Rule> {
+    let patterns = |names: &[&str]| -> Vec<Pattern> {
+        names.iter().map(|n| Pattern::new(n).expect("a pattern of ours")).collect()
+    };
+    let rule = |(ours, theirs, rows): &(&[&str], &[&str], Rows)| Rule {
+        ours: patterns(ours),
+        theirs: patterns(theirs),
+        rows: rows.clone(),
+    };
+    let others: (&[&str], &[&str], Rows) = (&["{*}"], &["{*}"], Rows::Behind);
+    rules.iter().chain([&others]).map(rule).collect()
 }
 
 /// Pairs of the experts of a module, or of a plain one, as its tensors.
