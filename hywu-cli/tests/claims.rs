@@ -88,8 +88,17 @@ fn photos(dir: &Path, name: &str, count: u32) -> PathBuf {
 
 /// One measurement in `dir/out`, stopped when `stop` says so of the times that it was asked; what it told of.
 fn run(dir: &Path, out: &str, stop: impl Fn(usize) -> bool) -> (anyhow::Result<Report>, Vec<String>) {
-    let settings = Settings::parse(SETTINGS).expect("settings");
-    let model = Model::bundled().expect("in the binary");
+    run_of(SETTINGS, dir, out, stop)
+}
+
+/// The same with these settings.
+fn run_of(
+    settings: &str,
+    dir: &Path,
+    out: &str,
+    stop: impl Fn(usize) -> bool,
+) -> (anyhow::Result<Report>, Vec<String>) {
+    let settings = Settings::parse(settings).expect("settings");
     let (asked, told) = (Cell::new(0), std::cell::RefCell::new(Vec::new()));
     let stop = || {
         asked.set(asked.get() + 1);
@@ -98,7 +107,7 @@ fn run(dir: &Path, out: &str, stop: impl Fn(usize) -> bool) -> (anyhow::Result<R
     let tell = |what: &str, _: u64, _: u64| told.borrow_mut().push(what.to_owned());
     let watch = Watch { stop: &stop, tell: &tell };
     let (train, test) = (photos(dir, "train", 6), photos(dir, "test", 2));
-    let report = measure(&settings, &model, &train, &test, &dir.join(out), Device::Cpu, watch);
+    let report = measure(&settings, None, &train, &test, &dir.join(out), Device::Cpu, watch);
     (report, told.into_inner())
 }
 
@@ -174,11 +183,66 @@ fn everything_is_measured_and_a_stopped_run_goes_on_to_the_same_numbers() {
     assert!(again.is_ok() && told.is_empty(), "{told:?}");
     // Not another measurement's.
     let settings = Settings::parse(&SETTINGS.replace("steps = 3", "steps = 4")).expect("settings");
-    let model = Model::bundled().expect("in the binary");
     let watch = Watch { stop: &|| false, tell: &|_, _, _| {} };
     let train = dir.path().join("train");
-    let refused = measure(&settings, &model, &train, &train, &dir.path().join("parts"), Device::Cpu, watch);
+    let refused = measure(&settings, None, &train, &train, &dir.path().join("parts"), Device::Cpu, watch);
     assert!(refused.map(|_| ()).expect_err("another").to_string().contains("another measurement"));
+}
+
+/// A backbone that knows nothing of the skills, in its first steps.
+const BACKBONE: &str = r#"
+[backbone]
+name = "plain"
+steps = 4
+seed = 3
+
+[backbone.data]
+instances = 2
+crops = 1
+crop = 16
+skills = ["keep", "darker"]
+
+[backbone.optimizer]
+peak_lr = 1e-3
+floor_lr = 1e-4
+warmup = 1
+clip = 1.0
+
+[backbone.backbone]
+width = 64
+layers = 1
+head_dim = 32
+mlp_hidden = 64
+"#;
+
+#[test]
+fn a_backbone_of_its_own_is_trained_first_and_once() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let settings = format!("{SETTINGS}{BACKBONE}")
+        .replace("seeds = [1, 2]", "seeds = [1]")
+        .replace("[1e-3, 1e30]", "[1e-3]");
+    let (stopped, told) = run_of(&settings, dir.path(), "out", |asked| asked > 2);
+    let error = stopped.map(|_| ()).expect_err("stopped");
+    assert!(matches!(error.downcast_ref(), Some(hywu_diffusion::Error::Interrupted)), "{error:#}");
+    assert!(told.iter().all(|what| what == "training the backbone"), "{told:?}");
+    let model = dir.path().join("out/backbone/model");
+    assert!(!model.exists() || Model::load(&model).is_ok());
+    let report = run_of(&settings, dir.path(), "out", |_| false).0.expect("a measurement");
+    let trained = Model::load(&model).expect("a model");
+    assert_eq!((report.setup.hash.as_str(), report.setup.model.as_str()), (trained.hash.as_str(), "plain"));
+    assert_eq!(trained.backbone.config.layers, 1);
+    let page = fs::read_to_string(dir.path().join("out").join(html::FILE)).expect("a page");
+    assert!(page.contains("trained for it, from nothing, for 4 steps on: keep, darker"));
+    // Once: nothing is asked again, and it is the same as in one go.
+    let (again, told) = run_of(&settings, dir.path(), "out", |_| true);
+    assert!(again.is_ok() && told.is_empty(), "{told:?}");
+    let whole = run_of(&settings, dir.path(), "whole", |_| false).0.expect("a measurement");
+    assert_eq!(timeless(whole), timeless(report));
+    let other = settings.replace("seed = 3", "seed = 4");
+    let refused = run_of(&other, dir.path(), "out", |_| false).0.map(|_| ()).expect_err("another backbone");
+    assert!(refused.to_string().contains("another config"), "{refused:#}");
+    let bad = Settings::parse(&settings.replace("clip = 1.0\n\n[backbone.b", "clip = 0.0\n\n[backbone.b"));
+    assert!(format!("{:#}", bad.expect_err("no clip")).contains("backbone: clip"));
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod condition;
 mod conflict;
 mod folder;
 pub mod forgetting;
+mod frozen;
 pub mod html;
 pub mod instance;
 mod kept;
@@ -99,15 +100,16 @@ struct Claims<'a> {
 /// [`html::FILE`] there. What is finished there is
 /// not done again; a training goes on from its last checkpoint.
 ///
-/// The backbone is that of `model`, whose adapters are not used. `photos` is the folder to train on, of which the last four by name only
-/// choose the learning rates; `heldout` holds those that measure.
+/// The frozen backbone is that of `model`, whose adapters are not used; without it one is trained first, as `settings` say, or it is
+/// the bundled model's if they don't. `photos` is the folder to train on, of which the last four by name only choose the learning
+/// rates; `heldout` holds those that measure.
 ///
 /// # Errors
 /// Photos that can't be used, or fewer than two to measure with and five to train on; a folder that holds another measurement; a
 /// gradient that is not finite; [`hywu_diffusion::Error::Interrupted`] when `watch` says so.
 pub fn measure(
     settings: &Settings,
-    model: &Model,
+    model: Option<&Model>,
     photos: &Path,
     heldout: &Path,
     out: &Path,
@@ -119,7 +121,19 @@ pub fn measure(
     ensure!(count > VALIDATION, "{}: {count} photos; at least 5 are needed", photos.display());
     let validation = train.split_off(VALIDATION);
     let (trained_on, validated_on) = (train.names.clone(), validation.names.clone());
-    let (tested_on, photos) = test_photos(heldout, settings.measure.side)?;
+    let (tested_on, test_pictures) = test_photos(heldout, settings.measure.side)?;
+    let own;
+    let model = match (model, &settings.backbone) {
+        (Some(model), _) => model,
+        (None, Some(config)) => {
+            own = frozen::train(config, photos, out, device, watch)?;
+            &own
+        }
+        (None, None) => {
+            own = Model::bundled()?;
+            &own
+        }
+    };
     let given = Given { settings, hash: &model.hash, trained_on: &trained_on, tested_on: &tested_on };
     let folder = Folder::open(out, &given)?;
     let names = settings.skills();
@@ -141,8 +155,8 @@ pub fn measure(
         device,
         watch,
     };
-    let instances = instances(&photos, &skills);
-    let claims = Claims { school, names, photos, instances, data };
+    let instances = instances(&test_pictures, &skills);
+    let claims = Claims { school, names, photos: test_pictures, instances, data };
     let sweep = claims.school.sweep(&claims.data_of(settings.seeds[0]))?;
     let told: Vec<Told> =
         settings.seeds.iter().map(|&seed| claims.seed(&sweep, seed)).collect::<Result<_>>()?;

@@ -1,6 +1,6 @@
 //! The TOML file of `hywu eval claims`.
 
-use crate::train::{AdapterConfig, DataConfig};
+use crate::train::{AdapterConfig, DataConfig, TrainConfig};
 use anyhow::{Context, Result, anyhow, ensure};
 use hywu_diffusion::{BatchShape, SampleOptions, skills::Skill};
 use hywu_kernels::optim::Schedule;
@@ -35,6 +35,9 @@ pub struct Settings {
     pub generator: AdapterConfig,
     /// How it is measured.
     pub measure: Measure,
+    /// The backbone to train first and to freeze then (in the measurement's folder, resumed like the rest): one that does not know the skills of `pairs`. Without it a
+    /// model's is taken.
+    pub backbone: Option<TrainConfig>,
 }
 
 /// What the optimisers of all methods have in common. They warm up over a tenth of the steps, and fall along half a cosine to a
@@ -172,6 +175,9 @@ impl Settings {
         }
         ensure!((64..=1024).contains(&m.side), "measure.side is {}, expected 64..=1024", m.side);
         self.sample().validate().context("measure")?;
+        if let Some(backbone) = &self.backbone {
+            backbone.validate().context("backbone")?;
+        }
         Ok(())
     }
 

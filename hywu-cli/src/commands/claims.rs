@@ -18,9 +18,10 @@ use std::{io::IsTerminal, path::PathBuf};
 /// Everything that is finished stays in the folder; the same command goes on where it was stopped.
 #[derive(Args, Debug)]
 pub struct ClaimsArgs {
-    /// The model whose backbone is frozen: `bundled`, or a model folder
-    #[arg(long, default_value = "bundled", value_name = "bundled|DIR")]
-    model: String,
+    /// The model whose backbone is frozen: `bundled`, or a model folder. Default: one that is trained for it first, as [backbone] of the
+    /// settings says, and does not know the skills; where they say nothing, `bundled`
+    #[arg(long, value_name = "bundled|DIR")]
+    model: Option<String>,
     /// Settings (TOML; the default is assets/configs/claims.toml)
     #[arg(long, value_name = "FILE", conflicts_with = "quick")]
     config: Option<PathBuf>,
@@ -49,7 +50,6 @@ pub fn run(args: &ClaimsArgs) -> Result<()> {
         Some(file) => Settings::read(file)?,
         None => Settings::parse(if args.quick { Settings::QUICK } else { Settings::FULL })?,
     };
-    let model = Model::named(&args.model)?;
     let bar = if std::io::stderr().is_terminal() {
         let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}, {eta} left")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -66,7 +66,8 @@ pub fn run(args: &ClaimsArgs) -> Result<()> {
         bar.set_position(done);
     };
     let watch = Watch { stop: &interrupt::requested, tell: &tell };
-    let report = measure(&settings, &model, &args.photos, &args.heldout, &args.out, device, watch);
+    let model = args.model.as_ref().map(Model::named).transpose()?;
+    let report = measure(&settings, model.as_ref(), &args.photos, &args.heldout, &args.out, device, watch);
     bar.finish_and_clear();
     print(&report?)?;
     eprintln!("done: {}", args.out.join(html::FILE).display());

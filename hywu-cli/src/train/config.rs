@@ -256,11 +256,20 @@ impl TrainConfig {
     /// As [`TrainConfig::read`].
     pub fn parse(text: &str) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(|e| anyhow::anyhow!(e.message().to_owned()))?;
-        let o = &config.optimizer;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Can these numbers work?
+    ///
+    /// # Errors
+    /// The first that can't, by name.
+    pub fn validate(&self) -> Result<()> {
+        let o = &self.optimizer;
         for (name, value) in [
-            ("steps", config.steps),
-            ("log_every", config.log_every),
-            ("checkpoint_every", config.checkpoint_every),
+            ("steps", self.steps),
+            ("log_every", self.log_every),
+            ("checkpoint_every", self.checkpoint_every),
         ] {
             ensure!(value >= 1, "{name} is 0; it must be at least 1");
         }
@@ -270,19 +279,19 @@ impl TrainConfig {
             ensure!(value.is_finite() && value >= 0.0, "{name} is {value}; it must be a number from 0 up");
         }
         ensure!(o.clip > 0.0, "clip is {}; it must be above 0", o.clip);
-        config.data.shape(0).validate()?;
-        config.data.shape(config.data.large_every.saturating_sub(1)).validate()?;
+        self.data.shape(0).validate()?;
+        self.data.shape(self.data.large_every.saturating_sub(1)).validate()?;
         if let Some(ema) = o.ema {
             ensure!((0.0..1.0).contains(&ema), "ema is {ema}; it must be in 0..1");
         }
-        if let Some(RehearsalConfig { share, weight }) = config.rehearsal {
+        if let Some(RehearsalConfig { share, weight }) = self.rehearsal {
             ensure!(
                 (0.0..1.0).contains(&share),
                 "share is {share}; it must be in 0..1, for new skills need the rest"
             );
             ensure!(weight.is_finite() && weight > 0.0, "weight is {weight}; it must be a number above 0");
         }
-        Ok(config)
+        Ok(())
     }
 
     /// The settings of `hywu train generator --extend` without `--config`.

@@ -159,6 +159,11 @@ impl Run {
         Ok(run)
     }
 
+    /// Was a run started in this folder?
+    pub fn is_in(folder: &Path) -> bool {
+        folder.join(CONFIG).exists()
+    }
+
     /// The weights that are trained, as they stand.
     pub fn task(&self) -> &Task {
         &self.task

@@ -102,6 +102,9 @@ fn footer(report: &Report) -> Markup {
             h2 { "Setup" }
             p { "Backbone " (s.model) " (" (s.hash) "), computed on " (s.device) ". Pictures of " (m.side) " x " (m.side) " pixels, "
                 (count(m.steps as u64, "sampling step")) ". All numbers are in report.json." }
+            @if let Some(own) = &s.settings.backbone {
+                p { "The backbone was trained for it, from nothing, for " (count(own.steps, "step")) " on: " (names(&own.data.skills)) "." }
+            }
             p { "Tested on " (names(&s.tested_on)) "." }
             p { "Learning rates chosen on " (names(&s.validated_on)) "." }
             p { "Trained on " (names(&s.trained_on)) "." }
