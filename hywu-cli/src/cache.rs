@@ -67,8 +67,8 @@ impl AdapterCache {
     pub fn get(&self, key: &CacheKey) -> Result<Option<Adapter>> {
         let path = self.path(key);
         let mut adapter = match Adapter::load(&path) {
-            Err(Error::Io { source, .. })
-                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            Err(Error::Io { cause, .. })
+                if matches!(cause.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
             {
                 return Ok(None);
             }
@@ -105,7 +105,7 @@ impl AdapterCache {
         fs::create_dir_all(&self.folder).with_context(failed)?;
         match entry.save(&path) {
             // It has the path of the entry, which says less than that of the folder.
-            Err(Error::Io { source, .. }) => Err(source).with_context(failed)?,
+            Err(Error::Io { cause, .. }) => Err(cause).with_context(failed)?,
             saved => saved?,
         }
         // The file system's own clock may be coarser than the one that later uses are told by.

@@ -12,12 +12,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+        /// What the system said. Part of the message, and so no source of it: a chain of errors would tell it twice.
+        cause: std::io::Error,
     },
     /// A checkpoint or safetensors file is damaged, or not what was asked for.
     #[error("{}: {}", path.display(), Plain(what))]
@@ -40,8 +40,8 @@ pub enum Error {
 
 impl Error {
     /// An [`Error::Io`] on `path`.
-    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::Io { path: path.as_ref().to_owned(), source }
+    pub fn io(path: impl AsRef<Path>, cause: std::io::Error) -> Self {
+        Self::Io { path: path.as_ref().to_owned(), cause }
     }
     /// An [`Error::Checkpoint`] on `path`.
     pub fn checkpoint(path: impl AsRef<Path>, what: impl Into<String>) -> Self {

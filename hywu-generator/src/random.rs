@@ -151,9 +151,9 @@ pub fn write_random_checkpoint(
     let weights = what.config.weights()?;
     create_folder_atomic(folder, |made| {
         what.write(&weights, made, progress).map_err(|e| match e {
-            Error::Core(hywu_core::Error::Io { path, source }) => {
+            Error::Core(hywu_core::Error::Io { path, cause }) => {
                 let there = path.strip_prefix(made).map(|file| folder.join(file));
-                hywu_core::Error::io(there.unwrap_or(path), source).into()
+                hywu_core::Error::io(there.unwrap_or(path), cause).into()
             }
             other => other,
         })
