@@ -247,6 +247,8 @@ pub(crate) fn all_finite(data: &[f32]) -> bool {
 pub struct TensorWriter {
     tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
     metadata: BTreeMap<String, String>,
+    /// The first value that its type can't hold: tensor, element, value.
+    beyond: Option<(String, usize, f32, Dtype)>,
 }
 
 impl TensorWriter {
@@ -256,9 +258,12 @@ impl TensorWriter {
     }
     /// Adds a tensor; `data` is row-major and converted to `dtype` (round to nearest even).
     pub fn add(&mut self, name: impl Into<String>, shape: &[usize], data: &[f32], dtype: Dtype) -> &mut Self {
-        let mut bytes = Vec::with_capacity(data.len() * dtype.size());
+        let (name, mut bytes) = (name.into(), Vec::with_capacity(data.len() * dtype.size()));
         dtype.encode(data, &mut bytes);
-        self.tensors.insert(name.into(), (dtype, shape.to_vec(), bytes));
+        if let (None, Some(i)) = (&self.beyond, dtype.first_beyond(data)) {
+            self.beyond = Some((name.clone(), i, data[i], dtype));
+        }
+        self.tensors.insert(name, (dtype, shape.to_vec(), bytes));
         self
     }
     /// Adds a metadata pair.
@@ -269,9 +274,13 @@ impl TensorWriter {
     /// Writes the file.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for a shape that is not its data's; [`Error::Io`] when the file can't be written.
+    /// [`Error::Checkpoint`] for a shape that is not its data's, or a number beyond the range of the type that it was to be stored in;
+    /// [`Error::Io`] when the file can't be written.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
+        if let Some((name, i, value, dtype)) = &self.beyond {
+            return Err(beyond(path, name, *i, *value, *dtype));
+        }
         let bad = |e: safetensors::SafeTensorError| Error::checkpoint(path, e.to_string());
         let mut views = Vec::new();
         for (name, (dtype, shape, bytes)) in &self.tensors {

@@ -440,3 +440,15 @@ fn adapters_come_back_and_are_checked() {
     adapter.modules.insert("model.layers.1.q".into(), bad);
     assert!(adapter.check(&spec).expect_err("NaN").to_string().contains("NaN"));
 }
+
+/// 65504 is the largest number of f16. Infinity is what it says.
+#[test]
+fn a_number_that_would_become_infinite_is_not_written() {
+    let dir = folder();
+    let path = dir.path().join("x");
+    let mut writer = TensorWriter::new();
+    writer.add("fine", &[2], &[65504.0, f32::INFINITY], Dtype::F16).add("b", &[2], &[1.0, -7e4], Dtype::F16);
+    let error = writer.write(&path).expect_err("beyond f16").to_string();
+    assert!(error.contains("`b` holds -7e4 at element 1") && error.contains("F16"), "{error}");
+    assert!(!path.exists());
+}
