@@ -238,6 +238,12 @@ fn a_backbone_of_its_own_is_trained_first_and_once() {
     assert!(again.is_ok() && told.is_empty(), "{told:?}");
     let whole = run_of(&settings, dir.path(), "whole", |_| false).0.expect("a measurement");
     assert_eq!(timeless(whole), timeless(report));
+    // A model that is given is taken instead, and the report says nothing of another.
+    let parsed = Settings::parse(&settings).expect("settings");
+    let (train, watch) = (dir.path().join("train"), Watch { stop: &|| true, tell: &|_, _, _| {} });
+    let out = dir.path().join("out");
+    let other = measure(&parsed, Some(&trained), &train, &dir.path().join("test"), &out, Device::Cpu, watch);
+    assert!(other.map(|_| ()).expect_err("no backbone to train").to_string().contains("another measurement"));
     let other = settings.replace("seed = 3", "seed = 4");
     let refused = run_of(&other, dir.path(), "out", |_| false).0.map(|_| ()).expect_err("another backbone");
     assert!(refused.to_string().contains("another config"), "{refused:#}");

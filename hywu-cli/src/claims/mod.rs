@@ -122,6 +122,10 @@ pub fn measure(
     let validation = train.split_off(VALIDATION);
     let (trained_on, validated_on) = (train.names.clone(), validation.names.clone());
     let (tested_on, test_pictures) = test_photos(heldout, settings.measure.side)?;
+    // What the report says of the backbone is true of the one that was taken.
+    let taken =
+        Settings { backbone: settings.backbone.clone().filter(|_| model.is_none()), ..settings.clone() };
+    let settings = &taken;
     let own;
     let model = match (model, &settings.backbone) {
         (Some(model), _) => model,
