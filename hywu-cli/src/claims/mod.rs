@@ -127,14 +127,13 @@ pub fn measure(
         Settings { backbone: settings.backbone.clone().filter(|_| model.is_none()), ..settings.clone() };
     let settings = &taken;
     let own;
-    let model = match (model, &settings.backbone) {
-        (Some(model), _) => model,
-        (None, Some(config)) => {
-            own = frozen::train(config, photos, out, device, watch)?;
-            &own
-        }
-        (None, None) => {
-            own = Model::bundled()?;
+    let model = match model {
+        Some(model) => model,
+        None => {
+            own = match &settings.backbone {
+                Some(config) => frozen::train(config, photos, out, device, watch)?,
+                None => Model::bundled()?,
+            };
             &own
         }
     };

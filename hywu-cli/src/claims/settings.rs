@@ -35,8 +35,8 @@ pub struct Settings {
     pub generator: AdapterConfig,
     /// How it is measured.
     pub measure: Measure,
-    /// The backbone to train first and to freeze then (in the measurement's folder, resumed like the rest): one that does not know the skills of `pairs`. Without it a
-    /// model's is taken.
+    /// The backbone to train first and to freeze then (in the measurement's folder, resumed like the rest): one that does not know
+    /// the skills of `pairs`. Without it a model's is taken.
     pub backbone: Option<TrainConfig>,
 }
 

@@ -79,8 +79,8 @@ pub struct Imported {
 ///
 /// # Errors
 /// Those of [`Adapter::check_pairs`]; [`Error::Adapter`] for an instance that is not there, modules that [`Names`] can't tell, or that
-/// would have the same name or be read back as another, values beyond the range of the type, or a component that the format has not; [`Error::Io`] when something
-/// can't be written; a PEFT folder must not be there yet.
+/// would have the same name or be read back as another, values beyond the range of the type, or a component that the format has not;
+/// [`Error::Io`] when something can't be written; a PEFT folder must not be there yet.
 pub fn export(adapter: &Adapter, path: impl AsRef<Path>, options: &ExportOptions<'_>) -> Result<usize> {
     let mut theirs = Theirs {
         pairs: options.names.to_theirs(adapter, options.instance)?,
