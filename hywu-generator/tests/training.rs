@@ -104,3 +104,41 @@ fn bad_configs_and_conditions_are_named() {
         generator.generate(&Tensor::full(&[1, 4, 5], f32::NAN)).expect_err("NaN").to_string().contains("NaN")
     );
 }
+
+#[test]
+fn a_fresh_generator_tells_instances_apart() {
+    let config = GeneratorConfig {
+        num_base_model_layers: 4,
+        rank: 8,
+        alpha: 8.0,
+        token_dim: 32,
+        output_dim: 32,
+        dim_accumulation: 4,
+        d_model: 64,
+        head_dim: 32,
+        num_pg_layers: 2,
+        input_dim: 48,
+        ..GeneratorConfig::from_json(CONFIG.as_bytes()).expect("a good config")
+    };
+    let generator = Generator::new(config, 1).expect("a good config");
+    // What an instance's tokens have in common is half as large as what is each token's own.
+    let (instances, tokens, width) = (16, 160, 48);
+    let (own, mut condition) = (random(1, &[instances, width]), random(2, &[instances, 1, tokens, width]));
+    for (i, value) in condition.data_mut().iter_mut().enumerate() {
+        *value += 0.5 * own.data()[i / (tokens * width) * width + i % width];
+    }
+    let adapter = generator.generate(&condition).expect("good");
+    // Their lora_a is the first to show it. Of its mean square, the part that is not the same for all instances:
+    let (mut square, mut alike) = (0.0, 0.0);
+    for lora in adapter.modules.values() {
+        let rows: Vec<f32> = lora.lora_a.iter().copied().collect();
+        let size = rows.len() / instances;
+        for i in 0..size {
+            let values = rows.iter().skip(i).step_by(size);
+            square += values.clone().map(|v| v * v).sum::<f32>() / instances as f32;
+            alike += (values.sum::<f32>() / instances as f32).powi(2);
+        }
+    }
+    let apart = 1.0 - alike / square;
+    assert!(apart > 0.25, "{apart}");
+}
