@@ -211,6 +211,20 @@ fn filters_do_what_they_say() {
     );
 }
 
+/// A blur's weights don't sum to exactly one, so it may leave black darker than black; what follows it still makes colours.
+#[test]
+fn a_look_after_a_blur_makes_numbers() {
+    let black = Picture::from_rgb(9, 9, vec![-1.0; 9 * 9 * 3]);
+    let blurred = (5..40).map(|i| filters::blur(&black, i as f32 * 0.1));
+    let below: Vec<Picture> = blurred.filter(|p| p.rgb.iter().any(|v| *v < -1.0)).collect();
+    assert!(!below.is_empty());
+    for p in &below {
+        for look in [filters::gamma(p, 0.6), filters::gamma(p, 1.7), filters::night(p, 1.0)] {
+            assert!(look.rgb.iter().all(|v| (-1.0..=1.0).contains(v)), "{:?}", look.rgb);
+        }
+    }
+}
+
 fn same(a: &EditBatch, b: &EditBatch) -> bool {
     a.source.data() == b.source.data()
         && a.target.data() == b.target.data()

@@ -36,9 +36,9 @@ fn row(p: &Picture, y: usize) -> &[f32] {
     &p.rgb[y * p.width * 3..(y + 1) * p.width * 3]
 }
 
-/// A colour of a picture in [0, 1].
+/// A colour of a picture in [0, 1]. A mean of black pixels may have been rounded to just below black, of which no power is a number.
 fn unit(c: &[f32]) -> [f32; 3] {
-    [0, 1, 2].map(|i| (c[i] + 1.0) * 0.5)
+    [0, 1, 2].map(|i| ((c[i] + 1.0) * 0.5).clamp(0.0, 1.0))
 }
 
 /// Every pixel by a function of its colour, clamped.
