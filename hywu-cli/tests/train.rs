@@ -5,8 +5,9 @@ use hywu::{
     model::{Memory, Model},
     train::{Kind, Progress, Run},
 };
+use hywu_diffusion::Backbone;
 use hywu_kernels::{
-    Device,
+    Device, Tensor,
     testing::{places, unguarded},
 };
 use predicates::str::contains;
@@ -115,6 +116,31 @@ fn thirty_steps_lower_the_loss() {
     assert!(mean(&losses[22..]) < 0.8 * mean(&losses[..8]), "{losses:?}");
     assert!(fs::read_to_string(out.join("loss.svg")).expect("drawn").contains("<svg"));
     Model::load(out.join("model")).expect("a model folder");
+}
+
+/// The text tower stays as its own steps left it, over a stop too; the rest learns.
+#[test]
+fn a_frozen_text_tower_does_not_move() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = config(dir.path(), 8, None);
+    let text = fs::read_to_string(&config).expect("written");
+    fs::write(&config, text.replace("text_steps = 3", "text_steps = 3\nfreeze_text = true"))
+        .expect("writable");
+    let out = dir.path().join("run");
+    let weights = || {
+        let all = Model::load(out.join("model")).expect("a model folder").backbone.params;
+        let part = |text: bool| -> Vec<Tensor> {
+            let wanted = |name: &str| Backbone::in_text_tower(name) == text && !name.starts_with("condition");
+            all.iter().filter(|(name, _)| wanted(name)).map(|(_, t)| t.clone()).collect()
+        };
+        [part(true), part(false)]
+    };
+    train(Kind::Backbone, &config, &out, false, 1).expect_err("interrupted");
+    let [text, rest] = weights();
+    train(Kind::Backbone, &config, &out, true, u64::MAX).expect("a run");
+    let [same, moved] = weights();
+    assert!(text.iter().zip(&same).all(|(a, b)| a.data() == b.data()) && !text.is_empty());
+    assert!(rest.iter().zip(&moved).any(|(a, b)| a.data() != b.data()));
 }
 
 /// On a CUDA device every kind starts with the CPU's loss, and a run that was stopped goes on bit for bit.

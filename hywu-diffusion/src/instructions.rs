@@ -34,11 +34,10 @@ pub fn learn_instructions(
     seed: u64,
     progress: &mut dyn FnMut(u64, f32) -> ControlFlow<()>,
 ) -> Result<()> {
-    let is_text = |name: &str| name.starts_with("text") && !name.starts_with("text_pool");
     let (device, dtype) = (backbone.params.device(), backbone.params.dtype());
     let mut whole = backbone.params.to(Device::Cpu, Dtype::F32)?;
     let mut params = ParamSet::new();
-    for (name, tensor) in whole.iter().filter(|(name, _)| is_text(name)) {
+    for (name, tensor) in whole.iter().filter(|(name, _)| Backbone::in_text_tower(name)) {
         params.insert(name, tensor.clone());
     }
     let width = backbone.config.width;
@@ -59,7 +58,7 @@ pub fn learn_instructions(
         let tape = Tape::new();
         let leaves = params.bind(&tape, true)?;
         let mut bound = backbone.params.bind(&tape, false)?;
-        for (name, _) in params.iter().filter(|(name, _)| is_text(name)) {
+        for (name, _) in params.iter().filter(|(name, _)| Backbone::in_text_tower(name)) {
             bound.set(name, leaves.get(name)?.clone());
         }
         let text = backbone.text_tokens(&tape, &bound, &ids, BATCH)?;
@@ -80,7 +79,7 @@ pub fn learn_instructions(
     }
     let trained = params.to(Device::Cpu, Dtype::F32)?;
     for (name, tensor) in whole.iter_mut() {
-        if is_text(name) {
+        if Backbone::in_text_tower(name) {
             *tensor = trained.get(name)?.clone();
         }
     }

@@ -11,6 +11,8 @@ pub struct ParamSet {
     flat: Option<Tensor>,
     /// What [`ParamSet::bind`] hands out, where that is not how the weights are kept.
     computing_in: Option<Dtype>,
+    /// Names of those that training leaves as they are.
+    frozen: HashSet<String>,
 }
 
 /// Where weights start in a flat tensor: at multiples of so many elements, as kernels read 16 bytes at a time.
@@ -49,7 +51,7 @@ impl ParamSet {
                     self.tensors.iter().map(host).collect::<Result<_>>()?
                 }
             };
-            return Ok(Self { tensors: host, ..Self::default() });
+            return Ok(Self { tensors: host, frozen: self.frozen.clone(), ..Self::default() });
         }
         if let Some(flat) = self.flat.as_ref().filter(|flat| flat.device() == device) {
             return Ok(self.parts_of(flat.cast(dtype)?, None));
@@ -77,7 +79,7 @@ impl ParamSet {
         let part =
             |(start, (name, t)): (usize, (&String, &Tensor))| (name.clone(), flat.part(start, t.shape()));
         let tensors = self.parts().zip(&self.tensors).map(part).collect();
-        Self { tensors, flat: Some(flat), computing_in }
+        Self { tensors, flat: Some(flat), computing_in, frozen: self.frozen.clone() }
     }
     /// Where each weight starts in a flat tensor.
     fn parts(&self) -> impl Iterator<Item = usize> {
@@ -217,6 +219,15 @@ impl ParamSet {
     pub fn numel(&self) -> usize {
         self.tensors.values().map(Tensor::numel).sum()
     }
+    /// The weights whose names `frozen` picks stay as they are from now on: [`ParamSet::bind`] makes them constants, and weight decay
+    /// passes them by.
+    pub fn freeze(&mut self, frozen: impl Fn(&str) -> bool) {
+        self.frozen = self.tensors.keys().filter(|name| frozen(name)).cloned().collect();
+    }
+    /// Which weights decay in training, in order: matrices (two axes or more) that are not frozen.
+    pub(crate) fn decaying(&self) -> Vec<bool> {
+        self.tensors.iter().map(|(name, t)| t.shape().len() >= 2 && !self.frozen.contains(name)).collect()
+    }
     /// Puts every weight on a tape: as leaves when they are to be trained, as constants when frozen.
     ///
     /// # Errors
@@ -230,6 +241,7 @@ impl ParamSet {
         };
         let var = |(n, t): (&String, &Tensor)| {
             let t = t.cast(dtype)?;
+            let trainable = trainable && !self.frozen.contains(n);
             Ok((n.clone(), if trainable { tape.leaf(t) } else { Var::constant(t) }))
         };
         let vars = whole.as_ref().unwrap_or(self).tensors.iter().map(var).collect::<Result<_>>()?;
@@ -247,7 +259,8 @@ impl ParamSet {
             read.insert(name, Tensor::from_array(&checkpoint.read(&format!("{prefix}{name}"))?));
         }
         let kept = self.tensors.values().next().map_or(Dtype::F32, Tensor::dtype);
-        *self = Self { computing_in: self.computing_in, ..read.to(self.device(), kept)? };
+        let frozen = std::mem::take(&mut self.frozen);
+        *self = Self { computing_in: self.computing_in, frozen, ..read.to(self.device(), kept)? };
         Ok(())
     }
     /// Adds every weight to a file.

@@ -2,7 +2,11 @@
 
 use hywu_core::{Checkpoint, Dtype, TensorWriter};
 use hywu_kernels::{
-    Device, ParamSet, Tensor,
+    Device, ParamSet, Tape, Tensor,
+    ops::{
+        elementwise::{add, cast},
+        loss::weighted_mse,
+    },
     optim::{Optimizer, Schedule, clip_factor, grad_norm},
     testing::{Place, assert_close, for_each_place, random, widen},
 };
@@ -113,6 +117,37 @@ fn many_weights(place: Place) {
     assert_close(&m, &moment(0), 1e-5);
     assert_close(&v, &moment(1), 1e-5);
     assert_eq!(optimizer.adamw.step, STEPS);
+}
+
+#[test]
+fn what_is_frozen_stays_to_the_bit() {
+    for_each_place(|place| {
+        let mut params = ParamSet::new();
+        for (i, name) in ["kept", "trained"].into_iter().enumerate() {
+            params.insert(name, random(i as u64, &[3, 7]));
+        }
+        let start = params.clone();
+        params.freeze(|name| name == "kept");
+        let mut params = params.to_mixed(place.device, place.dtype).expect("the device works");
+        let schedule = Schedule { warmup: 0, total: 10, peak: 0.05, floor: 0.05 };
+        let mut optimizer = Optimizer::new(&params, schedule, 0.1, 1.0, Some(0.3)).expect("enough memory");
+        for _ in 0..3 {
+            let tape = Tape::new();
+            let bound = params.bind(&tape, true).expect("it fits");
+            let product = bound.get("kept").expect("there");
+            let sum = add(&tape, product, bound.get("trained").expect("there")).expect("of one shape");
+            let sum = cast(&tape, &sum, Dtype::F32).expect("it fits");
+            let goal = Tensor::zeros(&[3, 7]).to(place.device, Dtype::F32).expect("the device works");
+            let loss = weighted_mse(&tape, &sum, &goal, &[1.0; 3]).expect("of one shape");
+            let grads = bound.take_grads(&mut tape.backward(&loss).expect("it runs")).expect("it fits");
+            drop(bound);
+            optimizer.step(&mut params, &grads).expect("finite");
+        }
+        for set in [&params, optimizer.averaged(&params)] {
+            assert_eq!(numbers(set, "kept"), start.get("kept").expect("there").data());
+            assert_ne!(numbers(set, "trained"), start.get("trained").expect("there").data());
+        }
+    });
 }
 
 #[test]

@@ -32,6 +32,10 @@ pub struct TrainConfig {
     /// For backbone: steps in which the text tower alone learns to name what an instruction asks for, before the first step.
     #[serde(default)]
     pub text_steps: u64,
+    /// For backbone: the text tower stays as these steps leave it. Else it forgets to tell instructions apart that `data.skills` do
+    /// not ask for.
+    #[serde(default)]
+    pub freeze_text: bool,
     /// What a step sees.
     pub data: DataConfig,
     /// How it learns.

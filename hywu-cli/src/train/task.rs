@@ -64,7 +64,10 @@ impl Task {
     /// Sizes that can't work; a missing or damaged model to start from.
     pub fn new(kind: Kind, config: &TrainConfig) -> Result<Self> {
         if kind == Kind::Backbone {
-            let backbone = Backbone::new(config.backbone.clone(), TextEncoder::table()?, config.seed)?;
+            let mut backbone = Backbone::new(config.backbone.clone(), TextEncoder::table()?, config.seed)?;
+            if config.freeze_text {
+                backbone.params.freeze(Backbone::in_text_tower);
+            }
             return Ok(Self::Backbone(Box::new(backbone)));
         }
         let from = config.start_from.as_ref().with_context(|| {

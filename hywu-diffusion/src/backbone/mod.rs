@@ -148,6 +148,11 @@ impl Backbone {
         Ok(())
     }
 
+    /// Is this a weight of the text tower, which makes tokens of an instruction?
+    pub fn in_text_tower(name: &str) -> bool {
+        name.starts_with("text") && !name.starts_with("text_pool")
+    }
+
     /// The text tower: `ids` of [`instances`, text_len] tokens -> [instances, text_len, width], zero at the padding
     /// (id 0) after the last token.
     ///

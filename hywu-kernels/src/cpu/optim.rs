@@ -40,8 +40,9 @@ pub fn step(
     let factor = clip_factor(norm, clip);
     let Rates { lr, beta1, beta2, correct1, correct2, eps, decay } = rates;
     let (mut m, mut v) = (m.data_mut(), v.data_mut());
-    for ((_, p), g) in params.iter_mut().zip(grads) {
-        let decay = if p.shape().len() >= 2 { decay } else { 1.0 };
+    let decaying = params.decaying();
+    for (((_, p), g), decays) in params.iter_mut().zip(grads).zip(decaying) {
+        let decay = if decays { decay } else { 1.0 };
         let (m_here, m_rest) = m.split_at_mut(p.numel());
         let (v_here, v_rest) = v.split_at_mut(p.numel());
         (m, v) = (m_rest, v_rest);

@@ -8,8 +8,8 @@ const OP: &str = "optim";
 /// Elements that a block takes.
 const CHUNK: usize = 8192;
 
-/// The kernels' list of chunks: address of the gradient, start in the flat tensors, length, matrix or not.
-fn chunks(grads: &[Tensor], starts: &[usize], matrix: impl Fn(usize) -> bool) -> Result<(Words, usize)> {
+/// The kernels' list of chunks: address of the gradient, start in the flat tensors, length, whether it decays.
+fn chunks(grads: &[Tensor], starts: &[usize], decays: impl Fn(usize) -> bool) -> Result<(Words, usize)> {
     let mut words = Vec::new();
     let mut count = 0;
     for (i, (grad, &start)) in grads.iter().zip(starts).enumerate() {
@@ -19,7 +19,7 @@ fn chunks(grads: &[Tensor], starts: &[usize], matrix: impl Fn(usize) -> bool) ->
             for long in [address + (at * grad.dtype().size()) as u64, (start + at) as u64] {
                 words.extend([long as u32, (long >> 32) as u32]);
             }
-            words.extend([length as u32, u32::from(matrix(i))]);
+            words.extend([length as u32, u32::from(decays(i))]);
             count += 1;
         }
     }
@@ -54,12 +54,12 @@ pub fn step(
     rates: Rates,
     clip: f64,
 ) -> Result<f64> {
-    let matrices: Vec<bool> = params.iter().map(|(_, p)| p.shape().len() >= 2).collect();
+    let decaying = params.decaying();
     let Some(first) = grads.first() else { return Ok(0.0) };
     m.make_unique()?;
     v.make_unique()?;
     let (weights, starts) = params.flat_mut()?;
-    let (chunks, count) = chunks(grads, &starts, |i| matrices[i])?;
+    let (chunks, count) = chunks(grads, &starts, |i| decaying[i])?;
     let norm = norm(first, (&chunks, count), clip)?;
     let (average, share) = match average {
         Some((average, share)) => (Some(average.flat_mut()?.0), share),
