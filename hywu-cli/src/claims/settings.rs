@@ -110,7 +110,7 @@ pub struct Measure {
 impl Settings {
     /// The full measurement, for a GPU or a night.
     pub const FULL: &str = include_str!("../../../assets/configs/claims.toml");
-    /// The one of about ten minutes on two cores.
+    /// The one of about twelve minutes on two cores.
     pub const QUICK: &str = include_str!("../../../assets/configs/claims-quick.toml");
 
     /// Reads and checks a file.

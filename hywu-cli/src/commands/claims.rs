@@ -25,7 +25,7 @@ pub struct ClaimsArgs {
     /// Settings (TOML; the default is assets/configs/claims.toml)
     #[arg(long, value_name = "FILE", conflicts_with = "quick")]
     config: Option<PathBuf>,
-    /// The small settings of assets/configs/claims-quick.toml: about ten minutes on two cores
+    /// The small settings of assets/configs/claims-quick.toml: about twelve minutes on two cores
     #[arg(long)]
     quick: bool,
     /// Folder of photos to train on (scripts/fetch_photos.sh makes one); the last four by name choose the learning rates
