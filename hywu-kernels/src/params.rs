@@ -254,13 +254,12 @@ impl ParamSet {
     pub fn load(&mut self, checkpoint: &Checkpoint, prefix: &str) -> Result<()> {
         let shapes: Vec<_> = self.iter().map(|(n, t)| (n.to_owned(), t.shape().to_vec())).collect();
         check_header(&shapes, checkpoint, prefix)?;
-        let mut read = Self::default();
+        let mut read = Self { frozen: self.frozen.clone(), ..Self::default() };
         for name in self.tensors.keys() {
             read.insert(name, Tensor::from_array(&checkpoint.read(&format!("{prefix}{name}"))?));
         }
         let kept = self.tensors.values().next().map_or(Dtype::F32, Tensor::dtype);
-        let frozen = std::mem::take(&mut self.frozen);
-        *self = Self { computing_in: self.computing_in, frozen, ..read.to(self.device(), kept)? };
+        *self = Self { computing_in: self.computing_in, ..read.to(self.device(), kept)? };
         Ok(())
     }
     /// Adds every weight to a file.

@@ -134,8 +134,8 @@ fn what_is_frozen_stays_to_the_bit() {
         for _ in 0..3 {
             let tape = Tape::new();
             let bound = params.bind(&tape, true).expect("it fits");
-            let product = bound.get("kept").expect("there");
-            let sum = add(&tape, product, bound.get("trained").expect("there")).expect("of one shape");
+            let [kept, trained] = ["kept", "trained"].map(|name| bound.get(name).expect("there"));
+            let sum = add(&tape, kept, trained).expect("of one shape");
             let sum = cast(&tape, &sum, Dtype::F32).expect("it fits");
             let goal = Tensor::zeros(&[3, 7]).to(place.device, Dtype::F32).expect("the device works");
             let loss = weighted_mse(&tape, &sum, &goal, &[1.0; 3]).expect("of one shape");

@@ -12,7 +12,7 @@ struct Chunk {
     uint64_t grad;    // address of its first gradient
     uint64_t offset;  // of its first weight in the flat tensors
     uint32_t length;
-    uint32_t matrix;  // decays?
+    uint32_t decays;
 };
 
 struct Rates {
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                   float share) {
     Chunk c = chunks[blockIdx.x];
     const Element* grad = reinterpret_cast<const Element*>(c.grad);
-    float factor = norm[1], decay = c.matrix ? r.decay : 1.0f;
+    float factor = norm[1], decay = c.decays ? r.decay : 1.0f;
     if (!isfinite(factor)) return;
     for (uint32_t at = threadIdx.x * 4; at < c.length; at += BLOCK * 4) {
         int64_t place = c.offset + at;
