@@ -220,10 +220,10 @@ fn edit_all(
         _ if edit.strength == 0.0 => LoraVars::none(),
         Memory::None => LoraVars::none(),
         Memory::Static(adapter) => LoraVars::from_adapter(adapter, edit.strength),
-        Memory::Functional(generator) => {
+        Memory::Functional(generators) => {
             let views = [repeated(&thumbnail_of(source)?), repeated(&detail_of(source)?)];
             let views: Vec<&Tensor> = views.iter().take(backbone.config.views()).collect();
-            let adapter = generator.generate(&backbone.condition(&views, &ids)?)?;
+            let adapter = generators.generate(backbone, &backbone.condition(&views, &ids)?, &ids)?;
             LoraVars::from_adapter(&adapter, edit.strength)
         }
     };

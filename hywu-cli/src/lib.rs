@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod claims;
 pub mod eval;
+pub mod generators;
 pub mod hash;
 pub mod model;
 pub mod pipeline;

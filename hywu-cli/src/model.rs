@@ -1,25 +1,29 @@
 //! A model: frozen backbone, what writes its adapters, and where it all comes from.
 //!
 //! A model folder holds `model.json`, `backbone.safetensors` and, depending on how it was trained, `generator/` (config.json and
-//! model.safetensors) or `lora.safetensors` (one adapter for everything). It appears whole, in place of an older one. Whoever reads it
+//! model.safetensors; where it has grown also `generator-2/` and on, and `gate.safetensors`) or `lora.safetensors` (one adapter for everything). It appears whole, in place of an older one. Whoever reads it
 //! in that moment finds by the hash in `model.json` that its files don't belong together.
 
-use crate::hash::{ContentHash, of_adapter, of_weights};
+use crate::{
+    generators::{Generators, MOST},
+    hash::{ContentHash, of_adapter, of_weights},
+};
 use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter, replace_folder_atomic};
-use hywu_diffusion::{Backbone, TextEncoder};
+use hywu_diffusion::{Backbone, EditData, KnownSkill, TextEncoder, skills::Skill};
 use hywu_generator::{Generator, GeneratorConfig};
 use hywu_kernels::Device;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Name of the model in the binary.
 const BUNDLED: &str = "bundled";
-const INFO: &str = "model.json";
+pub(crate) const INFO: &str = "model.json";
 /// Longest `model.json`, in bytes.
 const MAX_INFO: u64 = 1 << 20;
 const BACKBONE: &str = "backbone.safetensors";
 const GENERATOR: &str = "generator";
+const GATE: &str = "gate.safetensors";
 const LORA: &str = "lora.safetensors";
 
 /// The model in the binary.
@@ -55,6 +59,17 @@ pub struct SkillInfo {
     /// Ways to ask for it; none for a skill of the table, which holds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub instructions: Vec<String>,
+    /// The generator that knows it, from 1 on.
+    #[serde(default = "first", skip_serializing_if = "is_first")]
+    pub generator: usize,
+}
+
+fn first() -> usize {
+    1
+}
+
+fn is_first(generator: &usize) -> bool {
+    *generator == 1
 }
 
 impl ModelInfo {
@@ -75,6 +90,27 @@ impl ModelInfo {
     /// A file that is missing or not a model's.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         Ok(InfoFile::read(folder.as_ref())?.info)
+    }
+
+    /// What a model was taught, the table's skills by their numbers.
+    ///
+    /// # Errors
+    /// A skill that is neither in the table nor has instructions.
+    pub fn known_skills(&self) -> Result<Vec<KnownSkill>> {
+        if self.skills.is_empty() {
+            return Ok(EditData::skills(&[])?.into_iter().map(KnownSkill::Table).collect());
+        }
+        let known = |SkillInfo { name, instructions, .. }: &SkillInfo| match Skill::find(name) {
+            _ if !instructions.is_empty() => {
+                Ok(KnownSkill::Own { name: name.clone(), instructions: instructions.clone() })
+            }
+            Some(index) => Ok(KnownSkill::Table(index)),
+            None => bail!(
+                "model.json of {:?}: the skill {name:?} is not in the table and has no instructions",
+                self.name
+            ),
+        };
+        self.skills.iter().map(known).collect()
     }
 }
 
@@ -103,7 +139,7 @@ pub enum Memory {
     /// One adapter for every instance (a plain LoRA).
     Static(Adapter),
     /// A generator writes one for each instance.
-    Functional(Box<Generator>),
+    Functional(Generators),
 }
 
 /// A loaded model.
@@ -130,7 +166,7 @@ impl Model {
         let backbone = Checkpoint::from_static("bundled backbone", bundled::BACKBONE)?;
         let generator = Checkpoint::from_static("bundled generator", bundled::GENERATOR)?;
         let config = GeneratorConfig::from_json(bundled::GENERATOR_CONFIG)?;
-        let memory = Memory::Functional(Box::new(Generator::from_checkpoint(config, &generator)?));
+        let memory = Memory::Functional(Generator::from_checkpoint(config, &generator)?.into());
         Self::assemble(Backbone::load(&backbone, TextEncoder::table()?)?, memory, info)
     }
 
@@ -168,12 +204,17 @@ impl Model {
     /// What lies beside `model.json`.
     fn read(folder: &Path, info: ModelInfo) -> Result<Self> {
         let backbone = Backbone::load(&Checkpoint::open(folder.join(BACKBONE))?, TextEncoder::table()?)?;
-        let (generator, lora) = (folder.join(GENERATOR), folder.join(LORA));
-        let memory = match (generator.is_dir(), lora.is_file()) {
-            (true, true) => bail!("{}: both {GENERATOR}/ and {LORA}; one is expected", folder.display()),
-            (true, false) => Memory::Functional(Box::new(Generator::load(generator)?)),
-            (false, true) => Memory::Static(Adapter::load(lora)?),
-            (false, false) => Memory::None,
+        let folders: Vec<PathBuf> =
+            generator_names().map(|name| folder.join(name)).take_while(|folder| folder.is_dir()).collect();
+        let lora = folder.join(LORA);
+        let memory = match (folders.is_empty(), lora.is_file()) {
+            (false, true) => bail!("{}: both {GENERATOR}/ and {LORA}; one is expected", folder.display()),
+            (false, false) => {
+                let generators = Generators::load(&folders, &folder.join(GATE), &info, &backbone);
+                Memory::Functional(generators.with_context(|| folder.display().to_string())?)
+            }
+            (true, true) => Memory::Static(Adapter::load(lora)?),
+            (true, false) => Memory::None,
         };
         Self::assemble(backbone, memory, info)
     }
@@ -183,7 +224,11 @@ impl Model {
     /// # Errors
     /// A generator that is made for another backbone.
     pub fn assemble(backbone: Backbone, memory: Memory, info: ModelInfo) -> Result<Self> {
-        if let Memory::Functional(generator) = &memory {
+        let generators = match &memory {
+            Memory::Functional(generators) => generators.all(),
+            Memory::None | Memory::Static(_) => &[],
+        };
+        for generator in generators {
             let spec = generator.spec();
             let wanted = backbone.adapter_spec(spec.rank, spec.alpha);
             ensure!(
@@ -213,9 +258,16 @@ impl Model {
             Memory::Static(adapter) => {
                 hash.text(LORA).text(&of_adapter(adapter));
             }
-            Memory::Functional(generator) => {
-                let config = serde_json::to_string(&generator.config)?;
-                hash.text(GENERATOR).text(&config).text(&of_weights([&generator.params])?);
+            Memory::Functional(generators) => {
+                for generator in generators.all() {
+                    let config = serde_json::to_string(&generator.config)?;
+                    hash.text(GENERATOR).text(&config).text(&of_weights([&generator.params])?);
+                }
+                if let Some((of, router)) = generators.gate() {
+                    let places =
+                        of.iter().zip(router.counts()).flat_map(|(of, count)| [*of as u32, *count as u32]);
+                    hash.text(GATE).words(places).array(router.examples().shape(), router.examples().data());
+                }
             }
         }
         let hash = hash.finish();
@@ -229,7 +281,7 @@ impl Model {
     pub fn to(self, device: Device, dtype: Dtype) -> Result<Self> {
         let backbone = self.backbone.to(device, dtype)?;
         let memory = match self.memory {
-            Memory::Functional(generator) => Memory::Functional(Box::new(generator.to(device, dtype)?)),
+            Memory::Functional(generators) => Memory::Functional(generators.to(device, dtype)?),
             other => other,
         };
         Ok(Self { backbone, memory, ..self })
@@ -241,7 +293,9 @@ impl Model {
     /// # Errors
     /// A folder that can't be written, or that holds something other than a model; it is then as it was.
     pub fn save(&self, folder: impl AsRef<Path>, dtype: Dtype) -> Result<()> {
-        replace_folder_atomic(folder, &[INFO, BACKBONE, GENERATOR, LORA], |folder| self.write(folder, dtype))
+        let generators: Vec<String> = generator_names().collect();
+        let parts = [INFO, BACKBONE, LORA, GATE].into_iter().chain(generators.iter().map(String::as_str));
+        replace_folder_atomic(folder, &parts.collect::<Vec<_>>(), |folder| self.write(folder, dtype))
     }
 
     /// The files of a model.
@@ -252,7 +306,12 @@ impl Model {
         match &self.memory {
             Memory::None => {}
             Memory::Static(adapter) => adapter.save(folder.join(LORA))?,
-            Memory::Functional(generator) => generator.save(folder.join(GENERATOR), dtype)?,
+            Memory::Functional(generators) => {
+                for (name, generator) in generator_names().zip(generators.all()) {
+                    generator.save(folder.join(name), dtype)?;
+                }
+                generators.save_gate(&folder.join(GATE))?;
+            }
         }
         // The hash of what a reader will find: `dtype` may have rounded the weights.
         let hash = Some(Self::read(folder, self.info.clone())?.hash);
@@ -261,4 +320,12 @@ impl Model {
         hywu_core::write_atomic(folder.join(INFO), |w| w.write_all(&text))?;
         Ok(())
     }
+}
+
+/// Folders of a model's generators, in the order in which they were trained.
+fn generator_names() -> impl Iterator<Item = String> {
+    (1..=MOST).map(|place| match place {
+        1 => GENERATOR.to_owned(),
+        _ => format!("{GENERATOR}-{place}"),
+    })
 }

@@ -99,15 +99,19 @@ pub struct Edit {
 /// Edits pictures with one model.
 pub struct Editor {
     model: Model,
-    /// The model's generator at work, from the first instance on: what it does for every condition alike is done once.
-    inference: OnceCell<Inference>,
+    /// The model's generators at work, each from its first instance on: what it does for every condition alike is done once.
+    inference: Vec<OnceCell<Inference>>,
     cache: Option<AdapterCache>,
 }
 
 impl Editor {
     /// Takes a loaded model.
     pub fn new(model: Model) -> Self {
-        Self { model, inference: OnceCell::new(), cache: None }
+        let generators = match &model.memory {
+            Memory::Functional(generators) => generators.all().len(),
+            Memory::None | Memory::Static(_) => 0,
+        };
+        Self { model, inference: (0..generators).map(|_| OnceCell::new()).collect(), cache: None }
     }
 
     /// Looks for adapters in a cache before it generates them, and keeps them there.
@@ -126,19 +130,19 @@ impl Editor {
     /// # Errors
     /// An empty instruction, or one that is too long; an empty picture; those of the device.
     pub fn recall(&self, picture: &Picture, instruction: &str, seed: u64) -> Result<Option<Recalled>> {
-        let generator = match &self.model.memory {
+        let generators = match &self.model.memory {
             Memory::None => return Ok(None),
             Memory::Static(adapter) => {
                 let adapter = adapter.clone();
                 return Ok(Some(Recalled { adapter, origin: Origin::Shared, warnings: Vec::new() }));
             }
-            Memory::Functional(generator) => generator,
+            Memory::Functional(generators) => generators,
         };
         let ids = self.model.text.encode(instruction)?;
         let source = of_picture(picture);
         let mut warnings = Vec::new();
         let kept = match &self.cache {
-            Some(cache) => Some((cache, self.key(generator, &source, &ids)?)),
+            Some(cache) => Some((cache, self.key(generators.newest()?, &source, &ids)?)),
             None => None,
         };
         let found = kept.as_ref().and_then(|(cache, key)| {
@@ -154,7 +158,8 @@ impl Editor {
             return Ok(Some(Recalled { adapter, origin: Origin::Cached, warnings }));
         }
         let condition = condition_of(&self.model.backbone, picture, &ids)?;
-        let mut adapter = self.inference(generator)?.generate(&condition)?;
+        let chosen = generators.choose(&self.model.backbone, &ids)?[0];
+        let mut adapter = self.inference(&generators.all()[chosen], chosen)?.generate(&condition)?;
         stamp(&mut adapter);
         if let Some((cache, key)) = kept
             && let Err(e) = cache.put(&key, &adapter)
@@ -164,13 +169,13 @@ impl Editor {
         Ok(Some(Recalled { adapter, origin: Origin::Generated, warnings }))
     }
 
-    /// The model does not change while it is the editor's, so one serves all calls.
-    fn inference(&self, generator: &Generator) -> Result<&Inference> {
-        if let Some(made) = self.inference.get() {
+    /// The model does not change while it is the editor's, so one of each generator, told by its place, serves all calls.
+    fn inference(&self, generator: &Generator, place: usize) -> Result<&Inference> {
+        if let Some(made) = self.inference[place].get() {
             return Ok(made);
         }
         let made = generator.inference()?.keeping_start();
-        Ok(self.inference.get_or_init(|| made))
+        Ok(self.inference[place].get_or_init(|| made))
     }
 
     /// Of all that a generated adapter depends on, the arithmetic of the machine too, so that a hit has the bits of a fresh one.

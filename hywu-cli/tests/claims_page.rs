@@ -155,7 +155,8 @@ fn report(folder: &Path, lead: f64) -> Report {
             }
         }
     }
-    let lost = learners.iter().map(|(l, fall)| ((*l).to_owned(), around(fall * 2.0, 0.2))).collect();
+    let lost: IndexMap<String, Interval> =
+        learners.iter().map(|(l, fall)| ((*l).to_owned(), around(fall * 2.0, 0.2))).collect();
     let photo = load_picture(Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples/astronaut.png"))
         .expect("the sample");
     let photo = photo.resize(192, 192);
@@ -259,7 +260,7 @@ fn report(folder: &Path, lead: f64) -> Report {
                 edit_mb: None,
             })
             .into(),
-        forgetting: Some(Forgetting { groups, rows, lost }),
+        forgetting: Some(Forgetting { groups, rows, end: lost.clone(), lost }),
         adapters,
         structure,
         hidden: hidden.into(),

@@ -4,7 +4,7 @@ use assert_cmd::Command;
 use hywu::{
     model::{Model, ModelInfo},
     pipeline::{EditOptions, Editor},
-    train::{Kind, Progress, RehearsalConfig, Run, SkillConfig, TrainConfig},
+    train::{ExtensionConfig, Kind, Progress, Run, SkillConfig, TrainConfig},
 };
 use hywu_diffusion::{Picture, SampleOptions, load_picture, save_picture, skills::filters::colours};
 use hywu_kernels::Device;
@@ -89,6 +89,7 @@ fn pairs(dir: &Path) -> PathBuf {
     folder
 }
 
+/// Without growing.
 fn extension(parent: &Path, pairs: &Path, steps: u64, share: f32) -> TrainConfig {
     let skill = SkillConfig {
         name: "swap".into(),
@@ -97,7 +98,7 @@ fn extension(parent: &Path, pairs: &Path, steps: u64, share: f32) -> TrainConfig
     };
     TrainConfig {
         start_from: Some(parent.into()),
-        rehearsal: Some(RehearsalConfig { share, weight: 20.0 }),
+        extension: Some(ExtensionConfig { grow: false, share, weight: 20.0 }),
         skill: vec![skill],
         ..TrainConfig::parse(&config(steps, "")).expect("a good config")
     }
@@ -157,6 +158,71 @@ fn rehearsal_keeps_old_edits_closer_than_plain_training() {
     let info = ModelInfo::read(out.join("model")).expect("written");
     assert_eq!(info.skills.last().map(|s| s.name.as_str()), Some("sepia"));
     assert_eq!(info.skills[3].instructions, ["swap the channels", "exchange red and blue"]);
+}
+
+#[test]
+fn a_model_that_grows_loses_nothing() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (parent, pairs) = (parent(dir.path()), pairs(dir.path()));
+    let grown = dir.path().join("grown");
+    let grow = |share: f32| Some(ExtensionConfig { grow: true, share, weight: 1.0 });
+    let swap = TrainConfig { extension: grow(0.0), ..extension(&parent, &pairs, 60, 0.0) };
+    train(Kind::Generator, swap, &grown, u64::MAX, false).expect("a run");
+    let grown = grown.join("model");
+    let photo = load_picture(samples().join("chelsea.png")).expect("a sample").resize(64, 64);
+    let [new, old] = ["exchange red and blue", "invert the colors"];
+    assert!(edit(&parent, &photo, old).rgb == edit(&grown, &photo, old).rgb);
+    let truth = colours(&photo, |[r, g, b]| [b, g, r]);
+    let [before, after] = [&parent, &grown].map(|model| distance(&truth, &edit(model, &photo, new)));
+    assert!(after < before, "{before} -> {after}");
+    // Once more, from the grown one and rehearsing it: each generator answers for its own.
+    let sepia = || TrainConfig {
+        skill: Vec::new(),
+        data: TrainConfig::parse(&config(20, r#""sepia""#)).expect("good").data,
+        extension: grow(0.5),
+        ..extension(&grown, &pairs, 20, 0.5)
+    };
+    let twice = dir.path().join("twice");
+    train(Kind::Generator, sepia(), &twice, u64::MAX, false).expect("a run");
+    let twice = twice.join("model");
+    for known in [old, new] {
+        assert!(edit(&grown, &photo, known).rgb == edit(&twice, &photo, known).rgb, "{known}");
+    }
+    assert!(edit(&grown, &photo, "make it sepia").rgb != edit(&twice, &photo, "make it sepia").rgb);
+    let places = |model: &Path| -> Vec<(String, usize)> {
+        let skills = ModelInfo::read(model).expect("written").skills;
+        skills.into_iter().map(|s| (s.name, s.generator)).collect()
+    };
+    let known = [("brighter", 1), ("keep", 1), ("invert", 1), ("swap", 2), ("sepia", 3)];
+    assert_eq!(places(&twice), known.map(|(name, of)| (name.to_owned(), of)));
+    // All of them taught to one again: only rehearsal keeps them there.
+    let one = dir.path().join("one");
+    let extension = Some(ExtensionConfig { grow: false, share: 0.5, weight: 1.0 });
+    let taught = TrainConfig { extension, start_from: Some(twice.clone()), ..sepia() };
+    train(Kind::Generator, taught, &one, u64::MAX, false).expect("a run");
+    assert!(places(&one.join("model")).iter().all(|(_, of)| *of == 1));
+    assert!(!one.join("model/generator-2").exists() && !one.join("model/gate.safetensors").exists());
+
+    let refused = |message: &str| {
+        let error = Model::load(&twice).err().expect("refused");
+        assert!(format!("{error:#}").contains(message), "{error:#}");
+    };
+    let gate = fs::read(twice.join("gate.safetensors")).expect("written");
+    fs::remove_file(twice.join("gate.safetensors")).expect("there");
+    refused("gate.safetensors");
+    fs::copy(grown.join("gate.safetensors"), twice.join("gate.safetensors")).expect("writable");
+    refused("gate.safetensors: 4 skills, model.json has 5");
+    fs::write(twice.join("gate.safetensors"), &gate).expect("writable");
+    let info = fs::read_to_string(twice.join("model.json")).expect("written");
+    fs::write(twice.join("model.json"), info.replace("\"generator\": 3", "\"generator\": 2"))
+        .expect("writable");
+    refused("its files are not those");
+    fs::write(twice.join("model.json"), info.replace("\"generator\": 3", "\"generator\": 4"))
+        .expect("writable");
+    refused("\"sepia\" is in generator 4; there are 3");
+    fs::write(twice.join("model.json"), info).expect("writable");
+    fs::rename(twice.join("generator-3"), dir.path().join("elsewhere")).expect("there");
+    refused("\"sepia\" is in generator 3; there are 2");
 }
 
 #[test]
@@ -247,7 +313,8 @@ fn the_command_learns_from_pairs() {
         &file("mute.toml", &format!("[[skill]]\nname = \"mute\"\npairs = {pairs:?}\ninstructions = []\n")),
         "mute",
     );
-    let all = file("all.toml", &format!("{}[rehearsal]\nshare = 1.0\nweight = 1.0\n", config(2, "")));
+    let all =
+        file("all.toml", &format!("{}[extension]\ngrow = true\nshare = 1.0\nweight = 1.0\n", config(2, "")));
     refused(
         "generator",
         &["--extend", &parent, "--config", &path(&all), "--skills", &path(&skills)],

@@ -310,3 +310,19 @@ fn a_merge_keeps_shards_types_and_what_is_beside() {
     fs::remove_file(base.join("two.safetensors")).expect("there");
     refused(&made, &never, "two.safetensors");
 }
+
+#[test]
+fn a_stack_comes_apart_again() {
+    let made =
+        |seed| adapter(0.5, [("q", lora(&[1], [3, 7, 5], seed)), ("k", lora(&[1], [3, 4, 5], seed + 1))]);
+    let (x, y) = (made(1), made(5));
+    let both = Adapter::stack(&[x.clone(), y.clone()]).expect("they fit");
+    assert_eq!(both.batch(), x.batch() + y.batch());
+    assert_eq!(both.entry(0).expect("there").modules, x.entry(0).expect("there").modules);
+    assert_eq!(both.entry(x.batch()).expect("there").modules, y.entry(0).expect("there").modules);
+    assert!(Adapter::stack(&[]).is_err());
+    assert!(Adapter::stack(&[x.clone(), Adapter { scale: 2.0 * y.scale, ..y.clone() }]).is_err());
+    let mut other = y;
+    other.modules.pop();
+    assert!(Adapter::stack(&[x, other]).is_err());
+}

@@ -14,6 +14,12 @@ static TABLE: &[u8] = include_bytes!("../../assets/text/table.safetensors");
 /// Id of "nothing here".
 pub(crate) const PAD: u32 = 0;
 
+/// Tokens of each instruction of `length` ids without the padding behind them, at least 1.
+pub(crate) fn lengths(ids: &[u32], length: usize) -> Vec<usize> {
+    let used = |ids: &[u32]| ids.iter().rposition(|id| *id != PAD).map_or(1, |last| last + 1);
+    ids.chunks(length).map(used).collect()
+}
+
 /// Splits instructions into word pieces: the vocabulary of all-MiniLM-L6-v2 (Apache-2.0), lower-cased, without accents.
 pub struct TextEncoder {
     tokenizer: Tokenizer,

@@ -8,17 +8,18 @@ use super::{
     training::{place, rate},
 };
 use crate::{
-    model::{Memory, Model, ModelInfo},
+    model::{Memory, Model, ModelInfo, SkillInfo},
     pipeline::{EditOptions, Editor},
-    train::{AdapterConfig, Kind, RehearsalConfig, Task},
+    train::{AdapterConfig, ExtensionConfig, Kind, Task},
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use hywu_core::{Dtype, Philox};
 use hywu_diffusion::{
     Backbone, BatchShape, EditBatch, EditData, Error, KnownSkill, Picture, flow_loss,
     metrics::psnr,
     skills::{Phrasing, SKILLS},
 };
+use hywu_generator::Generator;
 use hywu_kernels::{Device, LoraVars, Tape, optim::Optimizer};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -43,11 +44,13 @@ pub enum Learner {
     Sequence,
     /// The same, rehearsing what it knew.
     Rehearsal,
+    /// Each group in a generator of its own, which starts from the one before.
+    Growing,
 }
 
 impl Learner {
     /// All, in the report's order.
-    pub const ALL: [Self; 4] = [Self::Full, Self::SharedLora, Self::Sequence, Self::Rehearsal];
+    pub const ALL: [Self; 5] = [Self::Full, Self::SharedLora, Self::Sequence, Self::Rehearsal, Self::Growing];
 
     /// For people.
     pub fn label(self) -> &'static str {
@@ -56,6 +59,18 @@ impl Learner {
             Self::SharedLora => "shared LoRA",
             Self::Sequence => "HY-WU in sequence",
             Self::Rehearsal => "HY-WU with rehearsal",
+            Self::Growing => "HY-WU growing",
+        }
+    }
+
+    /// How it keeps what it knew; none where it is no generator.
+    fn extension(self) -> Option<ExtensionConfig> {
+        let alone = ExtensionConfig { grow: false, share: 0.0, weight: 1.0 };
+        match self {
+            Self::Full | Self::SharedLora => None,
+            Self::Sequence => Some(alone),
+            Self::Rehearsal => Some(ExtensionConfig { share: 0.5, ..alone }),
+            Self::Growing => Some(ExtensionConfig { grow: true, ..alone }),
         }
     }
 }
@@ -75,8 +90,6 @@ pub struct Arrivals {
     pub rates: [f32; 3],
     /// Rank and alpha, sizes of the generator.
     pub sizes: AdapterConfig,
-    /// How much is rehearsed.
-    pub rehearsal: RehearsalConfig,
     /// Batches of the test loss.
     pub batches: u64,
     /// How edits are made.
@@ -142,13 +155,11 @@ pub fn follow(
     let mut task = start(learner, arrivals, ground.backbone)?;
     let before = Model::assemble(ground.backbone.clone(), Memory::None, ModelInfo::default())?;
     let mut scores = measure(before, 0, arrivals, ground, progress)?;
+    let share = learner.extension().map_or(0.0, |extension| extension.share);
+    let mut info = ModelInfo { skills: known(&arrivals.groups[0], 1), ..ModelInfo::default() };
     for stage in 1..arrivals.groups.len() {
-        let share = if learner == Learner::Rehearsal { arrivals.rehearsal.share } else { 0.0 };
         let old = arrivals.groups[..stage].concat().into_iter().map(KnownSkill::Table).collect();
         let data = ground.train.clone().with_skills(arrivals.groups[stage].clone()).rehearsing(old, share)?;
-        if let Task::Extended(generator, rehearsal) = &mut task {
-            rehearsal.teacher = generator.to(Device::Cpu, Dtype::F32)?;
-        }
         let mut there = task.to(device, Dtype::Bf16)?;
         let mut optimizer = optimizer(learner, arrivals, &there)?;
         let first = stage as u64 * arrivals.steps;
@@ -161,27 +172,33 @@ pub fn follow(
         // The averaged weights are the ones that edit, and that the next group goes on from.
         let learnt = optimizer.averaged(there.params());
         *task.params_mut() = learnt.to(Device::Cpu, Dtype::F32)?;
+        info.skills.extend(known(&arrivals.groups[stage], task.place()));
         let examples = || data.batch(CALIBRATION, arrivals.shape);
-        let model = there.model(learnt, ModelInfo::default(), examples)?;
+        let model = there.model(learnt, info.clone(), examples)?;
         scores.extend(measure(model, stage, arrivals, ground, progress)?);
+        if let Task::Extended(generator, rehearsal) = &mut task {
+            let learnt = generator.to(Device::Cpu, Dtype::F32)?;
+            rehearsal.teacher = rehearsal.outcome(learnt, &info, ground.backbone)?;
+        }
     }
     Ok(Course { learner, seed: arrivals.seed, scores })
+}
+
+/// Skills of the table that this generator of a model knows.
+fn known(skills: &[usize], generator: usize) -> Vec<SkillInfo> {
+    let of = |&i: &usize| SkillInfo { name: SKILLS[i].name.to_owned(), instructions: Vec::new(), generator };
+    skills.iter().map(of).collect()
 }
 
 /// A learner before the first group, on the CPU.
 fn start(learner: Learner, arrivals: &Arrivals, backbone: &Backbone) -> Result<Task> {
     let on = |kind: Kind| Task::on(kind, backbone.clone(), &arrivals.sizes, arrivals.seed);
-    match learner {
-        Learner::Full => on(Kind::Full),
-        Learner::SharedLora => on(Kind::Lora),
-        // Its adapters are no-ops, so that what it rehearses first is the backbone's own skill.
-        Learner::Sequence | Learner::Rehearsal => match on(Kind::Generator)? {
-            Task::Generator(generator, downstream) => {
-                Task::extend(downstream.backbone, generator, arrivals.rehearsal.weight)
-            }
-            _ => bail!("a generator is needed"),
-        },
-    }
+    let Some(extension) = learner.extension() else {
+        return on(if learner == Learner::Full { Kind::Full } else { Kind::Lora });
+    };
+    // A fresh generator's adapters are no-ops, so that what is kept or rehearsed first is the backbone's own skill.
+    let sizes = arrivals.sizes.for_backbone(backbone);
+    Task::extend(backbone.clone(), Generator::new(sizes, arrivals.seed)?.into(), extension)
 }
 
 fn optimizer(learner: Learner, arrivals: &Arrivals, task: &Task) -> Result<Optimizer> {
@@ -190,7 +207,7 @@ fn optimizer(learner: Learner, arrivals: &Arrivals, task: &Task) -> Result<Optim
     let peak = match learner {
         Learner::Full => full,
         Learner::SharedLora => lora,
-        Learner::Sequence | Learner::Rehearsal => generator,
+        Learner::Sequence | Learner::Rehearsal | Learner::Growing => generator,
     };
     let schedule = schedule(peak, arrivals.steps);
     Ok(Optimizer::new(task.params(), schedule, weight_decay, clip, Some(ema))?)
@@ -236,9 +253,9 @@ fn test_loss(model: &Model, batch: &EditBatch) -> Result<f32> {
     let adapters = match &model.memory {
         Memory::None => LoraVars::none(),
         Memory::Static(adapter) => LoraVars::from_adapter(adapter, 1.0),
-        Memory::Functional(generator) => {
+        Memory::Functional(generators) => {
             let condition = backbone.condition(&batch.views(backbone.config.views()), &batch.text)?;
-            LoraVars::from_adapter(&generator.generate(&condition)?, 1.0)
+            LoraVars::from_adapter(&generators.generate(backbone, &condition, &batch.text)?, 1.0)
         }
     };
     let adapters = adapters.to(backbone.params.device(), backbone.params.dtype())?;
@@ -257,7 +274,7 @@ pub fn report(
     interval: &dyn Fn(&Vec<Vec<f64>>) -> Interval,
 ) -> Result<Forgetting> {
     let last = groups.len().saturating_sub(1);
-    let (mut rows, mut lost) = (Vec::new(), IndexMap::new());
+    let (mut rows, mut lost, mut end) = (Vec::new(), IndexMap::new(), IndexMap::new());
     for learner in Learner::ALL {
         let of: Vec<&Course> = courses.iter().filter(|c| c.learner == learner).collect();
         if of.is_empty() {
@@ -284,24 +301,30 @@ pub fn report(
         if last == 0 {
             continue;
         }
-        // By seed and photo: the mean over the earlier groups of what each has lost since it was learnt.
+        // By seed and photo: the mean over the earlier groups of what each has lost since it was learnt, and that over all of what each
+        // is in the end.
         let mut cells: Vec<Vec<f64>> = at(last, 0)?.iter().map(|s| vec![0.0; s.psnr.len()]).collect();
-        for group in 0..last {
-            for ((cells, then), now) in cells.iter_mut().zip(at(group, group)?).zip(at(last, group)?) {
+        let mut ends = cells.clone();
+        for group in 0..=last {
+            let now_and_then = at(last, group)?.into_iter().zip(at(group, group)?);
+            for ((cells, ends), (now, then)) in cells.iter_mut().zip(&mut ends).zip(now_and_then) {
                 ensure!(
                     then.psnr.len() == cells.len() && now.psnr.len() == cells.len(),
                     "{}: courses over different photos",
                     learner.label()
                 );
-                for (cell, (then, now)) in cells.iter_mut().zip(then.psnr.iter().zip(&now.psnr)) {
-                    *cell += (then - now) / last as f64;
+                for (photo, (then, now)) in then.psnr.iter().zip(&now.psnr).enumerate() {
+                    // The last group has lost nothing yet.
+                    cells[photo] += (then - now) / last as f64;
+                    ends[photo] += now / (last + 1) as f64;
                 }
             }
         }
         lost.insert(learner.label().to_owned(), interval(&cells));
+        end.insert(learner.label().to_owned(), interval(&ends));
     }
     let names = |group: &Vec<usize>| group.iter().map(|&i| SKILLS[i].name.to_owned()).collect();
-    Ok(Forgetting { groups: groups.iter().map(names).collect(), rows, lost })
+    Ok(Forgetting { groups: groups.iter().map(names).collect(), rows, lost, end })
 }
 
 impl Claims<'_> {
@@ -327,7 +350,6 @@ impl Claims<'_> {
                 care: settings.optimizer.clone(),
                 rates,
                 sizes: settings.generator.clone(),
-                rehearsal: RehearsalConfig::default(),
                 batches: settings.measure.validation_batches,
                 edit: self.options(),
                 seed,
@@ -417,7 +439,6 @@ mod tests {
                 head_dim: 8,
                 blocks: 1,
             },
-            rehearsal: RehearsalConfig::default(),
             batches: 1,
             edit: EditOptions {
                 sample: hywu_diffusion::SampleOptions { steps: 1, ..Default::default() },
@@ -482,7 +503,7 @@ mod tests {
             Interval { mean, lo: mean, hi: mean }
         };
         let report = report(&courses, &arrivals.groups, &mean).expect("whole courses");
-        assert_eq!((report.rows.len(), report.lost.len()), (4 * 6, 4));
+        assert_eq!((report.rows.len(), report.lost.len()), (5 * 6, 5));
         assert_eq!(report.groups[2], ["brighter", "sepia"]);
         let stop = &mut |_: usize, _: u64| ControlFlow::Break(());
         let stopped = follow(Learner::Full, &arrivals, &ground, stop).expect_err("stopped");
@@ -510,6 +531,8 @@ mod tests {
         let groups = vec![vec![0], vec![1], vec![2]];
         let found = report(std::slice::from_ref(&course), &groups, &seen).expect("a whole course");
         assert_eq!(found.lost["HY-WU in sequence"], Interval { mean: 1.5, lo: 3.5, hi: 1.0 });
+        let end = found.end["HY-WU in sequence"];
+        assert!((end.mean - 19.0).abs() < 1e-9 && (end.lo - 21.0).abs() < 1e-9, "{end:?}");
         let cut = Course { scores: course.scores[..5].to_vec(), ..course };
         let error = report(&[cut], &groups, &seen).expect_err("a cut course").to_string();
         assert!(error.contains("group 2 at stage 2"), "{error}");

@@ -7,13 +7,12 @@ use super::{
 };
 use crate::pipeline::Editor;
 use anyhow::{Context, Result};
-use hywu_core::{Adapter, Lora, Philox};
+use hywu_core::{Adapter, Philox};
 use hywu_diffusion::{
     Picture, save_picture,
     skills::{Example, Phrasing, SKILLS},
 };
 use indexmap::IndexMap;
-use ndarray::{ArrayD, Axis, concatenate};
 
 /// Seed of the examples; those that measure have another.
 const EXAMPLES: u64 = 1;
@@ -47,23 +46,8 @@ pub fn adapters(
             labels.push(AdapterLabel { skill, photo, instruction, hidden });
         }
     }
-    batched(&all)?.save(folder.path(ADAPTERS))?;
+    Adapter::stack(&all)?.save(folder.path(ADAPTERS))?;
     Ok(labels)
-}
-
-/// Adapters of one instance each as one of all.
-fn batched(adapters: &[Adapter]) -> Result<Adapter> {
-    let first = adapters.first().context("no adapters")?;
-    let mut modules = IndexMap::new();
-    for name in first.modules.keys() {
-        let of = |part: fn(&Lora) -> &ArrayD<f32>| -> Result<ArrayD<f32>> {
-            let parts: Vec<_> =
-                adapters.iter().filter_map(|a| a.modules.get(name)).map(|l| part(l).view()).collect();
-            Ok(concatenate(Axis(0), &parts)?)
-        };
-        modules.insert(name.clone(), Lora { lora_a: of(|l| &l.lora_a)?, lora_b: of(|l| &l.lora_b)? });
-    }
-    Ok(Adapter { modules, scale: first.scale, metadata: Default::default() })
 }
 
 /// Where the edit of an example is kept.

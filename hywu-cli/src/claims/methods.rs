@@ -6,14 +6,11 @@ use crate::{
     pipeline::{Edit, EditOptions, Editor},
     train::{AdapterConfig, Kind, Task},
 };
-use anyhow::{Context, Result};
+use anyhow::Result;
 use hywu_core::{Adapter, Dtype};
-use hywu_diffusion::{
-    Backbone, EditBatch, Picture, TextEncoder,
-    skills::{HUES, SKILLS},
-};
+use hywu_diffusion::{Backbone, EditBatch, KnownSkill, Picture, Router};
 use hywu_generator::Generator;
-use hywu_kernels::{Device, ParamSet, Tensor};
+use hywu_kernels::{Device, ParamSet};
 use std::ops::ControlFlow;
 
 impl Method {
@@ -134,9 +131,12 @@ impl Contender {
             Some((task @ Task::Bank(..), params)) => (alone()?, task.adapters(params)?),
             Some((task, params)) => (task.model(params, ModelInfo::default(), batch)?, Vec::new()),
         };
-        let router = (method == Method::Routed).then(|| Router::new(skills, model.backbone.config.text_len));
+        let known: Vec<KnownSkill> = skills.iter().copied().map(KnownSkill::Table).collect();
+        let router = (method == Method::Routed)
+            .then(|| Router::new(&known, &model.backbone, &model.text))
+            .transpose()?;
         let editor = Editor::new(model.to(device, Dtype::Bf16)?);
-        Ok(Self { editor, bank, router: router.transpose()? })
+        Ok(Self { editor, bank, router })
     }
 
     /// Its editor; that of a bank knows the backbone alone.
@@ -156,10 +156,11 @@ impl Contender {
         options: &EditOptions,
         stop: &dyn Fn() -> bool,
     ) -> Result<Edit> {
-        let place = match &self.router {
-            Some(router) => router.nearest(instruction)?,
-            None => skill,
-        };
+        let mut place = skill;
+        if let Some(router) = &self.router {
+            let model = self.editor.model();
+            place = router.nearest(&model.backbone, &model.text.encode(instruction)?)?[0];
+        }
         edit(&self.editor, picture, instruction, self.bank.get(place), options, stop)
     }
 }
@@ -178,98 +179,4 @@ pub fn edit(
 ) -> Result<Edit> {
     let mut go = |_: usize, _: usize| if stop() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
     editor.edit(picture, instruction, adapter, options, &mut go)
-}
-
-/// Tells skills by the words of an instruction: the mean of its tokens' rows in the frozen text table, against the centroids of the
-/// training phrasings. Nothing is trained.
-pub struct Router {
-    text: TextEncoder,
-    table: Tensor,
-    /// Of unit length, one a skill.
-    centroids: Vec<Vec<f32>>,
-}
-
-impl Router {
-    /// For these skills, by index.
-    ///
-    /// # Errors
-    /// None in practice: text table and phrasings are part of the binary.
-    pub fn new(skills: &[usize], text_len: usize) -> Result<Self> {
-        let (text, table) = (TextEncoder::bundled(text_len)?, TextEncoder::table()?);
-        let mut router = Self { text, table, centroids: Vec::new() };
-        for &skill in skills {
-            let mut sum = vec![0.0; router.table.dim_back(1)];
-            for phrase in SKILLS[skill].train {
-                // One with a colour in it stands for all colours.
-                let hues = if phrase.contains('{') { &HUES[..] } else { &HUES[..1] };
-                for (hue, _) in hues {
-                    let words = phrase.replace("{from}", hue).replace("{to}", hue);
-                    let share = 1.0 / hues.len() as f32;
-                    let embedded = router.embed(&words)?;
-                    sum.iter_mut().zip(embedded).for_each(|(s, v)| *s += v * share);
-                }
-            }
-            router.centroids.push(unit(sum));
-        }
-        Ok(router)
-    }
-
-    /// The place of the skill whose centroid has the greatest cosine with an instruction.
-    ///
-    /// # Errors
-    /// An empty instruction, or one that is too long.
-    pub fn nearest(&self, instruction: &str) -> Result<usize> {
-        let embedded = self.embed(instruction)?;
-        let cosine = |centroid: &Vec<f32>| centroid.iter().zip(&embedded).map(|(a, b)| a * b).sum::<f32>();
-        let best = self.centroids.iter().enumerate().max_by(|a, b| cosine(a.1).total_cmp(&cosine(b.1)));
-        best.map(|(place, _)| place).context("a router without skills")
-    }
-
-    /// Of unit length.
-    fn embed(&self, instruction: &str) -> Result<Vec<f32>> {
-        let width = self.table.dim_back(1);
-        let mut sum = vec![0.0; width];
-        // Padding is id 0.
-        for id in self.text.encode(instruction)?.into_iter().filter(|id| *id != 0) {
-            let row = self.table.data().chunks_exact(width).nth(id as usize);
-            sum.iter_mut().zip(row.into_iter().flatten()).for_each(|(s, v)| *s += v);
-        }
-        Ok(unit(sum))
-    }
-}
-
-/// Brought to length 1; zero stays.
-fn unit(mut v: Vec<f32>) -> Vec<f32> {
-    let norm = v.iter().map(|x| x * x).sum::<f32>().sqrt();
-    v.iter_mut().for_each(|x| *x /= norm.max(f32::MIN_POSITIVE));
-    v
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use hywu_diffusion::skills::Skill;
-
-    #[test]
-    fn the_router_knows_its_own_phrasings_and_most_others() {
-        let names = ["invert", "sketch", "fog", "night", "tint"];
-        let skills: Vec<usize> = names.iter().filter_map(|n| Skill::find(n)).collect();
-        assert_eq!(skills.len(), names.len());
-        let router = Router::new(&skills, 20).expect("bundled");
-        let right = |phrases: fn(&'static Skill) -> &'static [&'static str]| {
-            let asked = skills.iter().enumerate().flat_map(|(place, &skill)| {
-                phrases(&SKILLS[skill]).iter().map(move |p| (place, p.replace("{to}", "green")))
-            });
-            let told: Vec<bool> =
-                asked.map(|(place, words)| router.nearest(&words).expect("words") == place).collect();
-            told.iter().filter(|right| **right).count() as f64 / told.len() as f64
-        };
-        assert!(right(|s| s.train) > 0.9);
-        assert!(right(|s| s.held_out) > 0.7);
-        // Another order of the skills is another order of the answers.
-        let turned: Vec<usize> = skills.iter().rev().copied().collect();
-        let turned = Router::new(&turned, 20).expect("bundled");
-        assert_eq!(router.nearest("make it foggy").expect("words"), 2);
-        assert_eq!(turned.nearest("make it a pencil sketch").expect("words"), 3);
-    }
 }

@@ -178,7 +178,7 @@ pub fn measure(
         .with_phrasing(Phrasing::Canonical);
     let forgetting = claims.forgetting(&sweep, &test)?;
     let mut report = claims.report(setup, sweep, &told)?;
-    let lost = |f: &report::Forgetting| f.lost.get(forgetting::Learner::Rehearsal.label()).copied();
+    let lost = |f: &report::Forgetting| f.lost.get(forgetting::Learner::Growing.label()).copied();
     report.summary.forgetting_db = forgetting.as_ref().and_then(lost);
     report.forgetting = forgetting;
     folder.write(REPORT, &report)?;

@@ -325,12 +325,14 @@ pub struct Forgetting {
     pub rows: Vec<ForgettingRow>,
     /// PSNR lost on all earlier groups (the first included) after the last stage, against the stage that taught them, by learner.
     pub lost: IndexMap<String, Interval>,
+    /// PSNR over all groups, the first included, after the last stage, by learner: who learns nothing has nothing to lose.
+    pub end: IndexMap<String, Interval>,
 }
 
 /// A learner on one group's skills.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ForgettingRow {
-    /// For people: "full fine-tuning", "shared LoRA", "HY-WU in sequence", "HY-WU with rehearsal".
+    /// For people: "full fine-tuning", "shared LoRA", "HY-WU in sequence", "HY-WU with rehearsal", "HY-WU growing".
     pub learner: String,
     /// The group that was learnt last.
     pub stage: usize,

@@ -22,7 +22,7 @@ pub fn run(args: &InfoArgs) -> Result<()> {
     let kernels = hywu_kernels::cuda_build();
     let backbone = model.backbone.params.numel();
     let generator = match &model.memory {
-        Memory::Functional(generator) => generator.params.numel(),
+        Memory::Functional(generators) => generators.all().iter().map(|g| g.params.numel()).sum(),
         Memory::None | Memory::Static(_) => 0,
     };
     let text = TextEncoder::SOURCE;

@@ -1,7 +1,7 @@
 use crate::interrupt;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use hywu::train::{Kind, Progress, RehearsalConfig, Run, SkillConfig, TrainConfig};
+use hywu::train::{ExtensionConfig, Kind, Progress, Run, SkillConfig, TrainConfig};
 use hywu_kernels::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{io::IsTerminal, ops::ControlFlow, path::PathBuf};
@@ -18,7 +18,7 @@ pub struct TrainArgs {
     /// Folder of photographs (scripts/fetch_photos.sh makes one); not needed for skills that bring pairs
     #[arg(long, value_name = "DIR", required_unless_present_any = ["pairs", "skills"])]
     photos: Option<PathBuf>,
-    /// For generator: go on with that of a model (`bundled`, or a model folder), and keep what it knows by rehearsing it
+    /// For generator: go on with that of a model (`bundled`, or a model folder), and keep what it knows
     #[arg(long, value_name = "bundled|DIR")]
     extend: Option<PathBuf>,
     /// Skills of your own (TOML: `[[skill]]` with name, pairs = DIR, instructions = [..])
@@ -111,7 +111,7 @@ fn config(kind: Kind, args: &TrainArgs) -> Result<TrainConfig> {
             kind.name()
         );
         config.start_from = Some(model.clone());
-        config.rehearsal.get_or_insert(RehearsalConfig::default());
+        config.extension.get_or_insert(ExtensionConfig::default());
     }
     if let Some(file) = &args.skills {
         config.skill.extend(SkillConfig::read(file)?);

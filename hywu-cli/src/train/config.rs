@@ -43,29 +43,34 @@ pub struct TrainConfig {
     /// Sizes, for backbone.
     #[serde(default)]
     pub backbone: BackboneConfig,
-    /// Sizes, for generator; rank and alpha, for lora. Not used with `rehearsal`.
+    /// Sizes, for generator; rank and alpha, for lora. Not used with `extension`.
     #[serde(default)]
     pub generator: AdapterConfig,
-    /// For generator: the one of `start_from` learns on, and rehearses what it knows. Without it a new one is trained.
-    pub rehearsal: Option<RehearsalConfig>,
+    /// For generator: that of `start_from` learns on. Without it a new one is trained.
+    pub extension: Option<ExtensionConfig>,
     /// Skills of one's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skill: Vec<SkillConfig>,
 }
 
-/// How a generator that learns more keeps what it knows.
+/// How a model that learns more keeps what it knows.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct RehearsalConfig {
-    /// Share of a step's edits that rehearse; 0 only learns on.
+pub struct ExtensionConfig {
+    /// A copy of the newest generator learns, and becomes a further one of the model ([`Generators`]); those that are there stay as
+    /// they are, bit for bit. Without it the learner replaces them all, and only rehearsal keeps what they knew.
+    ///
+    /// [`Generators`]: crate::generators::Generators
+    pub grow: bool,
+    /// Share of a step's edits that rehearse what the model knew: the learner is held to what its generators did; 0 only learns on.
     pub share: f32,
-    /// Factor on their loss.
+    /// Factor on the loss of those.
     pub weight: f32,
 }
 
-impl Default for RehearsalConfig {
+impl Default for ExtensionConfig {
     fn default() -> Self {
-        Self { share: 0.5, weight: 1.0 }
+        Self { grow: true, share: 0.0, weight: 1.0 }
     }
 }
 
@@ -288,7 +293,7 @@ impl TrainConfig {
         if let Some(ema) = o.ema {
             ensure!((0.0..1.0).contains(&ema), "ema is {ema}; it must be in 0..1");
         }
-        if let Some(RehearsalConfig { share, weight }) = self.rehearsal {
+        if let Some(ExtensionConfig { share, weight, .. }) = self.extension {
             ensure!(
                 (0.0..1.0).contains(&share),
                 "share is {share}; it must be in 0..1, for new skills need the rest"

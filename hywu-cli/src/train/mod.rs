@@ -9,10 +9,9 @@ mod skills;
 mod task;
 
 pub use config::{
-    AdapterConfig, DataConfig, OptimizerConfig, RehearsalConfig, SaveAs, SkillConfig, TrainConfig,
+    AdapterConfig, DataConfig, ExtensionConfig, OptimizerConfig, SaveAs, SkillConfig, TrainConfig,
 };
 pub use rehearsal::Rehearsal;
-pub use skills::known_skills;
 pub use task::{Kind, Task};
 
 use crate::model::{ModelInfo, SkillInfo};
@@ -127,7 +126,7 @@ impl Run {
         let task = task.to(device, Dtype::Bf16)?;
         let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
-        let skills = taught.info(&parent);
+        let skills = taught.info(&parent, task.place());
         let data = Arc::new(taught.data(photos, text, config.seed)?);
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         hywu_core::remove_leftovers(out)?;
@@ -232,7 +231,7 @@ impl Run {
             let batch = batches.next(step)?;
             let (task, optimizer) = (&mut self.task, &mut self.optimizer);
             // A rehearsal's answers pass through the host, which no graph can.
-            let graphs = self.graphs && self.config.rehearsal.is_none();
+            let graphs = self.graphs && self.config.extension.is_none();
             let mut work = || {
                 if graphs {
                     let at = replays.iter().position(|(of, _)| *of == shape).unwrap_or_else(|| {

@@ -1,20 +1,22 @@
-//! A generator that learns on without forgetting: itself as it was is its teacher.
+//! A generator that learns on: the model as it was keeps its place, or is its teacher, or both.
 
+use super::config::ExtensionConfig;
+use crate::{generators::Generators, model::ModelInfo};
 use anyhow::Result;
 use hywu_core::{AdapterSpec, Dtype};
-use hywu_diffusion::{EditBatch, Lesson, MiniDownstream};
+use hywu_diffusion::{Backbone, EditBatch, Lesson, MiniDownstream};
 use hywu_generator::Generator;
 use hywu_kernels::{Device, Downstream, LoraVars, Tape, Tensor, Var};
 
-/// The frozen backbone, and the generator before it learns more. What training takes is a batch whose rehearsed instances this
-/// generator has answered.
+/// The frozen backbone, and the model's generators before it learns more. What training takes is a batch whose rehearsed instances
+/// these have answered.
 pub struct Rehearsal {
     /// Never changed by training through it.
     pub downstream: MiniDownstream,
     /// Never changed either.
-    pub teacher: Generator,
-    /// Factor on the loss of what is rehearsed.
-    pub weight: f32,
+    pub teacher: Generators,
+    /// What of them is kept.
+    pub extension: ExtensionConfig,
 }
 
 /// A [`Lesson`] with the condition of its instances, which teacher and learner share.
@@ -31,16 +33,38 @@ impl Rehearsal {
     pub fn lesson(&self, batch: &EditBatch) -> Result<Taught> {
         let condition = self.downstream.condition(batch)?;
         let mut adapters = LoraVars::none();
+        let backbone = &self.downstream.backbone;
         if batch.rehearsed > 0 {
-            let tape = Tape::inference();
-            let bound = self.teacher.params.bind(&tape, false)?;
             let host = condition.to_host()?;
             let mut shape = condition.shape().to_vec();
             shape[0] = batch.rehearsed;
             let old = Tensor::new(&shape, host.data()[..shape.iter().product()].to_vec())?;
-            adapters = self.teacher.forward(&tape, &bound, &old)?;
+            let ids = &batch.text[..batch.rehearsed * backbone.config.text_len];
+            let answer = self.teacher.teach(backbone, &old, ids)?;
+            adapters =
+                LoraVars::from_adapter(&answer, 1.0).to(backbone.params.device(), backbone.params.dtype())?;
         }
-        Ok(Taught { lesson: self.downstream.lesson(batch, &adapters, self.weight)?, condition })
+        Ok(Taught { lesson: self.downstream.lesson(batch, &adapters, self.extension.weight)?, condition })
+    }
+
+    /// The number that the learner has among the generators of the model that comes out, from 1 on.
+    pub fn place(&self) -> usize {
+        if self.extension.grow { self.teacher.all().len() + 1 } else { 1 }
+    }
+
+    /// The generators of the model that comes out, on the CPU; `info` tells who knows what.
+    ///
+    /// # Errors
+    /// As [`Generators::new`]; those of the device.
+    pub fn outcome(&self, learner: Generator, info: &ModelInfo, backbone: &Backbone) -> Result<Generators> {
+        let mut all = Vec::new();
+        if self.extension.grow {
+            for generator in self.teacher.all() {
+                all.push(generator.to(Device::Cpu, Dtype::F32)?);
+            }
+        }
+        all.push(learner);
+        Generators::new(all, info, backbone)
     }
 
     /// The same on a device, computing in `dtype` there.
@@ -52,7 +76,7 @@ impl Rehearsal {
             downstream: self.downstream.to(device, dtype)?,
             // As the learner's: were it rounded otherwise, a learner that has learnt nothing would differ.
             teacher: self.teacher.to_mixed(device, dtype)?,
-            weight: self.weight,
+            extension: self.extension,
         })
     }
 }

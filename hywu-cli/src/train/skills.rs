@@ -8,27 +8,6 @@ use hywu_diffusion::{
     skills::{SKILLS, Skill},
 };
 
-/// What a model was taught, the table's skills by their numbers.
-///
-/// # Errors
-/// A `model.json` with a skill that is neither in the table nor has instructions.
-pub fn known_skills(info: &ModelInfo) -> Result<Vec<KnownSkill>> {
-    if info.skills.is_empty() {
-        return Ok(EditData::skills(&[])?.into_iter().map(KnownSkill::Table).collect());
-    }
-    let known = |SkillInfo { name, instructions }: &SkillInfo| match Skill::find(name) {
-        _ if !instructions.is_empty() => {
-            Ok(KnownSkill::Own { name: name.clone(), instructions: instructions.clone() })
-        }
-        Some(index) => Ok(KnownSkill::Table(index)),
-        None => bail!(
-            "model.json of {:?}: the skill {name:?} is not in the table and has no instructions",
-            info.name
-        ),
-    };
-    info.skills.iter().map(known).collect()
-}
-
 /// What a run teaches.
 pub(super) struct Skills {
     table: Vec<usize>,
@@ -50,13 +29,13 @@ impl Skills {
             false => EditData::skills(names)?,
         };
         let mut others: Vec<KnownSkill> = table.iter().copied().map(KnownSkill::Table).collect();
-        let old = match config.rehearsal {
+        let old = match config.extension {
             None => None,
-            Some(rehearsal) => {
-                let mut old = known_skills(parent)?;
+            Some(extension) => {
+                let mut old = parent.known_skills()?;
                 old.retain(|skill| !others.contains(skill));
                 others.extend(old.iter().cloned());
-                Some((old, rehearsal.share))
+                Some((old, extension.share))
             }
         };
         let mut own = Vec::new();
@@ -87,20 +66,28 @@ impl Skills {
         self.own.iter().map(|s| format!(", pairs of {:?} {:?}", s.name, s.pairs)).collect()
     }
 
-    /// What the model knows after the run.
-    pub(super) fn info(&self, parent: &ModelInfo) -> Vec<SkillInfo> {
+    /// What the model knows after the run, and which of its generators: what was taught is in the one of this number, and where that
+    /// is not the first, the rest stays where it was.
+    pub(super) fn info(&self, parent: &ModelInfo, generator: usize) -> Vec<SkillInfo> {
         let mut known = parent.skills.clone();
         if let (true, Some((old, _))) = (known.is_empty(), &self.old) {
-            known = old
-                .iter()
-                .map(|s| SkillInfo { name: s.name().to_owned(), instructions: Vec::new() })
-                .collect();
+            let of = |s: &KnownSkill| SkillInfo {
+                name: s.name().to_owned(),
+                instructions: Vec::new(),
+                generator: 1,
+            };
+            known = old.iter().map(of).collect();
+        }
+        // One generator knows everything.
+        if generator == 1 {
+            known.iter_mut().for_each(|skill| skill.generator = 1);
         }
         let table = self.table.iter().map(|&i| (SKILLS[i].name.to_owned(), Vec::new()));
         let own = self.own.iter().map(|s| (s.name.clone(), s.instructions.clone()));
         for (name, instructions) in table.chain(own) {
-            if known.iter().all(|k| k.name != name) {
-                known.push(SkillInfo { name, instructions });
+            match known.iter_mut().find(|k| k.name == name) {
+                Some(again) => again.generator = generator,
+                None => known.push(SkillInfo { name, instructions, generator }),
             }
         }
         known

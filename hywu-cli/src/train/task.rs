@@ -2,10 +2,11 @@
 
 use super::{
     bank::{chosen, fresh_loras, shared},
-    config::{AdapterConfig, RehearsalConfig, TrainConfig},
+    config::{AdapterConfig, ExtensionConfig, TrainConfig},
     rehearsal::Rehearsal,
 };
 use crate::{
+    generators::{Generators, MOST},
     hash::of_weights,
     model::{Memory, Model, ModelInfo},
 };
@@ -74,25 +75,30 @@ impl Task {
             format!("`start_from` is missing: {} training needs the folder of a trained model", kind.name())
         })?;
         let model = Model::named(from)?;
-        let Some(RehearsalConfig { weight, .. }) = config.rehearsal else {
+        let Some(extension) = config.extension else {
             return Self::on(kind, model.backbone, &config.generator, config.seed);
         };
-        ensure!(kind == Kind::Generator, "`rehearsal` is for generator, not for {}", kind.name());
-        let Memory::Functional(generator) = model.memory else {
+        ensure!(kind == Kind::Generator, "`extension` is for generator, not for {}", kind.name());
+        let Memory::Functional(generators) = model.memory else {
             bail!("{}: the model has no generator that could be extended", from.display())
         };
-        Self::extend(model.backbone, generator, weight)
+        Self::extend(model.backbone, generators, extension).with_context(|| from.display().to_string())
     }
 
-    /// The generator of a backbone, to learn on; `weight` is the factor on the loss of what it rehearses.
+    /// A copy of the newest of a backbone's generators, to learn on.
     ///
     /// # Errors
-    /// None in practice: the generator's sizes work already.
-    pub fn extend(backbone: Backbone, generator: Box<Generator>, weight: f32) -> Result<Self> {
-        let spec = generator.spec();
+    /// A model that has as many generators as it may, and is to grow.
+    pub fn extend(backbone: Backbone, teacher: Generators, extension: ExtensionConfig) -> Result<Self> {
+        let known = teacher.all().len();
+        ensure!(
+            !extension.grow || known < MOST,
+            "the model has {known} generators, the most that there may be; `grow = false` makes one of them all"
+        );
+        let learner = teacher.newest()?.to(Device::Cpu, Dtype::F32)?;
+        let spec = learner.spec();
         let downstream = MiniDownstream::new(backbone, spec.rank, spec.alpha)?;
-        let teacher = generator.to(Device::Cpu, Dtype::F32)?;
-        Ok(Self::Extended(generator, Box::new(Rehearsal { downstream, teacher, weight })))
+        Ok(Self::Extended(Box::new(learner), Box::new(Rehearsal { downstream, teacher, extension })))
     }
 
     /// As [`Task::new`], from a backbone at hand, which stays frozen but for [`Kind::Full`] and [`Kind::Backbone`].
@@ -168,6 +174,11 @@ impl Task {
         Ok(())
     }
 
+    /// The number of the trained generator among those of the model that comes out, from 1 on.
+    pub fn place(&self) -> usize {
+        if let Self::Extended(_, rehearsal) = self { rehearsal.place() } else { 1 }
+    }
+
     /// The weights that are trained.
     pub fn params(&self) -> &ParamSet {
         match self {
@@ -183,9 +194,12 @@ impl Task {
     /// Those of the device.
     pub fn fingerprint(&self) -> Result<String> {
         let frozen = match self {
-            Self::Backbone(_) => None,
-            Self::Generator(_, d) | Self::Lora(_, d) | Self::Bank(_, _, d) => Some(&d.backbone.params),
-            Self::Extended(_, rehearsal) => Some(&rehearsal.downstream.backbone.params),
+            Self::Backbone(_) => Vec::new(),
+            Self::Generator(_, d) | Self::Lora(_, d) | Self::Bank(_, _, d) => vec![&d.backbone.params],
+            Self::Extended(_, rehearsal) => {
+                let teachers = rehearsal.teacher.all().iter().map(|generator| &generator.params);
+                [&rehearsal.downstream.backbone.params].into_iter().chain(teachers).collect()
+            }
         };
         of_weights(frozen.into_iter().chain([self.params()]))
     }
@@ -295,9 +309,14 @@ impl Task {
                 trained.calibrate(&examples.views(trained.config.views()), &examples.text)?;
                 (trained, Memory::None)
             }
-            Self::Generator(generator, downstream) => generated(generator, params, &downstream.backbone)?,
+            Self::Generator(generator, downstream) => {
+                let backbone = downstream.backbone.to(Device::Cpu, Dtype::F32)?;
+                (backbone, Memory::Functional(with(generator, params)?.into()))
+            }
             Self::Extended(generator, rehearsal) => {
-                generated(generator, params, &rehearsal.downstream.backbone)?
+                let backbone = rehearsal.downstream.backbone.to(Device::Cpu, Dtype::F32)?;
+                let generators = rehearsal.outcome(with(generator, params)?, &info, &backbone)?;
+                (backbone, Memory::Functional(generators))
             }
             Self::Lora(_, downstream) => {
                 let Some(adapter) = self.adapters(&params)?.pop() else { bail!("there is no adapter") };
@@ -309,9 +328,9 @@ impl Task {
     }
 }
 
-/// The frozen backbone on the CPU, and a generator like this one with these weights.
-fn generated(generator: &Generator, params: ParamSet, backbone: &Backbone) -> Result<(Backbone, Memory)> {
+/// A generator like this one with these weights.
+fn with(generator: &Generator, params: ParamSet) -> Result<Generator> {
     let mut trained = Generator::new(generator.config.clone(), 0)?;
     trained.params = params;
-    Ok((backbone.to(Device::Cpu, Dtype::F32)?, Memory::Functional(Box::new(trained))))
+    Ok(trained)
 }

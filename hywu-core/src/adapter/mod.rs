@@ -7,7 +7,7 @@
 
 use crate::{AdapterSpec, Checkpoint, Dtype, Error, Header, Result, TensorFile};
 use indexmap::IndexMap;
-use ndarray::{ArrayD, IxDyn};
+use ndarray::{ArrayD, Axis, IxDyn, concatenate};
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 mod average;
@@ -151,12 +151,33 @@ impl Adapter {
     pub fn entry(&self, index: usize) -> Option<Self> {
         let cut = |a: &ArrayD<f32>| {
             let i = isize::try_from(index).ok()?;
-            (index < a.shape()[0]).then(|| a.slice_axis(ndarray::Axis(0), (i..i + 1).into()).to_owned())
+            (index < a.shape()[0]).then(|| a.slice_axis(Axis(0), (i..i + 1).into()).to_owned())
         };
         let mut modules = IndexMap::new();
         for (name, lora) in &self.modules {
             modules.insert(name.clone(), Lora { lora_a: cut(&lora.lora_a)?, lora_b: cut(&lora.lora_b)? });
         }
         Some(Self { modules, scale: self.scale, metadata: self.metadata.clone() })
+    }
+
+    /// One batch of all the instances, in their order, with the scale of the first and no metadata; what [`Adapter::entry`] takes apart.
+    ///
+    /// # Errors
+    /// None given, or adapters of different modules, sizes or scales.
+    pub fn stack(adapters: &[Self]) -> Result<Self> {
+        let first = adapters.first().ok_or_else(|| Error::Adapter("no adapters to stack".into()))?;
+        if adapters.iter().any(|a| a.scale != first.scale || !a.modules.keys().eq(first.modules.keys())) {
+            return Err(Error::Adapter("adapters of different modules or scales can't be stacked".into()));
+        }
+        let mut modules = IndexMap::new();
+        for name in first.modules.keys() {
+            let of = |part: fn(&Lora) -> &ArrayD<f32>| {
+                let parts: Vec<_> =
+                    adapters.iter().filter_map(|a| a.modules.get(name)).map(|l| part(l).view()).collect();
+                concatenate(Axis(0), &parts).map_err(|e| Error::Adapter(format!("`{name}`: {e}")))
+            };
+            modules.insert(name.clone(), Lora { lora_a: of(|l| &l.lora_a)?, lora_b: of(|l| &l.lora_b)? });
+        }
+        Ok(Self { modules, scale: first.scale, metadata: BTreeMap::new() })
     }
 }

@@ -1,6 +1,6 @@
 mod adapters;
 
-use crate::{BackboneConfig, Error, Result, config::Init, text::PAD};
+use crate::{BackboneConfig, Error, Result, config::Init, text::lengths};
 use hywu_core::{Checkpoint, Dtype, Philox, TensorWriter};
 use hywu_kernels::{
     Bound, Device, LoraVars, ParamSet, Tape, Tensor, Var,
@@ -174,8 +174,7 @@ impl Backbone {
         let rotary = self.rotary(0, 0)?;
         let call = Call { tape, bound, adapters: &LoraVars::none() };
         // Padding stays out: it is no key of the tower's attention, and zero where the tower ends.
-        let used = |ids: &[u32]| ids.iter().rposition(|id| *id != PAD).map_or(1, |last| last + 1);
-        let lengths: Vec<usize> = ids.chunks(length).map(used).collect();
+        let lengths = lengths(ids, length);
         for i in 0..c.text_layers {
             let name = format!("{TEXT_LAYERS}{i}");
             x = self.block(&call, &name, &x, &rotary, Sequence::Text(&lengths))?;

@@ -84,8 +84,8 @@ pub(super) fn forgetting(report: &Report) -> Option<Markup> {
     Some(html! {
         p { "Groups of skills are learnt one after the other, each without the data of those before. A line that falls after its group was taught is forgetting." }
         @if !f.lost.is_empty() {
-            (table(&["learner", "lost on earlier groups after the last, dB"], f.lost.iter().map(|(learner, lost)| html! {
-                td { (learner) } (cell(lost, 2, false))
+            (table(&["learner", "lost on earlier groups after the last, dB", "all groups after the last, dB"], f.lost.iter().map(|(learner, lost)| html! {
+                td { (learner) } (cell(lost, 2, false)) @match f.end.get(learner) { Some(end) => (cell(end, 1, false)), None => td {} }
             })))
         }
         (key(learners.iter().enumerate().map(|(k, name)| (colour(k), *name))))

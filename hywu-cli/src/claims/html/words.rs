@@ -170,7 +170,7 @@ pub(super) fn findings(report: &Report) -> Vec<String> {
     }
     if let Some(lost) = &s.forgetting_db {
         said.push(format!(
-            "After all groups of new skills it has lost {} dB on the earlier ones.",
+            "Where it grows by a generator for each group of new skills, it has lost {} dB on the earlier ones after all of them.",
             with_range(lost, 2)
         ));
     }
