@@ -2,6 +2,7 @@
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use std::{
+    cell::RefCell,
     io::IsTerminal,
     time::{Duration, Instant},
 };
@@ -65,6 +66,69 @@ impl Watch {
             bar.finish_and_clear();
         }
         self.start.elapsed()
+    }
+}
+
+/// Steps of work in parts that follow one another, each with a name.
+pub struct Parts {
+    shown: ShownParts,
+    /// The part that is on its way, when it began, and when it was last told of.
+    at: RefCell<Option<(String, Instant, Instant)>>,
+}
+
+enum ShownParts {
+    Bar(ProgressBar),
+    Lines,
+}
+
+impl Parts {
+    /// Work that starts now.
+    pub fn new() -> Self {
+        let shown = if std::io::stderr().is_terminal() {
+            let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}, {eta} left")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            ShownParts::Bar(ProgressBar::new(1).with_style(style))
+        } else {
+            ShownParts::Lines
+        };
+        Self { shown, at: RefCell::new(None) }
+    }
+
+    /// So many steps of this part are done; `note` is what else there is to say of it.
+    pub fn at(&self, part: &str, note: &str, done: u64, total: u64) {
+        let mut at = self.at.borrow_mut();
+        let now = Instant::now();
+        let new = at.as_ref().is_none_or(|(last, ..)| last != part);
+        if new {
+            *at = Some((part.to_owned(), now, now));
+        }
+        let Some((_, start, told)) = &mut *at else { return };
+        match &self.shown {
+            ShownParts::Bar(bar) => {
+                if new {
+                    bar.reset();
+                }
+                bar.set_message(if note.is_empty() { part.to_owned() } else { format!("{part}, {note}") });
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            ShownParts::Lines if new || told.elapsed() >= PAUSE => {
+                *told = now;
+                let left = rest(start.elapsed(), done as f64 / total.max(1) as f64).filter(|_| !new);
+                let left = left.map(|left| format!("{} left", HumanDuration(left)));
+                let notes: Vec<&str> =
+                    [note, left.as_deref().unwrap_or_default()].into_iter().filter(|n| !n.is_empty()).collect();
+                eprintln!("{}", [&[format!("{part}: {done} of {total}").as_str()][..], &notes].concat().join(", "));
+            }
+            ShownParts::Lines => {}
+        }
+    }
+
+    /// It is over, one way or the other.
+    pub fn finish(self) {
+        if let ShownParts::Bar(bar) = self.shown {
+            bar.finish_and_clear();
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     EditBatch, Error, KnownSkill, OwnSkill, Picture, Result, TextEncoder, detail_of, load_picture,
+    own::WORDINGS,
     pixel_position, sizes_of_edits,
     skills::{Edit, Phrasing, SKILLS, combination, damaged},
     thumbnail_of,
@@ -450,7 +451,9 @@ impl EditData {
 
 /// Do they fit, with the words that training puts around them?
 fn check_instructions(text: &TextEncoder, instructions: &[String]) -> Result<()> {
-    instructions.iter().try_for_each(|i| text.encode(i).and(text.encode(&format!("can you {i}"))).map(drop))
+    instructions
+        .iter()
+        .try_for_each(|i| WORDINGS.iter().try_for_each(|w| text.encode(&w.replace("{}", i)).map(drop)))
 }
 
 struct Instance {

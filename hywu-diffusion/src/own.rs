@@ -128,8 +128,19 @@ impl KnownSkill {
     }
 }
 
+/// What may stand around a request. A skill of one's own comes with few phrasings, and the text tower never learnt its words: without
+/// these the edit would depend on how politely it is asked for.
+pub(crate) const WORDINGS: [&str; 6] =
+    ["{}", "can you {}", "could you {}", "i want you to {}", "{} for me", "now {}"];
+
 fn ask(instructions: &[String], random: &mut RandomStream) -> String {
-    reworded(&instructions[random.below(instructions.len())], &[], random)
+    let said = &instructions[random.below(instructions.len())];
+    // With or without a hyphen it is one word.
+    let said = if random.chance(0.25) { said.replace('-', " ") } else { said.clone() };
+    if random.chance(0.5) {
+        return reworded(&said, &[], random);
+    }
+    WORDINGS[random.below(WORDINGS.len())].replace("{}", &said)
 }
 
 /// Name and files of every pair, in the order of the names.

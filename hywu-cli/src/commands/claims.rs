@@ -1,4 +1,4 @@
-use crate::{interrupt, output::say};
+use crate::{interrupt, output::say, progress::Parts};
 use anyhow::Result;
 use clap::Args;
 use hywu::{
@@ -10,8 +10,7 @@ use hywu::{
     model::Model,
 };
 use hywu_kernels::Device;
-use indicatif::{ProgressBar, ProgressStyle};
-use std::{io::IsTerminal, path::PathBuf};
+use std::path::PathBuf;
 
 /// Train HY-WU and what it is compared with from one frozen backbone, and measure what the paper claims
 ///
@@ -50,25 +49,12 @@ pub fn run(args: &ClaimsArgs) -> Result<()> {
         Some(file) => Settings::read(file)?,
         None => Settings::parse(if args.quick { Settings::QUICK } else { Settings::FULL })?,
     };
-    let bar = if std::io::stderr().is_terminal() {
-        let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}, {eta} left")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-        ProgressBar::new(1).with_style(style)
-    } else {
-        ProgressBar::hidden()
-    };
-    let tell = |what: &str, done: u64, total: u64| {
-        if bar.message() != what {
-            bar.reset();
-            bar.set_message(what.to_owned());
-        }
-        bar.set_length(total);
-        bar.set_position(done);
-    };
+    let parts = Parts::new();
+    let tell = |what: &str, done: u64, total: u64| parts.at(what, "", done, total);
     let watch = Watch { stop: &interrupt::requested, tell: &tell };
     let model = args.model.as_ref().map(Model::named).transpose()?;
     let report = measure(&settings, model.as_ref(), &args.photos, &args.heldout, &args.out, device, watch);
-    bar.finish_and_clear();
+    parts.finish();
     print(&report?)?;
     eprintln!("done: {}", args.out.join(html::FILE).display());
     Ok(())

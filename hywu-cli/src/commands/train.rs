@@ -1,10 +1,9 @@
-use crate::interrupt;
+use crate::{interrupt, progress::Parts};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use hywu::train::{ExtensionConfig, Kind, Progress, Run, SkillConfig, TrainConfig};
 use hywu_kernels::Device;
-use indicatif::{ProgressBar, ProgressStyle};
-use std::{io::IsTerminal, ops::ControlFlow, path::PathBuf};
+use std::{ops::ControlFlow, path::PathBuf};
 
 /// Train a backbone, a generator, one shared LoRA, or everything
 #[derive(Args, Debug)]
@@ -75,20 +74,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         run.use_profile()?;
     }
     eprintln!("{}: {} parameters", kind.name(), run.task().params().numel());
-    let bar = if std::io::stderr().is_terminal() {
-        let style = ProgressStyle::with_template("[{bar:30}] step {pos}/{len}, {msg}, {eta} left")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-        ProgressBar::new(1).with_style(style)
-    } else {
-        ProgressBar::hidden()
-    };
+    let parts = Parts::new();
     let result = run.train(&mut |Progress { step, steps, loss, samples_per_second }| {
-        bar.set_length(steps);
-        bar.set_position(step);
-        bar.set_message(format!("loss {loss:.4}, {samples_per_second:.1} samples/s"));
+        parts.at("training", &format!("loss {loss:.4}, {samples_per_second:.1} samples/s"), step, steps);
         if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
-    bar.finish_and_clear();
+    parts.finish();
     result?;
     let waited = 100.0 * run.data_share();
     eprintln!("done: {}; {waited:.1} % of the time waiting for data", args.out.join("model").display());
