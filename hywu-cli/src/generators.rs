@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 pub const MOST: usize = 64;
 /// The tensor and the metadata in the file of a gate.
 const EXAMPLES: &str = "examples";
-const COUNTS: &str = "examples_of_skills";
+const SKILLS: &str = "skills";
 
 /// One generator or, where a model has grown, several: what was learnt later lies in generators of its own, so that nothing learnt
 /// earlier can be lost. A gate sends each instruction to the generator that knows the nearest skill (Expert Gate, arXiv 1611.06194,
@@ -41,16 +41,14 @@ impl Generators {
     /// Generators for `backbone`, of which `info` tells who knows what.
     ///
     /// # Errors
-    /// No generator or more than [`MOST`]; several, and skills that are not in the table or whose generator is not there.
+    /// No generator or more than [`MOST`], a skill whose generator is not there; several, and skills that are not in the table.
     pub fn new(all: Vec<Generator>, info: &ModelInfo, backbone: &Backbone) -> Result<Self> {
-        let count = all.len();
-        ensure!((1..=MOST).contains(&count), "{count} generators; a model has 1 to {MOST}");
-        if count == 1 {
-            return Ok(Self { all, gate: None });
+        if all.len() == 1 {
+            return Self::gated(all, info, None);
         }
         let text = TextEncoder::bundled(backbone.config.text_len)?;
         let router = Router::new(&info.known_skills()?, backbone, &text)?;
-        Self::gated(all, info, router)
+        Self::gated(all, info, Some(router))
     }
 
     /// Reads the folders of a model's generators, and the file of their gate where there are several.
@@ -59,47 +57,50 @@ impl Generators {
     /// Files that are missing, damaged or don't belong together; as [`Generators::new`].
     pub fn load(folders: &[PathBuf], gate: &Path, info: &ModelInfo, backbone: &Backbone) -> Result<Self> {
         let all = folders.iter().map(|f| Ok(Generator::load(f)?)).collect::<Result<Vec<_>>>()?;
-        if all.len() <= 1 {
-            return Self::new(all, info, backbone);
+        if all.len() == 1 {
+            ensure!(!gate.exists(), "{}: a gate, and one generator alone", gate.display());
+            return Self::gated(all, info, None);
         }
         let file = Checkpoint::open(gate)?;
-        let counts =
-            file.metadata().get(COUNTS).with_context(|| format!("{}: no `{COUNTS}`", gate.display()))?;
         let read = || -> Result<Router> {
-            let counts: Vec<usize> = serde_json::from_str(counts)?;
-            ensure!(
-                counts.len() == info.skills.len(),
-                "{} skills, {INFO} has {}",
-                counts.len(),
-                info.skills.len()
-            );
+            let skills =
+                file.metadata().get(SKILLS).with_context(|| format!("no `{SKILLS}` in the metadata"))?;
+            let skills: Vec<(String, usize)> =
+                serde_json::from_str(skills).with_context(|| format!("`{SKILLS}` in the metadata"))?;
+            let same = skills.iter().map(|(name, _)| name).eq(info.skills.iter().map(|skill| &skill.name));
+            ensure!(same, "the gate tells other skills apart than {INFO} lists");
             let examples = Tensor::from_array(&file.read(EXAMPLES)?);
-            Ok(Router::from_examples(examples, counts, backbone)?)
+            let counts = skills.into_iter().map(|(_, count)| count).collect();
+            Ok(Router::from_examples(&examples, counts, backbone)?)
         };
-        Self::gated(all, info, read().with_context(|| gate.display().to_string())?)
+        Self::gated(all, info, Some(read().with_context(|| gate.display().to_string())?))
     }
 
-    fn gated(all: Vec<Generator>, info: &ModelInfo, router: Router) -> Result<Self> {
+    fn gated(all: Vec<Generator>, info: &ModelInfo, router: Option<Router>) -> Result<Self> {
         let count = all.len();
-        ensure!(!info.skills.is_empty(), "{count} generators, and {INFO} does not tell which knows what");
+        ensure!((1..=MOST).contains(&count), "{count} generators; a model has 1 to {MOST}");
+        ensure!(
+            router.is_none() || !info.skills.is_empty(),
+            "{count} generators, and {INFO} does not tell which knows what"
+        );
         for skill in &info.skills {
             let (name, of) = (&skill.name, skill.generator);
             ensure!((1..=count).contains(&of), "the skill {name:?} is in generator {of}; there are {count}");
         }
         let of = info.skills.iter().map(|skill| skill.generator - 1).collect();
-        Ok(Self { all, gate: Some(Gate { router, of }) })
+        Ok(Self { all, gate: router.map(|router| Gate { router, of }) })
     }
 
-    /// Writes the file of the gate, if there is one.
+    /// Writes the file of the gate, if there is one, for a model with this `info`.
     ///
     /// # Errors
     /// A file that can't be written.
-    pub fn save_gate(&self, file: &Path) -> Result<()> {
+    pub fn save_gate(&self, file: &Path, info: &ModelInfo) -> Result<()> {
         if let Some(Gate { router, .. }) = &self.gate {
+            let skills: Vec<_> = info.skills.iter().map(|skill| &skill.name).zip(router.counts()).collect();
             let (mut writer, examples) = (TensorWriter::new(), router.examples());
-            // Directions: more digits would tell nothing apart.
             writer.add(EXAMPLES, examples.shape(), examples.data(), Dtype::F16);
-            writer.meta(COUNTS, serde_json::to_string(router.counts())?);
+            writer.meta(SKILLS, serde_json::to_string(&skills)?);
             writer.write(file)?;
         }
         Ok(())
@@ -123,32 +124,43 @@ impl Generators {
         self.all.last().context("a model without a generator")
     }
 
-    /// The place of the generator that answers each instruction; `ids` [instructions * text_len].
+    /// Which generator answers each instruction, by its place in [`Generators::all`]; `ids` [instructions * text_len].
     ///
     /// # Errors
     /// Ids that don't fit the backbone, which is that of the model; those of the device.
     pub fn choose(&self, backbone: &Backbone, ids: &[u32]) -> Result<Vec<usize>> {
+        let length = backbone.config.text_len;
+        ensure!(ids.len().is_multiple_of(length), "{} token ids, expected a multiple of {length}", ids.len());
         Ok(match &self.gate {
-            None => vec![0; ids.len() / backbone.config.text_len],
+            None => vec![0; ids.len() / length],
             Some(Gate { router, of }) => {
                 router.nearest(backbone, ids)?.into_iter().map(|skill| of[skill]).collect()
             }
         })
     }
 
+    /// The generator that answers one instruction, and its place in [`Generators::all`]; `ids` [text_len].
+    ///
+    /// # Errors
+    /// As [`Generators::choose`]; no instruction.
+    pub fn answering(&self, backbone: &Backbone, ids: &[u32]) -> Result<(usize, &Generator)> {
+        let chosen = self.choose(backbone, ids)?.first().copied();
+        chosen.and_then(|place| Some((place, self.all.get(place)?))).context("no instruction")
+    }
+
     /// The adapters of a batch: `condition` [instances, 1, length, width] and `ids` [instances * text_len].
     ///
     /// # Errors
-    /// As [`Generator::generate`] and [`Generators::choose`].
+    /// As [`Generator::generate`] and [`Generators::choose`]; another number of conditions than of instructions.
     pub fn generate(&self, backbone: &Backbone, condition: &Tensor, ids: &[u32]) -> Result<Adapter> {
         self.each(backbone, condition, ids, |generator, condition| Ok(generator.generate(condition)?))
     }
 
-    /// The same with the arithmetic of training, so that a learner that has learnt nothing answers alike, bit for bit.
+    /// The same with the arithmetic of training, so that a learner that has learnt nothing answers like its teacher.
     ///
     /// # Errors
-    /// As [`Generator::forward`] and [`Generators::choose`].
-    pub fn teach(&self, backbone: &Backbone, condition: &Tensor, ids: &[u32]) -> Result<Adapter> {
+    /// As [`Generators::generate`].
+    pub fn answer(&self, backbone: &Backbone, condition: &Tensor, ids: &[u32]) -> Result<Adapter> {
         self.each(backbone, condition, ids, |generator, condition| {
             let tape = Tape::inference();
             let bound = generator.params.bind(&tape, false)?;
@@ -156,7 +168,7 @@ impl Generators {
         })
     }
 
-    /// What the chosen generator makes of each instance; all at once where it is one for all.
+    /// What the generators make of a batch, each of all the instances that are its own at once.
     fn each(
         &self,
         backbone: &Backbone,
@@ -165,19 +177,28 @@ impl Generators {
         make: impl Fn(&Generator, &Tensor) -> Result<Adapter>,
     ) -> Result<Adapter> {
         let chosen = self.choose(backbone, ids)?;
-        if let Some(&first) = chosen.first()
-            && chosen.iter().all(|of| *of == first)
-        {
-            return make(&self.all[first], condition);
+        let (mut shape, instances) = (condition.shape().to_vec(), chosen.len());
+        ensure!(
+            instances > 0 && shape.first() == Some(&instances),
+            "a condition of {shape:?} for {instances} instructions"
+        );
+        if let Some(one) = self.all.get(chosen[0]).filter(|_| chosen.iter().all(|of| *of == chosen[0])) {
+            return make(one, condition);
         }
         let host = condition.to_host()?;
-        let (mut shape, size) = (condition.shape().to_vec(), host.numel() / chosen.len().max(1));
-        shape[0] = 1;
-        let mut made = Vec::new();
-        for (of, values) in chosen.into_iter().zip(host.data().chunks(size.max(1))) {
-            made.push(make(&self.all[of], &Tensor::new(&shape, values.to_vec())?)?);
+        let values = |i: &usize| host.data().chunks(host.numel() / instances).nth(*i).unwrap_or_default();
+        let mut made: Vec<Option<Adapter>> = vec![None; instances];
+        for (place, generator) in self.all.iter().enumerate() {
+            let own: Vec<usize> = (0..instances).filter(|i| chosen[*i] == place).collect();
+            if own.is_empty() {
+                continue;
+            }
+            shape[0] = own.len();
+            let condition = Tensor::new(&shape, own.iter().map(values).collect::<Vec<_>>().concat())?;
+            let adapters = make(generator, &condition)?;
+            own.into_iter().enumerate().for_each(|(entry, i)| made[i] = adapters.entry(entry));
         }
-        Ok(Adapter::stack(&made)?)
+        Ok(Adapter::stack(&made.into_iter().flatten().collect::<Vec<_>>())?)
     }
 
     /// The same on a device, computing in `dtype` there (on the CPU f32).

@@ -1,8 +1,9 @@
 //! A model: frozen backbone, what writes its adapters, and where it all comes from.
 //!
 //! A model folder holds `model.json`, `backbone.safetensors` and, depending on how it was trained, `generator/` (config.json and
-//! model.safetensors; where it has grown also `generator-2/` and on, and `gate.safetensors`) or `lora.safetensors` (one adapter for everything). It appears whole, in place of an older one. Whoever reads it
-//! in that moment finds by the hash in `model.json` that its files don't belong together.
+//! model.safetensors) or `lora.safetensors` (one adapter for everything). One that has grown also holds `generator-2/` and on, and
+//! `gate.safetensors`. A folder appears whole, in place of an older one. Whoever reads it in that moment finds by the hash in
+//! `model.json` that its files don't belong together.
 
 use crate::{
     generators::{Generators, MOST},
@@ -12,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter, replace_folder_atomic};
 use hywu_diffusion::{Backbone, EditData, KnownSkill, TextEncoder, skills::Skill};
 use hywu_generator::{Generator, GeneratorConfig};
-use hywu_kernels::Device;
+use hywu_kernels::{Device, ParamSet};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -204,8 +205,12 @@ impl Model {
     /// What lies beside `model.json`.
     fn read(folder: &Path, info: ModelInfo) -> Result<Self> {
         let backbone = Backbone::load(&Checkpoint::open(folder.join(BACKBONE))?, TextEncoder::table()?)?;
+        let is_there = |name: &String| folder.join(name).is_dir();
         let folders: Vec<PathBuf> =
-            generator_names().map(|name| folder.join(name)).take_while(|folder| folder.is_dir()).collect();
+            generator_names().filter(is_there).map(|name| folder.join(name)).collect();
+        if let Some(missing) = generator_names().take(folders.len()).find(|name| !is_there(name)) {
+            bail!("{}: there are {} generators, but no {missing}/", folder.display(), folders.len());
+        }
         let lora = folder.join(LORA);
         let memory = match (folders.is_empty(), lora.is_file()) {
             (false, true) => bail!("{}: both {GENERATOR}/ and {LORA}; one is expected", folder.display()),
@@ -287,8 +292,8 @@ impl Model {
         Ok(Self { backbone, memory, ..self })
     }
 
-    /// Writes a model folder that [`Model::load`] reads; weights in `dtype`. It appears whole, in place of an older model if there is
-    /// one.
+    /// Writes a model folder that [`Model::load`] reads; weights in `dtype`, but those of a grown model's backbone and older generators
+    /// in f32 where `dtype` would change them. It appears whole, in place of an older model if there is one.
     ///
     /// # Errors
     /// A folder that can't be written, or that holds something other than a model; it is then as it was.
@@ -300,17 +305,24 @@ impl Model {
 
     /// The files of a model.
     fn write(&self, folder: &Path, dtype: Dtype) -> Result<()> {
+        // What a model knew before it grew stays as it is to the bit, also where that takes more room.
+        let grown = matches!(&self.memory, Memory::Functional(generators) if generators.all().len() > 1);
+        let exact = |params: &ParamSet| -> Result<Dtype> {
+            Ok(if grown && !survives(params, dtype)? { Dtype::F32 } else { dtype })
+        };
         let mut writer = TensorWriter::new();
-        self.backbone.store(&mut writer, dtype)?;
+        self.backbone.store(&mut writer, exact(&self.backbone.params)?)?;
         writer.write(folder.join(BACKBONE))?;
         match &self.memory {
             Memory::None => {}
             Memory::Static(adapter) => adapter.save(folder.join(LORA))?,
             Memory::Functional(generators) => {
                 for (name, generator) in generator_names().zip(generators.all()) {
+                    let newest = std::ptr::eq(generator, generators.newest()?);
+                    let dtype = if newest { dtype } else { exact(&generator.params)? };
                     generator.save(folder.join(name), dtype)?;
                 }
-                generators.save_gate(&folder.join(GATE))?;
+                generators.save_gate(&folder.join(GATE), &self.info)?;
             }
         }
         // The hash of what a reader will find: `dtype` may have rounded the weights.
@@ -320,6 +332,12 @@ impl Model {
         hywu_core::write_atomic(folder.join(INFO), |w| w.write_all(&text))?;
         Ok(())
     }
+}
+
+/// Are all these weights the same in `dtype`?
+fn survives(params: &ParamSet, dtype: Dtype) -> Result<bool> {
+    let host = params.to(Device::Cpu, Dtype::F32)?;
+    Ok(host.iter().all(|(_, tensor)| tensor.data().iter().all(|&v| dtype.round(v) == v)))
 }
 
 /// Folders of a model's generators, in the order in which they were trained.

@@ -4,7 +4,7 @@ use crate::{
     cache::{AdapterCache, CacheKey},
     hash::of_picture,
     model::{Memory, Model},
-    provenance::{PROGRAM, stamp},
+    provenance::{GENERATOR, PROGRAM, stamp},
 };
 use anyhow::{Result, ensure};
 use hywu_core::{Adapter, ApplyResult};
@@ -139,10 +139,11 @@ impl Editor {
             Memory::Functional(generators) => generators,
         };
         let ids = self.model.text.encode(instruction)?;
+        let (chosen, generator) = generators.answering(&self.model.backbone, &ids)?;
         let source = of_picture(picture);
         let mut warnings = Vec::new();
         let kept = match &self.cache {
-            Some(cache) => Some((cache, self.key(generators.newest()?, &source, &ids)?)),
+            Some(cache) => Some((cache, self.key(&source, &ids)?)),
             None => None,
         };
         let found = kept.as_ref().and_then(|(cache, key)| {
@@ -152,14 +153,18 @@ impl Editor {
             })
         });
         // Other words of the same tokens find the same entry, so what was asked is told anew.
-        let stamp = |adapter: &mut Adapter| stamp(adapter, &self.model, instruction, &source, seed);
+        let stamp = |adapter: &mut Adapter| {
+            stamp(adapter, &self.model, instruction, &source, seed);
+            if generators.all().len() > 1 {
+                adapter.metadata.insert(GENERATOR.into(), (chosen + 1).to_string());
+            }
+        };
         if let Some(mut adapter) = found {
             stamp(&mut adapter);
             return Ok(Some(Recalled { adapter, origin: Origin::Cached, warnings }));
         }
         let condition = condition_of(&self.model.backbone, picture, &ids)?;
-        let chosen = generators.choose(&self.model.backbone, &ids)?[0];
-        let mut adapter = self.inference(&generators.all()[chosen], chosen)?.generate(&condition)?;
+        let mut adapter = self.inference(chosen, generator)?.generate(&condition)?;
         stamp(&mut adapter);
         if let Some((cache, key)) = kept
             && let Err(e) = cache.put(&key, &adapter)
@@ -170,7 +175,7 @@ impl Editor {
     }
 
     /// The model does not change while it is the editor's, so one of each generator, told by its place, serves all calls.
-    fn inference(&self, generator: &Generator, place: usize) -> Result<&Inference> {
+    fn inference(&self, place: usize, generator: &Generator) -> Result<&Inference> {
         if let Some(made) = self.inference[place].get() {
             return Ok(made);
         }
@@ -179,8 +184,8 @@ impl Editor {
     }
 
     /// Of all that a generated adapter depends on, the arithmetic of the machine too, so that a hit has the bits of a fresh one.
-    fn key(&self, generator: &Generator, source: &str, ids: &[u32]) -> Result<CacheKey> {
-        let params = &generator.params;
+    fn key(&self, source: &str, ids: &[u32]) -> Result<CacheKey> {
+        let params = &self.model.backbone.params;
         let device = match params.device().properties()? {
             None => format!("cpu {}", hywu_kernels::simd_level()),
             Some(p) => format!("{} {:?} {:?}", p.name, p.capability, params.dtype()),

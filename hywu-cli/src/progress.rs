@@ -71,64 +71,84 @@ impl Watch {
 
 /// Steps of work in parts that follow one another, each with a name.
 pub struct Parts {
-    shown: ShownParts,
-    /// The part that is on its way, when it began, and when it was last told of.
-    at: RefCell<Option<(String, Instant, Instant)>>,
+    bar: Option<ProgressBar>,
+    at: RefCell<Option<Part>>,
 }
 
-enum ShownParts {
-    Bar(ProgressBar),
-    Lines,
+/// A part that is on its way.
+struct Part {
+    name: String,
+    pace: Pace,
+    /// When it was last told of.
+    told: Instant,
 }
 
 impl Parts {
     /// Work that starts now.
     pub fn new() -> Self {
-        let shown = if std::io::stderr().is_terminal() {
-            let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}, {eta} left")
-                .unwrap_or_else(|_| ProgressStyle::default_bar());
-            ShownParts::Bar(ProgressBar::new(1).with_style(style))
-        } else {
-            ShownParts::Lines
-        };
-        Self { shown, at: RefCell::new(None) }
+        let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(1).with_style(style));
+        Self { bar, at: RefCell::new(None) }
     }
 
     /// So many steps of this part are done; `note` is what else there is to say of it.
     pub fn at(&self, part: &str, note: &str, done: u64, total: u64) {
-        let mut at = self.at.borrow_mut();
-        let now = Instant::now();
-        let new = at.as_ref().is_none_or(|(last, ..)| last != part);
-        if new {
-            *at = Some((part.to_owned(), now, now));
+        let (mut at, now) = (self.at.borrow_mut(), Instant::now());
+        let known = at.take().filter(|known| known.name == part && known.pace.goes_on(done));
+        let new = known.is_none();
+        let mut part =
+            known.unwrap_or_else(|| Part { name: part.to_owned(), pace: Pace::new(done, now), told: now });
+        let left = part.pace.rest(done, total, now).map(|left| format!("{} left", HumanDuration(left)));
+        let words = [note, left.as_deref().unwrap_or_default()];
+        let words: String = words.into_iter().filter(|w| !w.is_empty()).map(|w| format!(", {w}")).collect();
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("{}{words}", part.name));
+            bar.set_length(total);
+            bar.set_position(done);
+        } else if new || now - part.told >= PAUSE {
+            part.told = now;
+            eprintln!("{}: {done} of {total}{words}", part.name);
         }
-        let Some((_, start, told)) = &mut *at else { return };
-        match &self.shown {
-            ShownParts::Bar(bar) => {
-                if new {
-                    bar.reset();
-                }
-                bar.set_message(if note.is_empty() { part.to_owned() } else { format!("{part}, {note}") });
-                bar.set_length(total);
-                bar.set_position(done);
-            }
-            ShownParts::Lines if new || told.elapsed() >= PAUSE => {
-                *told = now;
-                let left = rest(start.elapsed(), done as f64 / total.max(1) as f64).filter(|_| !new);
-                let left = left.map(|left| format!("{} left", HumanDuration(left)));
-                let notes: Vec<&str> =
-                    [note, left.as_deref().unwrap_or_default()].into_iter().filter(|n| !n.is_empty()).collect();
-                eprintln!("{}", [&[format!("{part}: {done} of {total}").as_str()][..], &notes].concat().join(", "));
-            }
-            ShownParts::Lines => {}
-        }
+        *at = Some(part);
     }
 
     /// It is over, one way or the other.
     pub fn finish(self) {
-        if let ShownParts::Bar(bar) = self.shown {
+        if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// How fast steps follow one another.
+struct Pace {
+    /// Steps that were done when the clock started: a run may have been resumed.
+    first: u64,
+    start: Instant,
+    last: u64,
+}
+
+impl Pace {
+    fn new(done: u64, now: Instant) -> Self {
+        Self { first: done, start: now, last: done }
+    }
+
+    /// Not where a part of the same name has begun anew.
+    fn goes_on(&self, done: u64) -> bool {
+        done >= self.last
+    }
+
+    /// How long the rest takes; nobody knows before the first step.
+    fn rest(&mut self, done: u64, total: u64, now: Instant) -> Option<Duration> {
+        self.last = done;
+        // What comes before the first step is none.
+        if done <= self.first {
+            (self.first, self.start) = (done, now);
+            return None;
+        }
+        let share = (done - self.first) as f64 / total.saturating_sub(self.first).max(1) as f64;
+        rest(now - self.start, share)
     }
 }
 
@@ -156,8 +176,8 @@ fn rest(taken: Duration, share: f64) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use super::rest;
-    use std::time::Duration;
+    use super::{Pace, rest};
+    use std::time::{Duration, Instant};
 
     #[test]
     fn the_rest_takes_as_long_as_what_was_done() {
@@ -170,5 +190,15 @@ mod tests {
         assert_eq!(rest(seconds(30), 0.0), None);
         assert!(rest(seconds(30), 1.0 + 1e-12).is_none_or(|left| left < seconds(1)));
         assert_eq!(rest(seconds(30), f64::NAN), None);
+    }
+
+    #[test]
+    fn the_pace_is_that_of_the_steps_since_the_start() {
+        let (start, seconds) = (Instant::now(), Duration::from_secs);
+        let mut pace = Pace::new(200, start);
+        // A minute passes before the first step of a resumed run.
+        assert_eq!(pace.rest(200, 300, start + seconds(60)), None);
+        assert_eq!(pace.rest(225, 300, start + seconds(70)), Some(seconds(30)));
+        assert!(pace.goes_on(225) && !pace.goes_on(1));
     }
 }

@@ -12,6 +12,8 @@ pub const MODEL: &str = "model";
 ///
 /// [`of_checkpoint`]: crate::hash::of_checkpoint
 pub const MODEL_HASH: &str = "model_hash";
+/// Metadata key: which generator of a model that has several wrote it, from 1 on.
+pub const GENERATOR: &str = "generator";
 /// Metadata key: the instruction as it was given.
 pub const INSTRUCTION: &str = "instruction";
 /// Metadata key: [`hash::of_picture`](crate::hash::of_picture) of the source picture.

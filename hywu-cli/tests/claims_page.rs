@@ -144,7 +144,8 @@ fn report(folder: &Path, lead: f64) -> Report {
         ("full fine-tuning", 2.0),
         ("shared LoRA", 1.5),
         ("HY-WU in sequence", 1.0),
-        ("HY-WU with rehearsal", 0.05),
+        ("HY-WU with rehearsal", 0.2),
+        ("HY-WU growing", 0.05),
     ];
     let mut rows = Vec::new();
     for (learner, fall) in learners {
@@ -157,6 +158,7 @@ fn report(folder: &Path, lead: f64) -> Report {
     }
     let lost: IndexMap<String, Interval> =
         learners.iter().map(|(l, fall)| ((*l).to_owned(), around(fall * 2.0, 0.2))).collect();
+    let end = lost.keys().map(|l| (l.clone(), around(29.0, 0.4))).collect();
     let photo = load_picture(Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples/astronaut.png"))
         .expect("the sample");
     let photo = photo.resize(192, 192);
@@ -260,7 +262,7 @@ fn report(folder: &Path, lead: f64) -> Report {
                 edit_mb: None,
             })
             .into(),
-        forgetting: Some(Forgetting { groups, rows, end: lost.clone(), lost }),
+        forgetting: Some(Forgetting { groups, rows, end, lost }),
         adapters,
         structure,
         hidden: hidden.into(),

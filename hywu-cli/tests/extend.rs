@@ -2,12 +2,15 @@
 
 use assert_cmd::Command;
 use hywu::{
-    model::{Model, ModelInfo},
+    model::{Memory, Model, ModelInfo},
     pipeline::{EditOptions, Editor},
-    train::{ExtensionConfig, Kind, Progress, Run, SkillConfig, TrainConfig},
+    train::{ExtensionConfig, Kind, Progress, Run, SaveAs, SkillConfig, TrainConfig},
 };
-use hywu_diffusion::{Picture, SampleOptions, load_picture, save_picture, skills::filters::colours};
-use hywu_kernels::Device;
+use hywu_core::{Checkpoint, Dtype, TensorWriter};
+use hywu_diffusion::{
+    Picture, SampleOptions, condition_of, load_picture, save_picture, skills::filters::colours,
+};
+use hywu_kernels::{Device, Tensor};
 use predicates::str::contains;
 use std::{
     fs,
@@ -160,15 +163,37 @@ fn rehearsal_keeps_old_edits_closer_than_plain_training() {
     assert_eq!(info.skills[3].instructions, ["swap the channels", "exchange red and blue"]);
 }
 
+/// A grown model's training: it looks after what is there however small it stores the rest.
+fn growing(parent: &Path, pairs: &Path, steps: u64, share: f32) -> TrainConfig {
+    let extension_of = Some(ExtensionConfig { grow: true, share, weight: 1.0 });
+    TrainConfig { extension: extension_of, save_as: SaveAs::F16, ..extension(parent, pairs, steps, share) }
+}
+
+/// As [`growing`], but sepia instead of the pairs.
+fn growing_sepia(parent: &Path, pairs: &Path, share: f32) -> TrainConfig {
+    let data = TrainConfig::parse(&config(20, r#""sepia""#)).expect("good").data;
+    TrainConfig { skill: Vec::new(), data, ..growing(parent, pairs, 20, share) }
+}
+
+fn skills(model: &Path) -> Vec<(String, usize)> {
+    let skills = ModelInfo::read(model).expect("written").skills;
+    skills.into_iter().map(|s| (s.name, s.generator)).collect()
+}
+
+fn file(model: &Path, name: &str) -> Vec<u8> {
+    fs::read(model.join(name)).expect("written")
+}
+
 #[test]
 fn a_model_that_grows_loses_nothing() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (parent, pairs) = (parent(dir.path()), pairs(dir.path()));
     let grown = dir.path().join("grown");
-    let grow = |share: f32| Some(ExtensionConfig { grow: true, share, weight: 1.0 });
-    let swap = TrainConfig { extension: grow(0.0), ..extension(&parent, &pairs, 60, 0.0) };
-    train(Kind::Generator, swap, &grown, u64::MAX, false).expect("a run");
+    train(Kind::Generator, growing(&parent, &pairs, 60, 0.0), &grown, u64::MAX, false).expect("a run");
     let grown = grown.join("model");
+    for kept in ["backbone.safetensors", "generator/model.safetensors", "generator/config.json"] {
+        assert!(file(&parent, kept) == file(&grown, kept), "{kept}");
+    }
     let photo = load_picture(samples().join("chelsea.png")).expect("a sample").resize(64, 64);
     let [new, old] = ["exchange red and blue", "invert the colors"];
     assert!(edit(&parent, &photo, old).rgb == edit(&grown, &photo, old).rgb);
@@ -176,59 +201,135 @@ fn a_model_that_grows_loses_nothing() {
     let [before, after] = [&parent, &grown].map(|model| distance(&truth, &edit(model, &photo, new)));
     assert!(after < before, "{before} -> {after}");
     // Once more, from the grown one and rehearsing it: each generator answers for its own.
-    let sepia = || TrainConfig {
-        skill: Vec::new(),
-        data: TrainConfig::parse(&config(20, r#""sepia""#)).expect("good").data,
-        extension: grow(0.5),
-        ..extension(&grown, &pairs, 20, 0.5)
-    };
     let twice = dir.path().join("twice");
-    train(Kind::Generator, sepia(), &twice, u64::MAX, false).expect("a run");
+    train(Kind::Generator, growing_sepia(&grown, &pairs, 0.5), &twice, u64::MAX, false).expect("a run");
     let twice = twice.join("model");
     for known in [old, new] {
         assert!(edit(&grown, &photo, known).rgb == edit(&twice, &photo, known).rgb, "{known}");
     }
     assert!(edit(&grown, &photo, "make it sepia").rgb != edit(&twice, &photo, "make it sepia").rgb);
-    let places = |model: &Path| -> Vec<(String, usize)> {
-        let skills = ModelInfo::read(model).expect("written").skills;
-        skills.into_iter().map(|s| (s.name, s.generator)).collect()
-    };
     let known = [("brighter", 1), ("keep", 1), ("invert", 1), ("swap", 2), ("sepia", 3)];
-    assert_eq!(places(&twice), known.map(|(name, of)| (name.to_owned(), of)));
-    // All of them taught to one again: only rehearsal keeps them there.
+    assert_eq!(skills(&twice), known.map(|(name, of)| (name.to_owned(), of)));
+    // All of them taught to one again, in the place of the others.
     let one = dir.path().join("one");
-    let extension = Some(ExtensionConfig { grow: false, share: 0.5, weight: 1.0 });
-    let taught = TrainConfig { extension, start_from: Some(twice.clone()), ..sepia() };
+    let taught = TrainConfig {
+        extension: Some(ExtensionConfig { grow: false, share: 0.5, weight: 1.0 }),
+        ..growing_sepia(&twice, &pairs, 0.5)
+    };
     train(Kind::Generator, taught, &one, u64::MAX, false).expect("a run");
-    assert!(places(&one.join("model")).iter().all(|(_, of)| *of == 1));
-    assert!(!one.join("model/generator-2").exists() && !one.join("model/gate.safetensors").exists());
+    let one = one.join("model");
+    assert!(skills(&one).iter().all(|(_, of)| *of == 1));
+    Model::load(&one).expect("a model").save(&twice, Dtype::F32).expect("writable");
+    for gone in ["generator-2", "generator-3", "gate.safetensors"] {
+        assert!(!one.join(gone).exists() && !twice.join(gone).exists(), "{gone}");
+    }
+}
 
+#[test]
+fn several_generators_answer_a_batch_in_its_order() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (parent, pairs) = (parent(dir.path()), pairs(dir.path()));
+    let grown = dir.path().join("grown");
+    train(Kind::Generator, growing(&parent, &pairs, 5, 0.0), &grown, u64::MAX, false).expect("a run");
+    let editor = Editor::new(Model::load(grown.join("model")).expect("a model"));
+    let model = editor.model();
+    let Memory::Functional(generators) = &model.memory else { panic!("no generators") };
+    let photo = load_picture(samples().join("chelsea.png")).expect("a sample").resize(64, 64);
+    let asked = ["invert it", "swap the channels", "make it brighter", "exchange red and blue"];
+    let ids: Vec<Vec<u32>> = asked.iter().map(|words| model.text.encode(words).expect("short")).collect();
+    let condition = |ids: &Vec<u32>| condition_of(&model.backbone, &photo, ids).expect("a condition");
+    let alone: Vec<Tensor> = ids.iter().map(condition).collect();
+    let mut shape = alone[0].shape().to_vec();
+    shape[0] = asked.len();
+    let values = alone.iter().flat_map(|c| c.data().to_vec()).collect();
+    let all = Tensor::new(&shape, values).expect("they fit");
+    let batch = generators.generate(&model.backbone, &all, &ids.concat()).expect("adapters");
+    assert_eq!(generators.choose(&model.backbone, &ids.concat()).expect("they fit"), [0, 1, 0, 1]);
+    for (i, words) in asked.into_iter().enumerate() {
+        let single = editor.recall(&photo, words, 0).expect("an adapter").expect("a generator").adapter;
+        assert_eq!(single.metadata["generator"], ["1", "2"][i % 2]);
+        let entry = batch.entry(i).expect("there");
+        for (name, lora) in &single.modules {
+            for (a, b) in
+                [(&lora.lora_a, &entry.modules[name].lora_a), (&lora.lora_b, &entry.modules[name].lora_b)]
+            {
+                assert!(
+                    a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + b.abs())),
+                    "{words}: {name}"
+                );
+            }
+        }
+    }
+    let error = generators.generate(&model.backbone, &alone[0], &ids.concat()).expect_err("one of four");
+    assert!(error.to_string().contains("for 4 instructions"), "{error:#}");
+    assert!(generators.choose(&model.backbone, &ids[0][1..]).is_err());
+}
+
+#[test]
+fn parts_of_a_grown_model_that_do_not_fit_are_told() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (parent, pairs) = (parent(dir.path()), pairs(dir.path()));
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    train(Kind::Generator, growing(&parent, &pairs, 2, 0.0), &first, u64::MAX, false).expect("a run");
+    train(Kind::Generator, growing_sepia(&first.join("model"), &pairs, 0.0), &second, u64::MAX, false)
+        .expect("a run");
+    let (once, model) = (first.join("model"), second.join("model"));
     let refused = |message: &str| {
-        let error = Model::load(&twice).err().expect("refused");
+        let error = Model::load(&model).err().expect("refused");
         assert!(format!("{error:#}").contains(message), "{error:#}");
     };
-    let gate = fs::read(twice.join("gate.safetensors")).expect("written");
-    fs::remove_file(twice.join("gate.safetensors")).expect("there");
+    let (gate, info) = (model.join("gate.safetensors"), model.join("model.json"));
+    let (gate_was, info_was) = (file(&model, "gate.safetensors"), file(&model, "model.json"));
+    fs::remove_file(&gate).expect("there");
     refused("gate.safetensors");
-    fs::copy(grown.join("gate.safetensors"), twice.join("gate.safetensors")).expect("writable");
-    refused("gate.safetensors: 4 skills, model.json has 5");
-    fs::write(twice.join("gate.safetensors"), &gate).expect("writable");
-    let info = fs::read_to_string(twice.join("model.json")).expect("written");
-    fs::write(twice.join("model.json"), info.replace("\"generator\": 3", "\"generator\": 2"))
-        .expect("writable");
+    fs::copy(once.join("gate.safetensors"), &gate).expect("writable");
+    refused("gate.safetensors: the gate tells other skills apart than model.json lists");
+    // Counts that don't add up, or overflow.
+    let examples =
+        Checkpoint::open(&once.join("gate.safetensors")).expect("written").read("examples").expect("f16");
+    for count in [1, usize::MAX] {
+        let names = ["brighter", "keep", "invert", "swap", "sepia"].map(|name| (name, count));
+        let mut writer = TensorWriter::new();
+        writer.add("examples", examples.shape(), examples.as_slice().expect("whole"), Dtype::F16);
+        writer.meta("skills", serde_json::to_string(&names).expect("plain"));
+        writer.write(&gate).expect("writable");
+        refused("gate.safetensors: router: examples");
+    }
+    fs::write(&gate, &gate_was).expect("writable");
+    let text = String::from_utf8(info_was.clone()).expect("JSON");
+    let with = |number: usize| text.replace("\"generator\": 3", &format!("\"generator\": {number}"));
+    fs::write(&info, with(2)).expect("writable");
     refused("its files are not those");
-    fs::write(twice.join("model.json"), info.replace("\"generator\": 3", "\"generator\": 4"))
-        .expect("writable");
-    refused("\"sepia\" is in generator 4; there are 3");
-    fs::write(twice.join("model.json"), info).expect("writable");
-    fs::rename(twice.join("generator-3"), dir.path().join("elsewhere")).expect("there");
+    for number in [0, 4] {
+        fs::write(&info, with(number)).expect("writable");
+        refused(&format!("\"sepia\" is in generator {number}; there are 3"));
+    }
+    fs::write(&info, &info_was).expect("writable");
+    let [away, third] = [dir.path().join("away"), model.join("generator-3")];
+    fs::rename(&third, &away).expect("there");
     refused("\"sepia\" is in generator 3; there are 2");
+    fs::rename(model.join("generator-2"), &third).expect("there");
+    refused("there are 2 generators, but no generator-2/");
+    fs::remove_dir_all(&third).expect("there");
+    refused("a gate, and one generator alone");
+    fs::remove_file(&gate).expect("there");
+    refused("\"swap\" is in generator 2; there are 1");
 }
 
 #[test]
 fn an_extension_that_was_stopped_goes_on_bit_for_bit() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (parent, pairs) = (parent(dir.path()), pairs(dir.path()));
+    for share in [0.0, 0.5] {
+        let growing = || growing(&parent, &pairs, 5, share);
+        let [whole, cut] = ["whole", "cut"].map(|name| dir.path().join(format!("{name}-{share}")));
+        train(Kind::Generator, growing(), &whole, u64::MAX, false).expect("a run");
+        train(Kind::Generator, growing(), &cut, 2, false).expect_err("stopped");
+        train(Kind::Generator, growing(), &cut, u64::MAX, true).expect("the rest");
+        for part in ["state.safetensors", "model/gate.safetensors", "model/generator-2/model.safetensors"] {
+            assert!(file(&whole, part) == file(&cut, part), "{part}, share {share}");
+        }
+    }
     let extension = || extension(&parent, &pairs, 9, 0.5);
     let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
     train(Kind::Generator, extension(), &whole, u64::MAX, false).expect("a run");

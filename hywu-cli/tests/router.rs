@@ -46,12 +46,12 @@ fn instructions_find_their_skill() {
     let fog = Skill::find("fog").expect("in the table");
     let turned: Vec<KnownSkill> = skills.into_iter().rev().collect();
     let turned = Router::new(&turned, &model.backbone, &model.text).expect("phrasings that fit");
-    let kept = Router::from_examples(turned.examples().clone(), turned.counts().to_vec(), &model.backbone)
+    let kept = Router::from_examples(turned.examples(), turned.counts().to_vec(), &model.backbone)
         .expect("they fit");
     let ids = model.text.encode("make it foggy").expect("short");
     assert_eq!(router.nearest(&model.backbone, &ids).expect("they fit"), [fog]);
     assert_eq!(kept.nearest(&model.backbone, &ids).expect("they fit"), [own - fog]);
     let fewer = turned.counts()[1..].to_vec();
-    assert!(Router::from_examples(turned.examples().clone(), fewer, &model.backbone).is_err());
+    assert!(Router::from_examples(turned.examples(), fewer, &model.backbone).is_err());
     assert!(router.nearest(&model.backbone, &ids[1..]).is_err());
 }

@@ -2,7 +2,6 @@
 
 use crate::{
     EditBatch, Error, KnownSkill, OwnSkill, Picture, Result, TextEncoder, detail_of, load_picture,
-    own::WORDINGS,
     pixel_position, sizes_of_edits,
     skills::{Edit, Phrasing, SKILLS, combination, damaged},
     thumbnail_of,
@@ -283,7 +282,7 @@ impl EditData {
             return Err(Error::Invalid(what));
         }
         for skill in &own {
-            check_instructions(&text, &skill.instructions)?;
+            check_instructions(&text, &skill.name, &skill.instructions)?;
         }
         let (photos, own, text) = (Arc::new(photos), Arc::new(own), Arc::new(text));
         let combinations = !skills.is_empty();
@@ -325,8 +324,8 @@ impl EditData {
             return Err(Error::Invalid("there is no old skill to rehearse".into()));
         }
         for skill in &old {
-            if let KnownSkill::Own { instructions, .. } = skill {
-                check_instructions(&self.text, instructions)?;
+            if let KnownSkill::Own { name, instructions } = skill {
+                check_instructions(&self.text, name, instructions)?;
             }
         }
         Ok(Self { rehearsal: Some((old, share)), combinations: false, ..self })
@@ -384,7 +383,7 @@ impl EditData {
         if !self.own.is_empty() {
             let chosen = random.below(self.own.len() + self.skills.len());
             if let Some(own) = self.own.get(chosen) {
-                let (photo, edit) = own.edit(n, random);
+                let (photo, edit) = own.edit(n, &self.text, random);
                 return (SKILLS.len() + 1 + chosen, photo, edit);
             }
         }
@@ -411,7 +410,7 @@ impl EditData {
         let photo = Window::draw(levels, n, random).cut(levels, n);
         let photo = if random.chance(DAMAGED) { damaged(&photo, random) } else { photo };
         let skill = &old[random.below(old.len())];
-        let instruction = skill.ask(random);
+        let instruction = skill.ask(&self.text, random);
         (skill.index(), photo, Edit::known(None, instruction))
     }
 
@@ -449,11 +448,12 @@ impl EditData {
     }
 }
 
-/// Do they fit, with the words that training puts around them?
-fn check_instructions(text: &TextEncoder, instructions: &[String]) -> Result<()> {
-    instructions
-        .iter()
-        .try_for_each(|i| WORDINGS.iter().try_for_each(|w| text.encode(&w.replace("{}", i)).map(drop)))
+/// Do the instructions of this skill fit?
+fn check_instructions(text: &TextEncoder, skill: &str, instructions: &[String]) -> Result<()> {
+    instructions.iter().try_for_each(|instruction| match text.encode(instruction) {
+        Ok(_) => Ok(()),
+        Err(e) => Err(Error::Invalid(format!("the skill {skill:?}: {instruction:?}: {e}"))),
+    })
 }
 
 struct Instance {

@@ -1,7 +1,7 @@
 //! Skills of the user's own, learnt from pictures before and after an edit.
 
 use crate::{
-    Error, Picture, Result,
+    Error, Picture, Result, TextEncoder,
     data::{Level, Window, levels_of, pictures},
     load_picture,
     skills::{Edit, SKILLS, reworded},
@@ -67,10 +67,10 @@ impl OwnSkill {
 
     /// The same random window of the two pictures of a random pair, `n` pixels a side: the one after the edit, and the edit that makes
     /// it, with a way to ask for it.
-    pub fn edit(&self, n: usize, random: &mut RandomStream) -> (Picture, Edit) {
+    pub fn edit(&self, n: usize, text: &TextEncoder, random: &mut RandomStream) -> (Picture, Edit) {
         let [before, after] = &self.pictures[random.below(self.pictures.len())];
         let window = Window::draw(before, n, random);
-        let instruction = ask(&self.instructions, random);
+        let instruction = ask(&self.instructions, text, random);
         (window.cut(after, n), Edit::known(Some(window.cut(before, n)), instruction))
     }
 
@@ -112,10 +112,10 @@ impl KnownSkill {
     }
 
     /// An instruction as training has them.
-    pub(crate) fn ask(&self, random: &mut RandomStream) -> String {
+    pub(crate) fn ask(&self, text: &TextEncoder, random: &mut RandomStream) -> String {
         match self {
             Self::Table(i) => SKILLS[*i].ask(random),
-            Self::Own { instructions, .. } => ask(instructions, random),
+            Self::Own { instructions, .. } => ask(instructions, text, random),
         }
     }
 
@@ -130,17 +130,18 @@ impl KnownSkill {
 
 /// What may stand around a request. A skill of one's own comes with few phrasings, and the text tower never learnt its words: without
 /// these the edit would depend on how politely it is asked for.
-pub(crate) const WORDINGS: [&str; 6] =
-    ["{}", "can you {}", "could you {}", "i want you to {}", "{} for me", "now {}"];
+const WORDINGS: [&str; 6] = ["{}", "can you {}", "could you {}", "i want you to {}", "{} for me", "now {}"];
 
-fn ask(instructions: &[String], random: &mut RandomStream) -> String {
-    let said = &instructions[random.below(instructions.len())];
+/// One of the instructions in one of many wordings, as it stands where those don't fit.
+fn ask(instructions: &[String], text: &TextEncoder, random: &mut RandomStream) -> String {
+    let plain = &instructions[random.below(instructions.len())];
     // With or without a hyphen it is one word.
-    let said = if random.chance(0.25) { said.replace('-', " ") } else { said.clone() };
-    if random.chance(0.5) {
-        return reworded(&said, &[], random);
-    }
-    WORDINGS[random.below(WORDINGS.len())].replace("{}", &said)
+    let said = if random.chance(0.25) { plain.replace('-', " ") } else { plain.clone() };
+    let said = match random.chance(0.5) {
+        true => reworded(&said, &[], random),
+        false => WORDINGS[random.below(WORDINGS.len())].replace("{}", &said),
+    };
+    if text.encode(&said).is_ok() { said } else { plain.clone() }
 }
 
 /// Name and files of every pair, in the order of the names.
@@ -249,9 +250,10 @@ mod tests {
         let skill = open(&flat).expect("pairs");
         assert_eq!(skill.pairs, ["a", "b-before"]);
         assert_eq!(open(&nested).expect("pairs").pairs, ["a"]);
+        let text = TextEncoder::bundled(20).expect("bundled");
         let mut asked = std::collections::HashSet::new();
         for i in 0..40 {
-            let (after, edit) = skill.edit(64, &mut Philox::new(3).stream(i));
+            let (after, edit) = skill.edit(64, &text, &mut Philox::new(3).stream(i));
             // Bilinear windows of half the light are half the light of the window, but for the files' rounding.
             for (a, b) in after.rgb.iter().zip(&dim(edit.source(&after)).rgb) {
                 assert!((a - b).abs() < 1.5 / 127.5, "{a} {b}");
@@ -259,6 +261,22 @@ mod tests {
             asked.insert(edit.instruction.contains("dim"));
         }
         assert_eq!(asked.len(), 2, "{asked:?}");
+    }
+
+    #[test]
+    fn instructions_are_asked_in_wordings_that_fit() {
+        let asked = |instruction: &str, length: usize| -> std::collections::HashSet<String> {
+            let text = TextEncoder::bundled(length).expect("bundled");
+            let stream = |i| ask(&[instruction.to_owned()], &text, &mut Philox::new(1).stream(i));
+            (0..200).map(stream).collect()
+        };
+        let many = asked("cross-process it", 20);
+        for said in ["could you cross-process it", "cross process this please", "cross-process it for me"] {
+            assert!(many.contains(said), "{many:?}");
+        }
+        // Three words and a hyphen fill four tokens.
+        assert_eq!(asked("cross-process", 3), ["cross-process", "cross process"].map(str::to_owned).into());
+        assert_eq!(asked("-", 20).into_iter().find(|said| said.trim().is_empty()), None);
     }
 
     #[test]

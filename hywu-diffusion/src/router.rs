@@ -13,7 +13,7 @@ use hywu_kernels::{
 /// Instructions that are embedded at once.
 const BATCH: usize = 64;
 /// Every phrasing is an example in each of these, so that politeness points at no skill.
-const WORDINGS: [&str; 4] = ["{}", "please {}", "{} please", "can you {}"];
+const ASKED: [&str; 4] = ["{}", "please {}", "{} please", "can you {}"];
 /// What the words count against the text tower's summary. Of 474 ways to ask for ten skills of one's own this finds 472, of 984 held-out
 /// ways to ask for the table's 955; 1 finds 469 and 953, 4 finds 472 and 951. Centroids instead of neighbours find 456 and 936.
 const WORDS: f32 = 2.0;
@@ -41,9 +41,9 @@ impl Router {
         for skill in skills {
             let before = ids.len();
             for (i, phrase) in skill.phrasings().into_iter().enumerate() {
-                for (k, wording) in WORDINGS.iter().enumerate() {
+                for (k, wording) in ASKED.iter().enumerate() {
                     // Where there is a colour to be named, all of them in turn.
-                    let hue = HUES[(i * WORDINGS.len() + k) % HUES.len()].0;
+                    let hue = HUES[(i * ASKED.len() + k) % HUES.len()].0;
                     let said = wording.replace("{}", &phrase.replace("{from}", hue).replace("{to}", hue));
                     match text.encode(&said) {
                         Ok(said) => ids.extend(said),
@@ -56,19 +56,18 @@ impl Router {
             counts.push((ids.len() - before) / backbone.config.text_len);
         }
         let examples = embed(backbone, &ids)?;
-        Self::from_examples(
-            Tensor::new(&[examples.len(), row_width(backbone)], examples.concat())?,
-            counts,
-            backbone,
-        )
+        let examples = Tensor::new(&[examples.len(), row_width(backbone)], examples.concat())?;
+        Self::from_examples(&examples, counts, backbone)
     }
 
-    /// With what [`Router::examples`] and [`Router::counts`] gave.
+    /// With what [`Router::examples`] and [`Router::counts`] gave; rounded to f16, so that a file of half the size decides alike.
     ///
     /// # Errors
     /// No examples, counts that don't add up, a tensor of another width or with values that are not finite.
-    pub fn from_examples(examples: Tensor, counts: Vec<usize>, backbone: &Backbone) -> Result<Self> {
-        let wanted = [counts.iter().sum(), row_width(backbone)];
+    pub fn from_examples(examples: &Tensor, counts: Vec<usize>, backbone: &Backbone) -> Result<Self> {
+        let mut examples = examples.to_host()?;
+        let all = counts.iter().try_fold(0usize, |sum, &count| sum.checked_add(count)).unwrap_or(usize::MAX);
+        let wanted = [all, row_width(backbone)];
         if wanted[0] == 0 || examples.shape() != wanted {
             let (got, expected) = (examples.shape(), format!("{wanted:?}, at least one example"));
             return Err(hywu_kernels::Error::shape("router", "examples", got, expected).into());
@@ -78,6 +77,7 @@ impl Router {
                 "the examples of instructions hold values that are not finite".into(),
             ));
         }
+        examples.data_mut().iter_mut().for_each(|v| *v = Dtype::F16.round(*v));
         Ok(Self { examples, counts })
     }
 

@@ -172,7 +172,7 @@ pub fn follow(
         // The averaged weights are the ones that edit, and that the next group goes on from.
         let learnt = optimizer.averaged(there.params());
         *task.params_mut() = learnt.to(Device::Cpu, Dtype::F32)?;
-        info.skills.extend(known(&arrivals.groups[stage], task.place()));
+        info.skills.extend(known(&arrivals.groups[stage], task.number()));
         let examples = || data.batch(CALIBRATION, arrivals.shape);
         let model = there.model(learnt, info.clone(), examples)?;
         scores.extend(measure(model, stage, arrivals, ground, progress)?);
@@ -235,7 +235,8 @@ fn measure(
             for &skill in skills {
                 let mut random = Philox::new(arrivals.seed).stream((skill * PHOTOS + i) as u64);
                 let example = SKILLS[skill].example(picture, Phrasing::HeldOut(i), &mut random);
-                let mut go = |_: usize, _: usize| progress(stage, arrivals.steps);
+                let mut go =
+                    |_: usize, _: usize| progress(stage, if stage == 0 { 0 } else { arrivals.steps });
                 let edit =
                     editor.edit(&example.source, &example.instruction, None, &arrivals.edit, &mut go)?;
                 sum += psnr(&edit.picture, &example.target).min(BEST);
@@ -482,22 +483,30 @@ mod tests {
         let mut courses = Vec::new();
         for learner in Learner::ALL {
             let mut steps = 0;
-            let mut progress = |_: usize, step: u64| {
-                steps += u64::from(step < 3);
+            let mut progress = |stage: usize, step: u64| {
+                steps += u64::from(stage > 0 && step < 3);
                 ControlFlow::Continue(())
             };
             courses.push(follow(learner, &arrivals, &ground, &mut progress).expect("a course"));
             assert_eq!(steps, 2 * 2, "{learner:?}");
         }
-        // All start from one backbone, and each has learnt something of its own by the end.
+        // All start from one backbone, and each has learnt something of its own by the end. Only the one that grows learns a group
+        // just as the one in sequence does.
         let first: Vec<&Score> = courses.iter().map(|c| &c.scores[0]).collect();
         assert!(first.iter().all(|s| *s == first[0]));
         for (i, course) in courses.iter().enumerate() {
             let places: Vec<_> = course.scores.iter().map(|s| (s.stage, s.group)).collect();
             assert_eq!(places, [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]);
             assert!(course.scores.iter().all(|s| s.loss.is_finite() && s.psnr.len() == 1));
-            assert!(courses[..i].iter().all(|c| c.scores[5] != course.scores[5]), "{:?}", course.learner);
+            assert!(courses[..i].iter().all(|c| c.scores[4..] != course.scores[4..]), "{:?}", course.learner);
         }
+        // One that grows keeps what it knew: the gate has nothing to mistake here.
+        let of = |learner: Learner, stage: usize, group: usize| -> &Score {
+            let course = courses.iter().find(|c| c.learner == learner).expect("followed");
+            course.scores.iter().find(|s| (s.stage, s.group) == (stage, group)).expect("measured")
+        };
+        assert_eq!(of(Learner::Growing, 1, 1).psnr, of(Learner::Growing, 2, 1).psnr);
+        assert_ne!(of(Learner::Sequence, 1, 1).psnr, of(Learner::Sequence, 2, 1).psnr);
         let mean = |cells: &Vec<Vec<f64>>| {
             let mean = cells.iter().flatten().sum::<f64>() / cells.iter().flatten().count() as f64;
             Interval { mean, lo: mean, hi: mean }

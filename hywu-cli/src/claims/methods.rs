@@ -6,7 +6,7 @@ use crate::{
     pipeline::{Edit, EditOptions, Editor},
     train::{AdapterConfig, Kind, Task},
 };
-use anyhow::Result;
+use anyhow::{Context, Result};
 use hywu_core::{Adapter, Dtype};
 use hywu_diffusion::{Backbone, EditBatch, KnownSkill, Picture, Router};
 use hywu_generator::Generator;
@@ -159,7 +159,8 @@ impl Contender {
         let mut place = skill;
         if let Some(router) = &self.router {
             let model = self.editor.model();
-            place = router.nearest(&model.backbone, &model.text.encode(instruction)?)?[0];
+            let nearest = router.nearest(&model.backbone, &model.text.encode(instruction)?)?;
+            place = nearest.first().copied().context("no instruction")?;
         }
         edit(&self.editor, picture, instruction, self.bank.get(place), options, stop)
     }

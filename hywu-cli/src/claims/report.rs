@@ -326,6 +326,7 @@ pub struct Forgetting {
     /// PSNR lost on all earlier groups (the first included) after the last stage, against the stage that taught them, by learner.
     pub lost: IndexMap<String, Interval>,
     /// PSNR over all groups, the first included, after the last stage, by learner: who learns nothing has nothing to lose.
+    #[serde(default)]
     pub end: IndexMap<String, Interval>,
 }
 

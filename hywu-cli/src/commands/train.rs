@@ -17,7 +17,7 @@ pub struct TrainArgs {
     /// Folder of photographs (scripts/fetch_photos.sh makes one); not needed for skills that bring pairs
     #[arg(long, value_name = "DIR", required_unless_present_any = ["pairs", "skills"])]
     photos: Option<PathBuf>,
-    /// For generator: go on with that of a model (`bundled`, or a model folder), and keep what it knows
+    /// For generator: a model (`bundled`, or a model folder) that learns more, and keeps what it knows
     #[arg(long, value_name = "bundled|DIR")]
     extend: Option<PathBuf>,
     /// Skills of your own (TOML: `[[skill]]` with name, pairs = DIR, instructions = [..])

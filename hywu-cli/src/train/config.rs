@@ -46,7 +46,7 @@ pub struct TrainConfig {
     /// Sizes, for generator; rank and alpha, for lora. Not used with `extension`.
     #[serde(default)]
     pub generator: AdapterConfig,
-    /// For generator: that of `start_from` learns on. Without it a new one is trained.
+    /// For generator: the model of `start_from` learns on. Without it a new generator is trained.
     pub extension: Option<ExtensionConfig>,
     /// Skills of one's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -58,11 +58,13 @@ pub struct TrainConfig {
 #[serde(deny_unknown_fields)]
 pub struct ExtensionConfig {
     /// A copy of the newest generator learns, and becomes a further one of the model ([`Generators`]); those that are there stay as
-    /// they are, bit for bit. Without it the learner replaces them all, and only rehearsal keeps what they knew.
+    /// they are, bit for bit. A skill of the table that is taught again moves to the new one. Without it the learner replaces them
+    /// all, and only rehearsal keeps what they knew.
     ///
     /// [`Generators`]: crate::generators::Generators
     pub grow: bool,
-    /// Share of a step's edits that rehearse what the model knew: the learner is held to what its generators did; 0 only learns on.
+    /// Share of a step's edits that rehearse what the model knew: the learner is held to what the model did; 0 only learns on. In a
+    /// model that grows this matters only for what the gate sends to the wrong generator.
     pub share: f32,
     /// Factor on the loss of those.
     pub weight: f32,

@@ -122,11 +122,17 @@ impl Run {
         };
         let photos = photos.map(PhotoSet::open).transpose()?.unwrap_or_default();
         let taught = Skills::open(&config, &parent)?;
-        let given = format!("photos {:?}{}, start {}", photos.names, taught.pairs(), task.fingerprint()?);
+        let known = match config.extension {
+            // What the parent knows, and which of its generators, decides what is rehearsed and how the model is put together.
+            Some(_) => format!(", knowing {}", serde_json::to_string(&parent.skills)?),
+            None => String::new(),
+        };
+        let (pairs, start) = (taught.pairs(), task.fingerprint()?);
+        let given = format!("photos {:?}{pairs}, start {start}{known}", photos.names);
         let task = task.to(device, Dtype::Bf16)?;
         let optimizer = optimizer(&task, &config)?;
         let text = TextEncoder::bundled(task.text_len())?;
-        let skills = taught.info(&parent, task.place());
+        let skills = taught.info(&parent, task.number());
         let data = Arc::new(taught.data(photos, text, config.seed)?);
         std::fs::create_dir_all(out).map_err(|e| hywu_core::Error::io(out, e))?;
         hywu_core::remove_leftovers(out)?;
@@ -230,7 +236,7 @@ impl Run {
             let shape = self.config.data.shape(step);
             let batch = batches.next(step)?;
             let (task, optimizer) = (&mut self.task, &mut self.optimizer);
-            // A rehearsal's answers pass through the host, which no graph can.
+            // The batches of an extension pass through the host, which no graph can.
             let graphs = self.graphs && self.config.extension.is_none();
             let mut work = || {
                 if graphs {

@@ -40,7 +40,7 @@ impl Rehearsal {
             shape[0] = batch.rehearsed;
             let old = Tensor::new(&shape, host.data()[..shape.iter().product()].to_vec())?;
             let ids = &batch.text[..batch.rehearsed * backbone.config.text_len];
-            let answer = self.teacher.teach(backbone, &old, ids)?;
+            let answer = self.teacher.answer(backbone, &old, ids)?;
             adapters =
                 LoraVars::from_adapter(&answer, 1.0).to(backbone.params.device(), backbone.params.dtype())?;
         }
@@ -48,7 +48,7 @@ impl Rehearsal {
     }
 
     /// The number that the learner has among the generators of the model that comes out, from 1 on.
-    pub fn place(&self) -> usize {
+    pub fn number(&self) -> usize {
         if self.extension.grow { self.teacher.all().len() + 1 } else { 1 }
     }
 

@@ -50,7 +50,7 @@ pub enum Task {
     Backbone(Box<Backbone>),
     /// The generator, and the backbone that is only read.
     Generator(Box<Generator>, Box<MiniDownstream>),
-    /// A generator that learns on, and itself as it was, in the backbone that is only read.
+    /// A generator that learns on, and the model's generators as they were, in the backbone that is only read.
     Extended(Box<Generator>, Box<Rehearsal>),
     /// `<module>.lora_A` and `.lora_B`, and the backbone that is only read.
     Lora(ParamSet, Box<MiniDownstream>),
@@ -175,8 +175,8 @@ impl Task {
     }
 
     /// The number of the trained generator among those of the model that comes out, from 1 on.
-    pub fn place(&self) -> usize {
-        if let Self::Extended(_, rehearsal) = self { rehearsal.place() } else { 1 }
+    pub fn number(&self) -> usize {
+        if let Self::Extended(_, rehearsal) = self { rehearsal.number() } else { 1 }
     }
 
     /// The weights that are trained.
@@ -314,7 +314,9 @@ impl Task {
                 (backbone, Memory::Functional(with(generator, params)?.into()))
             }
             Self::Extended(generator, rehearsal) => {
-                let backbone = rehearsal.downstream.backbone.to(Device::Cpu, Dtype::F32)?;
+                let mut backbone = rehearsal.downstream.backbone.to(Device::Cpu, Dtype::F32)?;
+                // The gate is made with it, and a device may have rounded it.
+                backbone.text_table = TextEncoder::table()?;
                 let generators = rehearsal.outcome(with(generator, params)?, &info, &backbone)?;
                 (backbone, Memory::Functional(generators))
             }
