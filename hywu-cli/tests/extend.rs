@@ -70,6 +70,12 @@ fn train(kind: Kind, config: TrainConfig, out: &Path, stop: u64, resume: bool) -
 
 /// The folder of a model whose generator has learnt to invert.
 fn parent(dir: &Path) -> PathBuf {
+    parent_of(dir, |config| config)
+}
+
+/// The same in other sizes.
+fn parent_of(dir: &Path, sizes: impl Fn(String) -> String) -> PathBuf {
+    let config = |steps: u64, skills: &str| sizes(config(steps, skills));
     let parse = |text: &str| TrainConfig::parse(text).expect("a good config");
     let (backbone, generator) = (dir.join("backbone"), dir.join("generator"));
     let plain = r#""brighter", "keep""#;
@@ -263,6 +269,40 @@ fn several_generators_answer_a_batch_in_its_order() {
     let error = generators.generate(&model.backbone, &alone[0], &ids.concat()).expect_err("one of four");
     assert!(error.to_string().contains("for 4 instructions"), "{error:#}");
     assert!(generators.choose(&model.backbone, &ids[0][1..]).is_err());
+}
+
+#[test]
+fn a_device_grows_a_model_too() {
+    let Ok(device) = Device::Cuda(0).check() else { return println!("SKIPPED: no CUDA device") };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let sizes =
+        |config: String| config.replace("head_dim = 8", "head_dim = 32").replace("width = 16", "width = 32");
+    let (parent, pairs) =
+        (parent_of(dir.path(), |c| sizes(c).replace("d_model = 16", "d_model = 32")), pairs(dir.path()));
+    let out = dir.path().join("grown");
+    let mut run = Run::start(Kind::Generator, growing(&parent, &pairs, 3, 0.5), None, &out, false, device)
+        .expect("a run");
+    run.train(&mut |_| ControlFlow::Continue(())).expect("three steps");
+    let grown = out.join("model");
+    for kept in ["backbone.safetensors", "generator/model.safetensors"] {
+        assert!(file(&parent, kept) == file(&grown, kept), "{kept}");
+    }
+    let on_host = Model::load(&grown).expect("a model");
+    let on_device = Model::load(&grown).expect("a model").to(device, Dtype::Bf16).expect("room");
+    let asked = ["invert it", "can you swap the channels", "make it brighter", "exchange red and blue"];
+    let ids: Vec<u32> = asked.iter().flat_map(|words| on_host.text.encode(words).expect("short")).collect();
+    for model in [&on_host, &on_device] {
+        let Memory::Functional(generators) = &model.memory else { panic!("no generators") };
+        assert_eq!(generators.choose(&model.backbone, &ids).expect("they fit"), [0, 1, 0, 1]);
+    }
+    let photo = load_picture(samples().join("chelsea.png")).expect("a sample").resize(32, 32);
+    let sample = SampleOptions { steps: 1, ..SampleOptions::default() };
+    let options = EditOptions { sample, ..EditOptions::default() };
+    let mut go = |_: usize, _: usize| ControlFlow::Continue(());
+    let [a, b] = [on_host, on_device].map(|model| {
+        Editor::new(model).edit(&photo, asked[1], None, &options, &mut go).expect("an edit").picture
+    });
+    assert!(distance(&a, &b) < 0.02, "{}", distance(&a, &b));
 }
 
 #[test]

@@ -72,7 +72,7 @@ pub struct Summary {
     pub averaged_loss_db: Option<Interval>,
     /// Cosine of the gradients of conflicting pairs on the weights of full fine-tuning, after training.
     pub conflict_cosine: Option<Interval>,
-    /// PSNR that HY-WU with its cure has lost on earlier skills after all groups, dB.
+    /// PSNR that HY-WU, growing, has lost on earlier skills after all groups, dB.
     pub forgetting_db: Option<Interval>,
     /// Share of held-out phrasings that HY-WU's model takes for the right skill.
     pub phrasing_accuracy: Option<Interval>,

@@ -108,7 +108,7 @@ pub struct Measure {
 }
 
 impl Settings {
-    /// The full measurement, for a GPU or a night.
+    /// The full measurement, about an hour on two cores.
     pub const FULL: &str = include_str!("../../../assets/configs/claims.toml");
     /// The one of about twelve minutes on two cores.
     pub const QUICK: &str = include_str!("../../../assets/configs/claims-quick.toml");
