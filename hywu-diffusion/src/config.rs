@@ -24,6 +24,15 @@ pub struct BackboneConfig {
     pub text_layers: usize,
     /// Does the condition see a crop at native resolution beside the thumbnail? Noise and blur vanish in a thumbnail.
     pub detail_view: bool,
+    /// Side of the squares of image tokens whose mean is one token of the condition; 1 keeps each. A generator's attention starts as
+    /// the mean over all tokens, among which the image's drown the few of the instruction.
+    #[serde(skip_serializing_if = "keeps_each")]
+    pub condition_pool: usize,
+}
+
+/// Written down only where it says something, so that a model of before has the hash it had.
+fn keeps_each(condition_pool: &usize) -> bool {
+    *condition_pool == 1
 }
 
 impl Default for BackboneConfig {
@@ -38,6 +47,7 @@ impl Default for BackboneConfig {
             text_len: 20,
             text_layers: 2,
             detail_view: true,
+            condition_pool: 1,
         }
     }
 }
@@ -67,6 +77,7 @@ impl BackboneConfig {
             ("text_dim", text_dim, 1, 8192),
             ("text_len", text_len, 1, 1024),
             ("text_layers", text_layers, 0, 256),
+            ("condition_pool", self.condition_pool, 1, 64),
         ];
         for (name, value, low, high) in ranges {
             if !(low..=high).contains(&value) {

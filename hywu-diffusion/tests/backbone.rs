@@ -201,6 +201,32 @@ fn the_condition_reads_thumbnail_detail_and_text() {
 }
 
 #[test]
+fn pooled_image_tokens_are_means_of_squares() {
+    let mut backbone = backbone();
+    let source = picture(90, 200);
+    let ids = ids(backbone.config.text_len);
+    let whole = condition_of(&backbone, &source, &ids).unwrap();
+    backbone.config.condition_pool = 2;
+    let pooled = condition_of(&backbone, &source, &ids).unwrap();
+    let width = backbone.config.width;
+    assert_eq!(pooled.shape(), [1, 1, 2 * (16 + 20), width]);
+    for view in 0..2 {
+        let whole = |token: usize, c: usize| whole.data()[(view * (64 + 20) + token) * width + c];
+        let pooled = |token: usize, c: usize| pooled.data()[(view * (16 + 20) + token) * width + c];
+        for c in 0..width {
+            for (y, x) in (0..4).flat_map(|y| (0..4).map(move |x| (y, x))) {
+                let square = [0, 1, 8, 9].map(|at| whole(16 * y + 2 * x + at, c));
+                let mean = square.iter().sum::<f32>() / 4.0;
+                assert!((pooled(4 * y + x, c) - mean).abs() < 1e-5, "{view} {y} {x} {c}");
+            }
+            (0..20).for_each(|i| assert_eq!(pooled(16 + i, c), whole(64 + i, c)));
+        }
+    }
+    backbone.config.condition_pool = 3;
+    assert!(condition_of(&backbone, &source, &ids).unwrap_err().to_string().contains("3 divides"));
+}
+
+#[test]
 fn a_stored_backbone_comes_back() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("backbone.safetensors");

@@ -444,7 +444,8 @@ impl Backbone {
     /// every channel with the mean and the scale of [`Backbone::calibrate`].
     ///
     /// `views` are [`BackboneConfig::views`] pictures [instances, height, width, 3] each, shown as a whole picture at t = 0 with
-    /// x_t = 0; their token sequences follow one another. `ids` [instances * text_len].
+    /// x_t = 0; their token sequences follow one another, image tokens pooled as [`BackboneConfig::condition_pool`] says, then text.
+    /// `ids` [instances * text_len].
     ///
     /// # Errors
     /// A wrong number of views, or shapes that don't fit.
@@ -488,6 +489,20 @@ impl Backbone {
         Ok(())
     }
 
+    /// Image tokens in squares of [`BackboneConfig::condition_pool`] become their mean; the text after them stays.
+    fn pooled(&self, tape: &Tape, states: &Var, rows: usize, columns: usize) -> Result<Var> {
+        let (p, width, count) = (self.config.condition_pool, self.config.width, states.shape()[0]);
+        if p == 1 {
+            return Ok(states.clone());
+        }
+        let image = slice_tokens(tape, states, 0, rows * columns)?.reshape(&[count, rows, columns, width])?;
+        let squares = patchify(tape, &image, p)?;
+        let tokens = squares.shape()[1];
+        let means = mean_tokens(tape, &squares.reshape(&[count * tokens, p * p, width])?)?;
+        let text = slice_tokens(tape, states, rows * columns, states.shape()[1] - rows * columns)?;
+        Ok(concat_tokens(tape, &[&means.reshape(&[count, tokens, width])?, &text])?)
+    }
+
     /// The condition as the blocks leave it.
     fn states(&self, views: &[&Tensor], ids: &[u32]) -> Result<Tensor> {
         let wanted = self.config.views();
@@ -519,6 +534,7 @@ impl Backbone {
             let (position, t) = (repeat_each(&tape, &position, count)?, vec![0.0; count]);
             let none = LoraVars::none();
             let (states, _) = self.hidden(&tape, &bound, &x_t, &all, position.value(), &t, &text, &none)?;
+            let states = self.pooled(&tape, &states, height / self.config.patch, width / self.config.patch)?;
             Ok(states.reshape(&[n, views.len() * states.shape()[1], self.config.width])?)
         };
         let alike = views.chunk_by(|a, b| a.shape() == b.shape());
