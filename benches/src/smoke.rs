@@ -372,6 +372,7 @@ impl Smoke<'_> {
             text_len: 5,
             text_layers: 1,
             detail_view: false,
+            condition_pool: 1,
         };
         let (batch, h, w) = (2, 12, 20);
         let table = normal(1, &[20, config.text_dim], 1.0);
