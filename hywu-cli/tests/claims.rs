@@ -342,7 +342,7 @@ fn a_bank_gives_every_instance_its_own_skill() {
 #[test]
 fn bundled_settings_can_work_and_bad_ones_say_why() {
     let full = Settings::parse(Settings::FULL).expect("bundled");
-    assert_eq!((full.skills().len(), full.seeds.len()), (20, 3));
+    assert_eq!((full.skills().len(), full.seeds.len()), (10, 3));
     Settings::parse(Settings::QUICK).expect("bundled");
     let fails = |from: &str, to: &str, message: &str| {
         let error = Settings::parse(&SETTINGS.replace(from, to)).expect_err(to);

@@ -321,7 +321,7 @@ fn own_skills_stand_beside_the_table() {
     };
     refused(table, vec![], "photos are needed to learn invert");
     refused(vec![], vec![], "no skill");
-    let wordy = OwnSkill::open("wordy", dir.path(), &["word ".repeat(20)]).expect("two pairs");
+    let wordy = OwnSkill::open("wordy", dir.path(), &["word ".repeat(21)]).expect("two pairs");
     refused(vec![], vec![wordy], "at most 20");
 }
 
@@ -337,7 +337,17 @@ fn rehearsals_ask_for_old_skills_and_know_no_answer() {
     let old = || vec![KnownSkill::Table(Skill::find("recolour").expect("there")), mine.clone()];
     let data = new(PhotoSet::open(samples()).expect("the samples")).rehearsing(old(), 0.5).expect("good");
     let shape = BatchShape { instances: 6, crops: 1, crop: 32 };
-    let asked = ["my haze", "please my haze", "my haze.", "my haze please"];
+    let asked = [
+        "my haze",
+        "please my haze",
+        "my haze.",
+        "my haze please",
+        "can you my haze",
+        "could you my haze",
+        "i want you to my haze",
+        "my haze for me",
+        "now my haze",
+    ];
     let asked = asked.map(|i| encoder.encode(i).expect("short"));
     let mut seen = [0; 2];
     for step in 0..20 {
@@ -361,6 +371,6 @@ fn rehearsals_ask_for_old_skills_and_know_no_answer() {
     new(PhotoSet::default()).rehearsing(old(), 1.0).expect("good").batch(0, shape).expect("good");
     assert!(new(PhotoSet::default()).rehearsing(old(), 1.5).is_err());
     assert!(new(PhotoSet::default()).rehearsing(vec![], 0.5).is_err());
-    let endless = KnownSkill::Own { name: "endless".into(), instructions: vec!["haze ".repeat(20)] };
+    let endless = KnownSkill::Own { name: "endless".into(), instructions: vec!["haze ".repeat(21)] };
     assert!(new(PhotoSet::default()).rehearsing(vec![endless], 0.5).is_err());
 }

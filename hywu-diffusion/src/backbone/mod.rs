@@ -534,7 +534,8 @@ impl Backbone {
             let (position, t) = (repeat_each(&tape, &position, count)?, vec![0.0; count]);
             let none = LoraVars::none();
             let (states, _) = self.hidden(&tape, &bound, &x_t, &all, position.value(), &t, &text, &none)?;
-            let states = self.pooled(&tape, &states, height / self.config.patch, width / self.config.patch)?;
+            let states =
+                self.pooled(&tape, &states, height / self.config.patch, width / self.config.patch)?;
             Ok(states.reshape(&[n, views.len() * states.shape()[1], self.config.width])?)
         };
         let alike = views.chunk_by(|a, b| a.shape() == b.shape());
