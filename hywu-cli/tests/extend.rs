@@ -326,7 +326,7 @@ fn parts_of_a_grown_model_that_do_not_fit_are_told() {
     refused("gate.safetensors: the gate tells other skills apart than model.json lists");
     // Counts that don't add up, or overflow.
     let examples =
-        Checkpoint::open(&once.join("gate.safetensors")).expect("written").read("examples").expect("f16");
+        Checkpoint::open(once.join("gate.safetensors")).expect("written").read("examples").expect("f16");
     for count in [1, usize::MAX] {
         let names = ["brighter", "keep", "invert", "swap", "sepia"].map(|name| (name, count));
         let mut writer = TensorWriter::new();
