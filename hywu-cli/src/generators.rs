@@ -139,7 +139,7 @@ impl Generators {
         })
     }
 
-    /// The generator that answers one instruction, and its place in [`Generators::all`]; `ids` [text_len].
+    /// The generator that answers one instruction, and its place in [`Generators::all`]; `ids` of one instruction.
     ///
     /// # Errors
     /// As [`Generators::choose`]; no instruction.
