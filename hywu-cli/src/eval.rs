@@ -1,7 +1,7 @@
 //! How well a model edits photos that it never saw, asked in words that it never read.
 
 use crate::{
-    model::{Memory, Model},
+    model::Model,
     pipeline::{EditOptions, Editor},
 };
 use anyhow::{Result, bail};
@@ -14,7 +14,7 @@ use hywu_diffusion::{
     thumbnail_of,
     tiles::Tiling,
 };
-use hywu_kernels::{Device, LoraVars, Tape, Tensor, ops::noise::noise_window};
+use hywu_kernels::{Device, Tape, Tensor, ops::noise::noise_window};
 use serde::Serialize;
 use std::ops::ControlFlow;
 
@@ -216,18 +216,9 @@ fn edit_all(
             out.chunks_mut(p.rgb.len().max(1)).for_each(|out| out.copy_from_slice(&p.rgb));
         })
     };
-    let loras = match &model.memory {
-        _ if edit.strength == 0.0 => LoraVars::none(),
-        Memory::None => LoraVars::none(),
-        Memory::Static(adapter) => LoraVars::from_adapter(adapter, edit.strength),
-        Memory::Functional(generators) => {
-            let views = [repeated(&thumbnail_of(source)?), repeated(&detail_of(source)?)];
-            let views: Vec<&Tensor> = views.iter().take(backbone.config.views()).collect();
-            let adapter = generators.generate(backbone, &backbone.condition(&views, &ids)?, &ids)?;
-            LoraVars::from_adapter(&adapter, edit.strength)
-        }
-    };
-    let loras = loras.to(backbone.params.device(), backbone.params.dtype())?;
+    let views = [repeated(&thumbnail_of(source)?), repeated(&detail_of(source)?)];
+    let views: Vec<&Tensor> = views.iter().take(backbone.config.views()).collect();
+    let loras = model.adapters(&views, &ids, edit.strength)?;
     let position = Tensor::build(&[n, side, side, 2], |out| {
         for (i, place) in out.chunks_exact_mut(2).enumerate() {
             place.copy_from_slice(&[pixel_position(i / side % side, side), pixel_position(i % side, side)]);

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hywu_core::{Adapter, Checkpoint, Dtype, TensorWriter, replace_folder_atomic};
 use hywu_diffusion::{Backbone, EditData, KnownSkill, TextEncoder, skills::Skill};
 use hywu_generator::{Generator, GeneratorConfig};
-use hywu_kernels::{Device, ParamSet};
+use hywu_kernels::{Device, LoraVars, ParamSet, Tensor};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -290,6 +290,25 @@ impl Model {
             other => other,
         };
         Ok(Self { backbone, memory, ..self })
+    }
+
+    /// The adapters of a batch, where the backbone is: `views` [instances, height, width, 3] as [`Backbone::condition`] reads them, `ids`
+    /// [instances * text_len]. None at strength 0.
+    ///
+    /// # Errors
+    /// As [`Backbone::condition`] and [`Generators::generate`].
+    pub fn adapters(&self, views: &[&Tensor], ids: &[u32], strength: f32) -> Result<LoraVars> {
+        let backbone = &self.backbone;
+        let adapters = match &self.memory {
+            _ if strength == 0.0 => LoraVars::none(),
+            Memory::None => LoraVars::none(),
+            Memory::Static(adapter) => LoraVars::from_adapter(adapter, strength),
+            Memory::Functional(generators) => {
+                let adapter = generators.generate(backbone, &backbone.condition(views, ids)?, ids)?;
+                LoraVars::from_adapter(&adapter, strength)
+            }
+        };
+        Ok(adapters.to(backbone.params.device(), backbone.params.dtype())?)
     }
 
     /// Writes a model folder that [`Model::load`] reads; weights in `dtype`, but those of a grown model's backbone and older generators

@@ -20,7 +20,7 @@ use hywu_diffusion::{
     skills::{Phrasing, SKILLS},
 };
 use hywu_generator::Generator;
-use hywu_kernels::{Device, LoraVars, Tape, optim::Optimizer};
+use hywu_kernels::{Device, Tape, optim::Optimizer};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
@@ -251,15 +251,7 @@ fn measure(
 /// The training loss of a model on a batch.
 fn test_loss(model: &Model, batch: &EditBatch) -> Result<f32> {
     let backbone = &model.backbone;
-    let adapters = match &model.memory {
-        Memory::None => LoraVars::none(),
-        Memory::Static(adapter) => LoraVars::from_adapter(adapter, 1.0),
-        Memory::Functional(generators) => {
-            let condition = backbone.condition(&batch.views(backbone.config.views()), &batch.text)?;
-            LoraVars::from_adapter(&generators.generate(backbone, &condition, &batch.text)?, 1.0)
-        }
-    };
-    let adapters = adapters.to(backbone.params.device(), backbone.params.dtype())?;
+    let adapters = model.adapters(&batch.views(backbone.config.views()), &batch.text, 1.0)?;
     let tape = Tape::inference();
     let bound = backbone.params.bind(&tape, false)?;
     Ok(flow_loss(&tape, backbone, &bound, batch, &adapters)?.value().item()?)
